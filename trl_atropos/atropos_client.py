@@ -1,0 +1,428 @@
+"""HTTP to the Atropos API (`run-api`), as its trainer sees it.
+
+`/batch` is a destructive read: the API takes a batch out of its queue before it writes the answer, and keeps no copy.
+Hence every request is sent exactly once, and an error says whether a batch can have been lost with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+from urllib3.exceptions import NewConnectionError
+
+from .errors import (
+    AtroposConnectionError,
+    AtroposDataTimeout,
+    AtroposProtocolError,
+    AtroposRegistrationError,
+    PreflightError,
+    TrlAtroposError,
+)
+
+
+logger = logging.getLogger(__name__)
+
+FIRST_DELAY_S = 0.1
+MAX_PROBE_DELAY_S = 2.0
+PROGRESS_INTERVAL_S = 10.0
+UNREGISTERED = -1
+"""What `/info` answers for the batch size as long as no trainer is registered."""
+
+_START_API = "Start the API with `run-api --port PORT`, and give the trainer its URL with `--atropos_api_url`."
+_RESTART = "Stop all environments, restart `run-api`, then start the trainer first and the environments after it."
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What a trainer tells the API about its run: the body of `POST /register`.
+
+    Args:
+        wandb_group (`str`):
+            W&B group that the environments log to.
+        wandb_project (`str`):
+            W&B project that the environments log to.
+        batch_size (`int`):
+            Number of rollouts (not groups) in one batch. Groups are never split: their sizes must pack into it.
+        max_token_len (`int`):
+            Environments drop a group if any of its rollouts has this many tokens or more: the longest wanted + 1.
+        checkpoint_dir (`str`):
+            Where environments keep their own state, on a disk that they share with the trainer.
+        save_checkpoint_interval (`int`):
+            Every how many steps they save it.
+        starting_step (`int`):
+            First value of the API's step counter.
+        num_steps (`int`):
+            Number of steps after which environments stop that follow the trainer (`--env.total_steps -1`).
+    """
+
+    wandb_group: str
+    wandb_project: str
+    batch_size: int
+    max_token_len: int
+    checkpoint_dir: str
+    save_checkpoint_interval: int
+    starting_step: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class ApiStatus:
+    """What `/status` shows.
+
+    Args:
+        current_step (`int`):
+            `starting_step` plus the number of batches formed. Neither a policy version nor a count of batches served.
+        queue_size (`int`):
+            Number of groups in the queue, without those in batches that are formed and not yet served.
+    """
+
+    current_step: int
+    queue_size: int
+
+
+class AtroposClient:
+    """The trainer's side of the Atropos API. Use it in one process only, rank 0: batches are shared, not copied.
+
+    Args:
+        base_url (`str`):
+            Root of `run-api`, for example `http://localhost:8000`.
+        connect_timeout_s (`float`, *optional*, defaults to 5.0):
+            Longest wait for a connection, in seconds.
+        read_timeout_s (`float`, *optional*, defaults to 600.0):
+            Longest silence of the API while it answers, in seconds. Long, because giving up on `/batch` loses a batch.
+
+    Raises:
+        PreflightError: `base_url` is not an http(s) URL.
+    """
+
+    def __init__(self, base_url: str, *, connect_timeout_s: float = 5.0, read_timeout_s: float = 600.0):
+        self.base_url = _checked_url(base_url)
+        self.connect_timeout_s = connect_timeout_s
+        self.read_timeout_s = read_timeout_s
+        self._session = requests.Session()  # its default adapters never retry
+        # A kept connection that the server closes at the moment of the next request looks like a lost answer. A fresh
+        # one per request tells "nobody listens, nothing sent" from "sent, answer lost".
+        self._session.headers["Connection"] = "close"
+
+    def __enter__(self) -> AtroposClient:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Releases the connections. The API is not told: it has no notion of a trainer that leaves."""
+        self._session.close()
+
+    def wait_until_reachable(self, timeout_s: float) -> None:
+        """Waits until the API answers `/info`.
+
+        Args:
+            timeout_s (`float`):
+                Longest wait in seconds. At least one request is sent.
+
+        Raises:
+            AtroposConnectionError: nobody answered in time.
+            AtroposProtocolError: something answers that is not the Atropos API.
+        """
+        start, elapsed = time.monotonic(), 0.0
+        delay, next_report = FIRST_DELAY_S, PROGRESS_INTERVAL_S
+        while True:
+            try:
+                self._info(read_timeout_s=min(self.read_timeout_s, max(timeout_s - elapsed, FIRST_DELAY_S)))
+                return
+            except AtroposConnectionError as exc:
+                elapsed = time.monotonic() - start
+                if elapsed >= timeout_s:
+                    raise AtroposConnectionError(
+                        f"The Atropos API at {self.base_url} did not answer within {timeout_s:g} s.",
+                        f"The last attempt: {exc.what}",
+                        _START_API,
+                    ) from exc
+            if elapsed >= next_report:
+                logger.info("Waiting for the Atropos API at %s (%.0f of %g s)", self.base_url, elapsed, timeout_s)
+                next_report = elapsed + PROGRESS_INTERVAL_S
+            time.sleep(min(delay, timeout_s - elapsed))
+            delay = min(2 * delay, MAX_PROBE_DELAY_S)
+            elapsed = time.monotonic() - start
+
+    def info(self) -> tuple[int, int]:
+        """Reads the registration back.
+
+        Returns:
+            `tuple[int, int]`: registered `batch_size` and `max_token_len`; the first is -1 without a registration.
+
+        Raises:
+            AtroposConnectionError: the API does not answer.
+            AtroposProtocolError: the answer is not that of the Atropos API.
+        """
+        return self._info(self.read_timeout_s)
+
+    def status(self) -> ApiStatus:
+        """Reads the step counter and the length of the queue.
+
+        Returns:
+            [`ApiStatus`]: as the API shows it now.
+
+        Raises:
+            AtroposConnectionError: the API does not answer.
+            AtroposProtocolError: the answer is not that of the Atropos API.
+        """
+        answer = self._exchange("GET", "/status")
+        return ApiStatus(_integer(answer, "current_step", "/status"), _integer(answer, "queue_size", "/status"))
+
+    def register(self, registration: Registration) -> None:
+        """Registers this trainer and makes sure that the registration holds.
+
+        The API keeps the first registration for good and answers every later one with success. So a registration with
+        other sizes is refused before it is posted, and after posting the sizes are read back. Registering again with
+        the same sizes (a trainer that was restarted) is fine: queue and step counter of the API go on.
+
+        Args:
+            registration ([`Registration`]):
+                Settings of this run.
+
+        Raises:
+            AtroposRegistrationError: another registration holds, or the API takes none because data came before it.
+            AtroposProtocolError: the API refuses the values.
+            AtroposConnectionError: the API does not answer.
+        """
+        wanted = (registration.batch_size, registration.max_token_len)
+        found = self.info()
+        if found[0] != UNREGISTERED:
+            self._compare(found, wanted)
+            logger.warning(
+                "The Atropos API at %s is registered already, with the same sizes: its queue and its step counter go "
+                "on, `starting_step=%d` has no effect. If another trainer still uses it, the two split the batches.",
+                self.base_url,
+                registration.starting_step,
+            )
+        answer = self._exchange("POST", "/register", json=asdict(registration))
+        if not isinstance(answer, dict) or "uuid" not in answer:
+            raise _not_the_api(f"POST {self.base_url}/register answered {_shorten(answer)}, without `uuid`.")
+
+        found = self.info()
+        if found[0] == UNREGISTERED:
+            raise AtroposRegistrationError(
+                f"The Atropos API at {self.base_url} took the registration, but /info still answers batch_size -1.",
+                "An environment posted data before the trainer registered; the API then skips every registration.",
+                _RESTART,
+            )
+        self._compare(found, wanted)
+
+    def fetch_batch(self) -> list[Any] | None:
+        """Takes the newest batch out of the API. The request is sent exactly once.
+
+        Returns:
+            `list`, *optional*: the groups of one batch, as JSON gave them, or None if no batch is formed yet.
+
+        Raises:
+            AtroposConnectionError: the API does not answer; the message says whether a batch can be lost.
+            AtroposRegistrationError: no trainer is registered, or the registration was wiped by `/reset_data`.
+            AtroposProtocolError: the answer is an error or not a batch.
+        """
+        answer = self._exchange("GET", "/batch")
+        if isinstance(answer, dict) and answer.get("status") == "error":
+            raise AtroposRegistrationError(
+                f"The Atropos API at {self.base_url} gives no batch: {_shorten(answer.get('message'))}.",
+                "This trainer is not registered there, or the API was restarted since.",
+                _RESTART,
+            )
+        if not isinstance(answer, dict) or "batch" not in answer:
+            raise _not_the_api(f"GET {self.base_url}/batch answered {_shorten(answer)}, without `batch`.")
+        batch = answer["batch"]
+        if batch is not None and (not isinstance(batch, list) or not batch):
+            raise _not_the_api(f"GET {self.base_url}/batch answered with the batch {_shorten(batch)}.")
+        return batch
+
+    def wait_for_batch(
+        self,
+        timeout_s: float,
+        refresh_interval_s: float = 10.0,
+        on_wait: Callable[[float, ApiStatus], None] | None = None,
+    ) -> list[Any]:
+        """Asks for a batch until there is one.
+
+        Args:
+            timeout_s (`float`):
+                Longest wait in seconds. At least one request is sent.
+            refresh_interval_s (`float`, *optional*, defaults to 10.0):
+                Longest pause between two requests in seconds; the first pauses are shorter, 0.1 s and doubling.
+            on_wait (`Callable[[float, ApiStatus], None]`, *optional*):
+                Called with the seconds waited and the API's status, at most every 10 s, from 10 s on.
+
+        Returns:
+            `list`: the groups of one batch, as JSON gave them.
+
+        Raises:
+            AtroposDataTimeout: no batch was formed in time; the message says what the API shows and the likely causes.
+            AtroposConnectionError, AtroposRegistrationError, AtroposProtocolError: as for `fetch_batch`.
+        """
+        start = time.monotonic()
+        delay, next_report = FIRST_DELAY_S, PROGRESS_INTERVAL_S
+        while True:
+            batch = self.fetch_batch()
+            if batch is not None:
+                return batch
+            elapsed = time.monotonic() - start
+            if elapsed >= timeout_s:
+                raise self._data_timeout(elapsed)
+            if on_wait is not None and elapsed >= next_report:
+                on_wait(elapsed, self.status())
+                next_report = elapsed + PROGRESS_INTERVAL_S
+            time.sleep(min(delay, refresh_interval_s, timeout_s - elapsed))
+            delay *= 2
+
+    def _data_timeout(self, elapsed_s: float) -> AtroposDataTimeout:
+        status, (batch_size, _) = self.status(), self.info()
+        if batch_size == UNREGISTERED:
+            why = "The registration was wiped by /reset_data: no batch will ever be formed."
+            fix = _RESTART
+        elif status.queue_size == 0:
+            why = (
+                "No environment posts groups: none is started, it died, all rollouts of each group score the same "
+                "(such groups are dropped unless `--env.ensure_scores_are_not_same false`), or they have "
+                "`max_token_len` tokens or more."
+            )
+            fix = "Read the environment's log; for a slow one raise `--batch_timeout_s`."
+        else:
+            why = (
+                f"The queued groups do not add up to {batch_size} rollouts: there are too few yet, their sizes do "
+                "not pack, a group is larger than the batch, or an environment with `min_batch_allocation` sends "
+                "nothing, even one that is dead (POST /disconnect-env with its env_id frees the others)."
+            )
+            fix = "Make every `--env.group_size` a power of two that divides the batch size; then restart `run-api`."
+        return AtroposDataTimeout(
+            f"No batch within {elapsed_s:.1f} s from {self.base_url}: /status shows current_step "
+            f"{status.current_step} and queue_size {status.queue_size} (groups), the registered batch_size is "
+            f"{batch_size} (rollouts).",
+            why,
+            fix,
+        )
+
+    def _compare(self, found: tuple[int, int], wanted: tuple[int, int]) -> None:
+        if found != wanted:
+            raise AtroposRegistrationError(
+                f"The Atropos API at {self.base_url} is registered with batch_size {found[0]} and max_token_len "
+                f"{found[1]}, this trainer needs {wanted[0]} and {wanted[1]}.",
+                "The first registration wins for as long as the API runs: another trainer's, or an earlier run's.",
+                "Start another API for this run (`run-api --port PORT`), or restart this one and its environments.",
+            )
+
+    def _info(self, read_timeout_s: float) -> tuple[int, int]:
+        answer = self._exchange("GET", "/info", read_timeout_s=read_timeout_s)
+        return _integer(answer, "batch_size", "/info"), _integer(answer, "max_token_len", "/info")
+
+    def _exchange(
+        self, method: str, path: str, *, json: dict[str, Any] | None = None, read_timeout_s: float | None = None
+    ) -> Any:
+        """One request, sent once; returns the JSON of a 200 answer."""
+        request = f"{method} {self.base_url}{path}"
+        timeout = (self.connect_timeout_s, self.read_timeout_s if read_timeout_s is None else read_timeout_s)
+        with _requests_errors_mapped(request, takes_batch=path == "/batch"):
+            # A redirect would send the request a second time.
+            response = self._session.request(
+                method, self.base_url + path, json=json, timeout=timeout, allow_redirects=False
+            )
+            if response.status_code == 200:
+                return response.json()
+        raise self._http_error(request, response, takes_batch=path == "/batch")
+
+    def _http_error(self, request: str, response: requests.Response, *, takes_batch: bool) -> TrlAtroposError:
+        what = f"{request} answered HTTP {response.status_code}: {_shorten(response.text)}."
+        if takes_batch and response.status_code >= 500:
+            # Without a queue /batch also ends in a 500. Only /info tells that from a batch that cannot be written.
+            if self.info()[0] == UNREGISTERED:
+                return AtroposRegistrationError(what, "The registration was wiped by /reset_data.", _RESTART)
+            return AtroposProtocolError(
+                what,
+                "One batch is lost: the API took it out of its queue and could not write it as JSON. The usual cause "
+                "is NaN or infinity in the `scores` that an environment posted.",
+                "Mend the score function of the environment, then start the trainer again; the API may keep running.",
+            )
+        if response.status_code == 422:
+            return AtroposProtocolError(
+                what, "The API refuses a value of the request; its own words name it.", "Correct that setting."
+            )
+        return _not_the_api(what)
+
+
+@contextmanager
+def _requests_errors_mapped(request: str, *, takes_batch: bool) -> Iterator[None]:
+    """The only place where errors of `requests` become ours."""
+    lost = " A batch may be lost: /batch gives each one away once." if takes_batch else ""
+    try:
+        yield
+    except (requests.exceptions.InvalidJSONError, requests.exceptions.ContentDecodingError) as exc:
+        raise AtroposProtocolError(
+            f"{request} answered something that is not JSON ({_root_cause(exc)}).",
+            f"Another service listens there, or a proxy stands in between.{lost}",
+            _START_API,
+        ) from exc
+    except requests.exceptions.RequestException as exc:
+        if _was_never_sent(exc):
+            raise AtroposConnectionError(
+                f"{request} reached nobody ({_root_cause(exc)}).",
+                "Nothing was sent, so nothing is lost. The API is not started, or listens elsewhere.",
+                _START_API,
+            ) from exc
+        raise AtroposConnectionError(
+            f"{request} was sent, but the answer did not arrive whole ({_root_cause(exc)}).",
+            f"The API died, stalls, or the network broke.{lost}",
+            "Read the log of `run-api`. If it is alive and busy, raise `read_timeout_s` of AtroposClient; then start the "
+            "trainer again.",
+        ) from exc
+
+
+def _was_never_sent(exc: requests.exceptions.RequestException) -> bool:
+    if isinstance(exc, requests.exceptions.ConnectTimeout):
+        return True
+    # requests wraps urllib3's MaxRetryError, whose `reason` is what really happened.
+    return bool(exc.args) and isinstance(getattr(exc.args[0], "reason", None), NewConnectionError)
+
+
+def _root_cause(exc: BaseException) -> str:
+    while exc.__context__ is not None:
+        exc = exc.__context__
+    return f"{type(exc).__name__}: {exc}"
+
+
+def _checked_url(base_url: str) -> str:
+    try:
+        parts = urlsplit(base_url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is not a number, an unclosed bracket
+        valid = False
+    if not valid:
+        raise PreflightError(
+            f"The URL of the Atropos API is {base_url!r}.",
+            "It needs a scheme and a host, and a port that is a number.",
+            "Give it as in `--atropos_api_url http://localhost:8000`.",
+        )
+    return base_url.rstrip("/")
+
+
+def _integer(answer: Any, name: str, path: str) -> int:
+    value = answer.get(name) if isinstance(answer, dict) else None
+    if type(value) is not int:
+        raise _not_the_api(f"{path} answered {_shorten(answer)}, without an integer `{name}`.")
+    return value
+
+
+def _not_the_api(what: str) -> AtroposProtocolError:
+    return AtroposProtocolError(what, "This is not how the Atropos API of atroposlib 0.4.0 answers.", _START_API)
+
+
+def _shorten(value: object) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 500 else f"{text[:500]}..."

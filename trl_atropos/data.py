@@ -1,0 +1,340 @@
+"""From batches of the Atropos API to this rank's micro-batches.
+
+    fetch (rank 0) -> journal -> validate -> policy versions -> advantages -> deal -> this rank's share -> collate
+
+Shape letters: B rollouts of a micro-batch, T tokens of the longest of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.data import IterableDataset
+
+from .advantages import group_advantages
+from .atropos_client import ApiStatus, AtroposClient
+from .distributed import run_on_main_process
+from .errors import AtroposProtocolError
+from .journal import Journal
+from .metrics import Metric, maximum_of, mean_of, minimum_of
+from .rollout_key import rollout_key
+from .types import IGNORE_INDEX, Rollout, RolloutBatch, RolloutGroup
+from .validation import WireLimits, parse_batch
+
+
+logger = logging.getLogger(__name__)
+
+PolicyVersionLookup = Callable[[Sequence[str]], Sequence["int | None"]]
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What the stream needs to know of the run.
+
+    Args:
+        batch_size (`int`):
+            Rollouts of one optimizer step, over all ranks.
+        micro_batch_size (`int`):
+            Rollouts of one forward pass on one rank.
+        rank (`int`):
+            This data-parallel rank.
+        world_size (`int`):
+            Number of data-parallel ranks.
+        limits ([`WireLimits`]):
+            Vocabulary and length that validation enforces.
+        scale_rewards (`str`):
+            See `AtroposConfig`.
+        needs_inference_logprobs (`bool`):
+            Whether a rollout without logprobs stops the run.
+        max_dropped_fraction (`float`):
+            See `AtroposConfig`.
+        batch_timeout_s (`float`):
+            See `AtroposConfig`.
+        refresh_interval_s (`float`):
+            See `AtroposConfig.refresh_interval`.
+    """
+
+    batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+    limits: WireLimits
+    scale_rewards: str
+    needs_inference_logprobs: bool
+    max_dropped_fraction: float
+    batch_timeout_s: float
+    refresh_interval_s: float
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One optimizer step as rank 0 hands it out."""
+
+    micro_batches: list[list[Rollout]]
+    num_tokens: int
+    num_trained: int
+    num_dropped: int
+    metrics: dict[str, Metric]
+
+
+class RolloutStream(IterableDataset):
+    """An endless stream of this rank's micro-batches, each a list of rollouts with token-level advantages.
+
+    Per optimizer step, rank 0 fetches one batch of the API and deals it: the rollouts are sorted by length and cut into
+    micro-batches, so that little is padded and all ranks work on sequences of like length at the same time. Every rank
+    gets the same number of micro-batches; after a dropped group the last ones may be empty.
+
+    Args:
+        client ([`AtroposClient`]):
+            The API. Used on rank 0.
+        journal ([`Journal`]):
+            Where each batch is written before it is used. Used on rank 0.
+        settings ([`StreamSettings`]):
+            The run.
+        register (`Callable[[], None]`):
+            Registers with the API; called once on rank 0 before the first fetch.
+        policy_version (`Callable[[], int]`):
+            Version of the trainer's policy, asked when a batch is consumed.
+        lookup_policy_versions (`PolicyVersionLookup`, *optional*):
+            Maps rollout keys to the versions that sampled them. None: unknown.
+
+    Attributes:
+        num_tokens (`int`):
+            Tokens handed out since the start, prompts included.
+        num_rollouts_trained (`int`):
+            Rollouts handed out since the start.
+        num_rollouts_dropped (`int`):
+            Rollouts refused since the start.
+    """
+
+    def __init__(
+        self,
+        client: AtroposClient | None,
+        journal: Journal | None,
+        settings: StreamSettings,
+        register: Callable[[], None],
+        policy_version: Callable[[], int],
+        lookup_policy_versions: PolicyVersionLookup | None,
+    ):
+        self.client = client
+        self.journal = journal
+        self.settings = settings
+        self.register = register
+        self.policy_version = policy_version
+        self.lookup_policy_versions = lookup_policy_versions
+        self.num_tokens = 0
+        self.num_rollouts_trained = 0
+        self.num_rollouts_dropped = 0
+        self._metrics: dict[str, Metric] = {}
+
+    def __iter__(self) -> Iterator[list[Rollout]]:
+        settings = self.settings
+        run_on_main_process(self.register)
+        while True:
+            step = run_on_main_process(self._next_step)
+            self.num_tokens += step.num_tokens
+            self.num_rollouts_trained += step.num_trained
+            self.num_rollouts_dropped += step.num_dropped
+            # Rank 0 saw the whole batch: its numbers are those of all ranks, and counted once.
+            self._metrics = step.metrics if settings.rank == 0 else {}
+            yield from step.micro_batches[settings.rank :: settings.world_size]
+
+    def pop_metrics(self) -> dict[str, Metric]:
+        """Return the metrics of the step that was handed out last, once."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics
+
+    def _next_step(self) -> _Step:
+        settings = self.settings
+        assert self.client is not None, "rank 0 has a client"
+        start = time.perf_counter()
+        raw_groups = self.client.wait_for_batch(
+            settings.batch_timeout_s, refresh_interval_s=settings.refresh_interval_s, on_wait=_report_wait
+        )
+        wait_s = time.perf_counter() - start
+        if self.journal is not None:
+            self.journal.append(raw_groups)
+        batch = parse_batch(raw_groups, settings.limits)
+        self._check_rejected(batch, len(raw_groups))
+        self._check_size(batch)
+        groups = self._with_policy_versions(batch.groups)
+        if settings.needs_inference_logprobs:
+            _check_inference_logprobs(groups)
+        metrics = {
+            **_reward_metrics(groups),
+            **_length_metrics(groups),
+            **_staleness_metrics(groups, self.policy_version()),
+            "perf/batch_wait_s": mean_of(wait_s),
+        }
+        rollouts = [rollout for group in groups for rollout in with_advantages(group, settings.scale_rewards)]
+        num_dropped = sum(rejected.num_rollouts for rejected in batch.rejected)
+        num_tokens = sum(rollout.num_tokens for rollout in rollouts)
+        return _Step(self._deal(rollouts), num_tokens, len(rollouts), num_dropped, metrics)
+
+    def _check_rejected(self, batch: RolloutBatch, num_groups: int) -> None:
+        for rejected in batch.rejected:
+            logger.warning(f"Dropped a group of environment {rejected.env_id}: {rejected.error}")
+        if len(batch.rejected) > self.settings.max_dropped_fraction * num_groups or not batch.groups:
+            error = batch.rejected[0].error
+            where = f" All {num_groups} raw groups of this batch are in {self.journal.path}." if self.journal else ""
+            raise AtroposProtocolError(
+                f"{len(batch.rejected)} of {num_groups} groups of a batch cannot be trained; the first: {error.what}",
+                f"{error.why}{where}",
+                f"{error.fix} Or let such groups be dropped and counted: raise --max_dropped_fraction "
+                f"({self.settings.max_dropped_fraction}).",
+            ) from error
+
+    def _check_size(self, batch: RolloutBatch) -> None:
+        size = len(batch.rollouts) + sum(rejected.num_rollouts for rejected in batch.rejected)
+        if size > self.settings.batch_size:
+            raise AtroposProtocolError(
+                f"The API handed out a batch of {size} rollouts, this run trains {self.settings.batch_size} a step.",
+                "The API is registered with another batch_size, by another trainer or an earlier run.",
+                "Restart run-api and the environments, or set --per_device_train_batch_size and "
+                "--gradient_accumulation_steps to its batch size (GET /info).",
+            )
+
+    def _with_policy_versions(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        if self.lookup_policy_versions is None:
+            return list(groups)
+        keys = [rollout_key(rollout.input_ids.tolist()) for group in groups for rollout in group.rollouts]
+        versions = iter(self.lookup_policy_versions(keys))
+        return [
+            replace(
+                group, rollouts=tuple(replace(rollout, policy_version=next(versions)) for rollout in group.rollouts)
+            )
+            for group in groups
+        ]
+
+    def _deal(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
+        """Cut the rollouts, longest first, into the step's micro-batches: number i goes to rank i % world_size."""
+        size = self.settings.micro_batch_size
+        longest_first = sorted(rollouts, key=lambda rollout: rollout.num_tokens, reverse=True)
+        num_micro_batches = self.settings.batch_size // size
+        return [longest_first[i * size : (i + 1) * size] for i in range(num_micro_batches)]
+
+
+def with_advantages(group: RolloutGroup, scale_rewards: str) -> list[Rollout]:
+    """Give every rollout of a group token-level advantages.
+
+    Those that the environment sent are kept. A rollout without them gets the advantage of its reward within the group,
+    the same at every trained token.
+
+    Args:
+        group ([`RolloutGroup`]):
+            One prompt's rollouts.
+        scale_rewards (`str`):
+            See [`~trl_atropos.advantages.group_advantages`].
+    """
+    rewards = torch.tensor([rollout.reward for rollout in group.rollouts], dtype=torch.float32)
+    from_rewards = group_advantages(rewards, scale_rewards)
+    return [
+        rollout
+        if rollout.advantages is not None
+        else replace(rollout, advantages=torch.where(rollout.labels != IGNORE_INDEX, advantage, 0.0))
+        for rollout, advantage in zip(group.rollouts, from_rewards, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class RolloutCollator:
+    """Pads a micro-batch on the right.
+
+    Args:
+        pad_token_id (`int`):
+            Id of the padding; never attended to, never trained.
+        temperature (`float`):
+            Of rollouts for which the wire names none.
+    """
+
+    pad_token_id: int
+    temperature: float
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
+        """Collate rollouts that have advantages.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask`, `labels` of shape (B, T), int64; `advantages`,
+            `inference_logprobs` (NaN where unknown) of shape (B, T), float32; `temperature` of shape (B,), float32;
+            `zero_advantage` of shape (B,), bool. No rollouts give one row of two untrained tokens, so that a rank
+            without data still takes part in every collective of the step.
+        """
+        num_rows = max(len(rollouts), 1)
+        length = max([rollout.num_tokens for rollout in rollouts], default=2)
+        batch: dict[str, torch.Tensor] = {
+            "input_ids": torch.full((num_rows, length), self.pad_token_id, dtype=torch.long),
+            "attention_mask": torch.zeros((num_rows, length), dtype=torch.long),
+            "labels": torch.full((num_rows, length), IGNORE_INDEX, dtype=torch.long),
+            "advantages": torch.zeros((num_rows, length)),
+            "inference_logprobs": torch.full((num_rows, length), float("nan")),
+            "temperature": torch.full((num_rows,), self.temperature),
+            "zero_advantage": torch.zeros(num_rows, dtype=torch.bool),
+        }
+        if not rollouts:
+            batch["attention_mask"][:] = 1
+        for row, rollout in enumerate(rollouts):
+            span = slice(0, rollout.num_tokens)
+            assert rollout.advantages is not None, "collate only what with_advantages() returned"
+            batch["input_ids"][row, span] = rollout.input_ids
+            batch["attention_mask"][row, span] = 1
+            batch["labels"][row, span] = rollout.labels
+            batch["advantages"][row, span] = rollout.advantages
+            batch["zero_advantage"][row] = rollout.set_advantage_to_zero
+            if rollout.inference_logprobs is not None:
+                batch["inference_logprobs"][row, span] = rollout.inference_logprobs
+            if rollout.temperature is not None:
+                batch["temperature"][row] = rollout.temperature
+        return batch
+
+
+def _check_inference_logprobs(groups: Sequence[RolloutGroup]) -> None:
+    for index, group in enumerate(groups):
+        for number, rollout in enumerate(group.rollouts):
+            if rollout.inference_logprobs is None:
+                raise AtroposProtocolError(
+                    f"Group {index} (environment {group.env_id}), rollout {number}: `inference_logprobs` is missing or "
+                    "incomplete.",
+                    "The clipped ratio of loss_type=grpo needs the logprob of every trained token.",
+                    "In the environment, build rollouts with ManagedServer in collect_trajectories; or set "
+                    "--inference_logprobs use (such rollouts count as on-policy) or --loss_type weighted_sft.",
+                )
+
+
+def _reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
+    rewards = [torch.tensor([rollout.reward for rollout in group.rollouts]) for group in groups]
+    stds = torch.stack([group.std() if group.numel() > 1 else torch.tensor(0.0) for group in rewards])
+    return {
+        "reward": mean_of(torch.cat(rewards)),
+        "reward_std": mean_of(stds),
+        "frac_reward_zero_std": mean_of(stds == 0),
+    }
+
+
+def _length_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    lengths = torch.tensor([rollout.num_trained_tokens for rollout in rollouts])
+    missing = torch.tensor([rollout.inference_logprobs is None for rollout in rollouts])
+    return {
+        "completions/mean_length": mean_of(lengths),
+        "completions/min_length": minimum_of(lengths),
+        "completions/max_length": maximum_of(lengths),
+        "inference_logprobs/missing_frac": mean_of(missing),
+    }
+
+
+def _staleness_metrics(groups: Sequence[RolloutGroup], policy_version: int) -> dict[str, Metric]:
+    versions = [rollout.policy_version for group in groups for rollout in group.rollouts]
+    staleness = torch.tensor([policy_version - version for version in versions if version is not None])
+    return {
+        "staleness/mean": mean_of(staleness),
+        "staleness/max": maximum_of(staleness),
+        "staleness/unknown_frac": mean_of(torch.tensor([version is None for version in versions])),
+    }
+
+
+def _report_wait(elapsed_s: float, status: ApiStatus) -> None:
+    logger.info(f"Waiting for a batch: {elapsed_s:.0f} s, {status.queue_size} groups in the API's queue")

@@ -1,0 +1,81 @@
+"""The exceptions of trl_atropos.
+
+    TrlAtroposError
+    +-- AtroposConnectionError    (ConnectionError)   the Atropos API does not answer
+    +-- AtroposProtocolError      (ValueError)        an answer or a group that does not follow the wire format
+    +-- AtroposRegistrationError  (RuntimeError)      the API is registered with other settings, or cannot be registered
+    +-- AtroposDataTimeout        (TimeoutError)      no batch was formed in time
+    +-- JournalError              (OSError)           the journal of fetched groups cannot be written or read
+    +-- PreflightError            (RuntimeError)      a server or an option that cannot work together with this run
+    +-- NonFiniteGradientError    (ArithmeticError)   a gradient is NaN or infinite; the optimizer step was not taken
+    +-- WeightSyncError           (RuntimeError)      a publish failed; says in which state the server is
+        +-- WeightSyncTimeout     (TimeoutError)      a phase of a publish exceeded its deadline
+
+Every exception also inherits from the standard exception that it specialises, so that `except ConnectionError` keeps
+its meaning.
+"""
+
+from __future__ import annotations
+
+
+class TrlAtroposError(Exception):
+    """Base of all errors that trl_atropos raises on purpose. The message has three parts, each a full sentence.
+
+    Args:
+        what (`str`):
+            What happened, with values and position.
+        why (`str`):
+            Why it matters, or the usual cause.
+        fix (`str`):
+            The option or the command that mends it.
+    """
+
+    def __init__(self, what: str, why: str, fix: str):
+        # Not super(): OSError, the base of ConnectionError and TimeoutError, would read three arguments as
+        # (errno, strerror, filename) and keep two of them.
+        Exception.__init__(self, what, why, fix)
+        self.what = what
+        self.why = why
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.why} {self.fix}"
+
+    def __reduce__(self):
+        return type(self), (self.what, self.why, self.fix)
+
+
+class AtroposConnectionError(TrlAtroposError, ConnectionError):
+    """The Atropos API could not be reached, or closed the connection in the middle of an answer."""
+
+
+class AtroposProtocolError(TrlAtroposError, ValueError):
+    """The Atropos API, or an environment through it, sent something that is not what the wire format promises."""
+
+
+class AtroposRegistrationError(TrlAtroposError, RuntimeError):
+    """The API did not take this trainer's registration."""
+
+
+class AtroposDataTimeout(TrlAtroposError, TimeoutError):
+    """No batch was formed within `batch_timeout_s`."""
+
+
+class JournalError(TrlAtroposError, OSError):
+    """The journal of fetched groups, or an offline data file, cannot be written or read."""
+
+
+class PreflightError(TrlAtroposError, RuntimeError):
+    """A server, a model or an option that cannot work with the rest of the run; found before training starts."""
+
+
+class NonFiniteGradientError(TrlAtroposError, ArithmeticError):
+    """A gradient is NaN or infinite. The optimizer step was not taken."""
+
+
+class WeightSyncError(TrlAtroposError, RuntimeError):
+    """A publish failed. The message names the state in which the server was left."""
+
+
+class WeightSyncTimeout(WeightSyncError, TimeoutError):
+    """A phase of a publish exceeded its deadline."""

@@ -1,0 +1,279 @@
+"""Names and reductions of every logged metric.
+
+A metric is collected per micro-batch and reported per optimizer step, over all ranks. A mean travels as (sum, count):
+every token weighs the same however the batch was split, which a mean of means does not do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+METRICS: dict[str, str] = {
+    "reward": "Mean reward of the rollouts, in the environment's unit. Flat or falling: the policy does not learn.",
+    "reward_std": (
+        "Standard deviation of the rewards inside a group, mean over groups, in the environment's unit. Near 0: the "
+        "rollouts of a prompt are alike and teach nothing."
+    ),
+    "frac_reward_zero_std": (
+        "Fraction of groups whose rewards are all equal, 0 to 1. Near 1: the task is too easy or too hard."
+    ),
+    "num_tokens": "Tokens seen since the start of training, prompts included. Count.",
+    "num_trained_tokens": "Trained tokens of the step, the denominator of its loss. Count. 0: nothing was learned.",
+    "num_rollouts_trained": "Rollouts trained since the start. Count.",
+    "num_rollouts_dropped": (
+        "Rollouts dropped since the start: refused by validation, too stale or too long. Count. Growing as fast as "
+        "num_rollouts_trained: half of the generation is lost."
+    ),
+    "completions/mean_length": "Mean number of trained tokens of a rollout. Falling to 0: the policy stops at once.",
+    "completions/min_length": "Trained tokens of the shortest rollout. Near 0: it teaches nothing.",
+    "completions/max_length": "Trained tokens of the longest rollout. At max_tokens: completions are cut off.",
+    "advantages/zero_std": (
+        "1 if all advantages of the step were equal under normalisation, else 0. 1: the step had no gradient."
+    ),
+    "advantages/clipped_frac_low": (
+        "Fraction of trained tokens below the lower bound of advantage_clipping, 0 to 1. Above a few percent: the "
+        "bound shapes the reward."
+    ),
+    "advantages/clipped_frac_high": (
+        "Fraction of trained tokens above the upper bound of advantage_clipping, 0 to 1. Above a few percent: the "
+        "bound shapes the reward."
+    ),
+    "inference_logprobs/missing_frac": (
+        "Fraction of rollouts that came without a logprob for every trained token, 0 to 1. Above 0 with a ratio loss: "
+        "those rollouts have no off-policy correction from the server."
+    ),
+    "entropy": "Mean entropy of the next-token distribution at trained tokens, in nats. Near 0: exploration is over.",
+    "clip_ratio/low_mean": (
+        "Fraction of trained tokens with negative advantage whose ratio fell below 1 - epsilon, 0 to 1. High: steps "
+        "are too large or the data is too old."
+    ),
+    "clip_ratio/high_mean": (
+        "Fraction of trained tokens with positive advantage whose ratio rose above 1 + epsilon_high, 0 to 1. High: "
+        "steps are too large or the data is too old."
+    ),
+    "clip_ratio/region_mean": "Sum of clip_ratio/low_mean and clip_ratio/high_mean, 0 to 1: tokens without gradient.",
+    "sampling/sampling_logp_difference/mean": (
+        "Mean |trainer_logprobs - inference_logprobs|, in nats. Above about 0.1 on fresh data: server and trainer "
+        "disagree about the policy."
+    ),
+    "sampling/sampling_logp_difference/max": "Largest |trainer_logprobs - inference_logprobs|, in nats.",
+    "sampling/importance_sampling_ratio/mean": (
+        "Mean of exp(trainer_logprobs - inference_logprobs). 1 on policy; far from 1: the data is off-policy."
+    ),
+    "sampling/importance_sampling_ratio/min": "Smallest importance ratio. Near 0: a token the policy has abandoned.",
+    "sampling/importance_sampling_ratio/max": (
+        "Largest importance ratio, capped at exp(20). At the cap: an inference logprob that cannot be right."
+    ),
+    "staleness/mean": "Mean of the trainer's policy_version minus the rollout's, in versions, where it is known.",
+    "staleness/max": "Largest staleness, in versions. Above max_staleness: dropping does not work.",
+    "staleness/unknown_frac": "Fraction of rollouts without a policy_version, 0 to 1. 1: staleness is not bounded.",
+    "policy_version": "Weight sets published so far; 0 is the starting checkpoint. Standing still: no publish.",
+    "logprob_probe/mean_abs_diff": (
+        "Mean |trainer - server| logprob on fixed prompts after a publish, in nats. Above what the dtype explains: "
+        "the server does not hold the weights that were sent."
+    ),
+    "step_time": "Wall time of the optimizer step with data and publish, in seconds.",
+    "perf/batch_wait_s": "Time waited for rollouts, in seconds. Most of step_time: generation is the bottleneck.",
+    "perf/weight_sync_s": "Wall time of the publish, in seconds. Large against step_time: publish less often.",
+    "perf/weight_sync_stage_s": "Part of the publish before the pause: gathering and merging weights, in seconds.",
+    "perf/weight_sync_pause_s": "Time for which the server was paused, in seconds: lost to generation.",
+    "perf/weight_sync_transfer_s": "Part of the publish that moves and loads the weights, in seconds.",
+    "perf/weight_sync_verify_s": "Part of the publish that reads back version and logprob probe, in seconds.",
+    "perf/weight_sync_bytes": "Size of the published weights, in bytes.",
+    "memory/peak_rss_bytes": "Peak resident memory of the trainer process, in bytes. Growing: a leak.",
+}
+"""Every metric that a training run logs: what it is, its unit, and what a bad value means."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A partial result that can be combined with those of other micro-batches and ranks.
+
+    Values stay on their device until [`MetricAccumulator.reduce`], so that collecting a metric never waits for the
+    accelerator.
+
+    Args:
+        kind (`str`):
+            `"mean"`, `"sum"`, `"min"` or `"max"`: how partial results combine.
+        value (`torch.Tensor` of shape `()`, float64):
+            The sum of the values for `"mean"` and `"sum"`, else the extremum. 0 when there are none.
+        count (`int`):
+            How many values went in. 0: there is no data, and the metric is not reported.
+    """
+
+    kind: Literal["mean", "sum", "min", "max"]
+    value: Tensor
+    count: int
+
+
+def mean_of(values: Tensor | float) -> Metric:
+    """A mean in which every element weighs the same.
+
+    Args:
+        values (`torch.Tensor` of any shape or `float`):
+            The values; bool counts as 0 and 1.
+
+    Returns:
+        [`Metric`]: without data if `values` is empty.
+    """
+    flat = _flatten(values)
+    return Metric("mean", flat.sum(), flat.numel())
+
+
+def total(values: Tensor | float) -> Metric:
+    """A sum over elements, micro-batches and ranks.
+
+    Args:
+        values (`torch.Tensor` of any shape or `float`):
+            The values; bool counts as 0 and 1.
+
+    Returns:
+        [`Metric`]: without data if `values` is empty.
+    """
+    flat = _flatten(values)
+    return Metric("sum", flat.sum(), flat.numel())
+
+
+def minimum_of(values: Tensor | float) -> Metric:
+    """The smallest element; NaN if there is one.
+
+    Args:
+        values (`torch.Tensor` of any shape or `float`):
+            The values.
+
+    Returns:
+        [`Metric`]: without data if `values` is empty.
+    """
+    flat = _flatten(values)
+    return Metric("min", flat.amin() if flat.numel() else flat.sum(), flat.numel())
+
+
+def maximum_of(values: Tensor | float) -> Metric:
+    """The largest element; NaN if there is one. Also for a number that every rank has alike, such as a version.
+
+    Args:
+        values (`torch.Tensor` of any shape or `float`):
+            The values.
+
+    Returns:
+        [`Metric`]: without data if `values` is empty.
+    """
+    flat = _flatten(values)
+    return Metric("max", flat.amax() if flat.numel() else flat.sum(), flat.numel())
+
+
+def merge_metrics(name: str, left: Metric, right: Metric) -> Metric:
+    """Combines two partial results of the same metric.
+
+    Args:
+        name (`str`):
+            Name of the metric, for the error.
+        left ([`Metric`]):
+            One partial result; decides the device.
+        right ([`Metric`]):
+            The other.
+
+    Returns:
+        [`Metric`]: what one would have got from the values of both.
+
+    Raises:
+        ValueError: the two are of different kinds.
+    """
+    if left.kind != right.kind:
+        raise ValueError(
+            f"Metric {name!r} was given as {left.kind!r} and as {right.kind!r}. The two cannot be combined. Give one "
+            "of them another name."
+        )
+    if left.count == 0 or right.count == 0:
+        return left if right.count == 0 else right
+    right_value = right.value.to(left.value.device)
+    if left.kind == "min":
+        value = torch.minimum(left.value, right_value)
+    elif left.kind == "max":
+        value = torch.maximum(left.value, right_value)
+    else:
+        value = left.value + right_value
+    return Metric(left.kind, value, left.count + right.count)
+
+
+class MetricAccumulator:
+    """Collects the metrics of the micro-batches of an optimizer step, then reduces them over ranks."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, Metric] = {}
+
+    def update(self, metrics: Mapping[str, Metric]) -> None:
+        """Adds the metrics of a micro-batch.
+
+        Args:
+            metrics (`Mapping[str, Metric]`):
+                By name. A name may be absent from some micro-batches and some ranks.
+
+        Raises:
+            ValueError: a name was used before with another kind.
+        """
+        for name, metric in metrics.items():
+            held = self._metrics.get(name)
+            self._metrics[name] = metric if held is None else merge_metrics(name, held, metric)
+
+    def reduce(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        distributed: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, float]:
+        """Reduces over micro-batches and, when `distributed`, over ranks; then starts anew.
+
+        A collective call when `distributed`: every rank of the group must make it, also one that has no metrics. Ranks
+        may hold different names, which is why the names travel with the numbers.
+
+        Args:
+            process_group (`torch.distributed.ProcessGroup`, *optional*):
+                The ranks to reduce over; the default group if not given.
+            distributed (`bool`, *optional*, defaults to `False`):
+                Whether to reduce over ranks.
+            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+                Where this rank's values are gathered before they are read: on the accelerator that computed them, the
+                host waits for it once instead of once per metric.
+
+        Returns:
+            `dict[str, float]`: the same on every rank; metrics without data are left out.
+
+        Raises:
+            ValueError: two ranks used a name with different kinds.
+        """
+        metrics = _to_host(self._metrics, device)
+        self._metrics = {}
+        if distributed:
+            metrics_of_ranks: list[dict[str, Metric]] = [{}] * dist.get_world_size(process_group)
+            dist.all_gather_object(metrics_of_ranks, metrics, group=process_group)
+            over_ranks = MetricAccumulator()
+            for metrics_of_rank in metrics_of_ranks:
+                over_ranks.update(metrics_of_rank)
+            metrics = over_ranks._metrics
+        return {
+            name: metric.value.item() / metric.count if metric.kind == "mean" else metric.value.item()
+            for name, metric in metrics.items()
+            if metric.count > 0
+        }
+
+
+def _flatten(values: Tensor | float) -> Tensor:
+    return torch.as_tensor(values).detach().to(torch.float64).flatten()
+
+
+def _to_host(metrics: dict[str, Metric], device: torch.device | str) -> dict[str, Metric]:
+    if not metrics:
+        return {}
+    values = torch.stack([metric.value.to(device) for metric in metrics.values()]).cpu()
+    return {
+        name: replace(metric, value=value)
+        for (name, metric), value in zip(metrics.items(), values.unbind(), strict=True)
+    }

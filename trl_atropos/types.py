@@ -1,0 +1,127 @@
+"""What travels between the stages of the data plane: typed, validated, immutable.
+
+Shape letters: T tokens of one rollout.
+
+Every per-token tensor is aligned with the token it belongs to (label position): entry t describes token t, which the
+model predicts from tokens 0..t-1. The causal shift happens once, in `logprobs.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from .errors import AtroposProtocolError
+
+
+IGNORE_INDEX = -100
+"""Label of a token that is not trained: on the Atropos wire and in `torch.nn.functional.cross_entropy` alike."""
+
+MISSING_LOGPROB = 1.0
+"""What the wire puts into `inference_logprobs` where there is no logprob (prompt tokens, or the server gave none)."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled sequence with its credit.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(T,)`, int64):
+            Prompt and completion, unpadded.
+        labels (`torch.Tensor` of shape `(T,)`, int64):
+            The token id where the token is trained, -100 elsewhere. May be -100 in the middle (tool and user turns).
+        reward (`float`):
+            The environment's score of the whole rollout; finite.
+        advantages (`torch.Tensor` of shape `(T,)`, float32, *optional*):
+            Token-level advantages from the environment; they replace those made from the rewards. 0 where untrained.
+        inference_logprobs (`torch.Tensor` of shape `(T,)`, float32, *optional*):
+            Logprobs in nats under the policy that sampled; NaN where the wire had none. None if any trained token has none.
+        ref_logprobs (`torch.Tensor` of shape `(T,)`, float32, *optional*):
+            Logprobs in nats under a reference policy, as the environment sent them.
+        set_advantage_to_zero (`bool`):
+            The environment asked for this rollout to count in its group's mean but not to push the policy.
+        temperature (`float`, *optional*):
+            Sampling temperature, if the wire says so.
+        policy_version (`int`, *optional*):
+            Version of the policy that sampled the rollout's last tokens. None when unknown, never a guess.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    reward: float
+    advantages: torch.Tensor | None = None
+    inference_logprobs: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
+    set_advantage_to_zero: bool = False
+    temperature: float | None = None
+    policy_version: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the sequence, prompt included."""
+        return self.input_ids.numel()
+
+    @property
+    def num_trained_tokens(self) -> int:
+        """Number of trained tokens: labels that are not -100. Token 0 has no prediction and never counts."""
+        return int((self.labels[1:] != IGNORE_INDEX).sum())
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The rollouts of one prompt: the unit of advantage.
+
+    Args:
+        rollouts (`tuple[Rollout, ...]`):
+            At least one.
+        env_id (`int`, *optional*):
+            The API's number of the environment that sent the group.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    env_id: int | None = None
+
+
+@dataclass(frozen=True)
+class RejectedGroup:
+    """A group that the wire delivered and validation refused.
+
+    Args:
+        index (`int`):
+            Position in the batch, from 0.
+        env_id (`int`, *optional*):
+            The environment that sent it.
+        num_rollouts (`int`):
+            How many rollouts are lost with it, as far as that can be told.
+        error (`AtroposProtocolError`):
+            Why.
+    """
+
+    index: int
+    env_id: int | None
+    num_rollouts: int
+    error: AtroposProtocolError
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """One answer of `/batch`, validated.
+
+    Args:
+        groups (`tuple[RolloutGroup, ...]`):
+            The groups that may be trained, in the order of the wire.
+        rejected (`tuple[RejectedGroup, ...]`):
+            The groups that may not.
+    """
+
+    groups: tuple[RolloutGroup, ...]
+    rejected: tuple[RejectedGroup, ...] = ()
+
+    @property
+    def rollouts(self) -> tuple[Rollout, ...]:
+        """All rollouts of all accepted groups, in order."""
+        return tuple(rollout for group in self.groups for rollout in group.rollouts)

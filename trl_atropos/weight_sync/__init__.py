@@ -1,0 +1,1 @@
+"""Keeps the inference server on the newest policy: what is sent, how it travels, and the proof that it arrived."""

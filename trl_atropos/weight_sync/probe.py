@@ -1,0 +1,109 @@
+"""The proof of a publish: the same sequences scored by the trainer's policy and by the server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..logprobs import next_token_targets, token_logprobs_and_entropy
+from ..types import IGNORE_INDEX
+
+
+if TYPE_CHECKING:
+    from .vllm_client import AtroposVLLMClient
+
+
+PROBE_TEXTS = (
+    "The capital of France is Paris, and the river that runs through it is the Seine.",
+    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)",
+    "Water boils at 100 degrees Celsius at sea level; on a mountain it boils earlier.",
+)
+MAX_PROBE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """How far trainer and server are apart on the probe.
+
+    Args:
+        mean_abs_diff (`float`):
+            Mean absolute difference of the logprobs, in nats.
+        max_abs_diff (`float`):
+            The largest one.
+        num_tokens (`int`):
+            How many tokens were scored.
+    """
+
+    mean_abs_diff: float
+    max_abs_diff: float
+    num_tokens: int
+
+
+class LogprobProbe:
+    """Fixed sequences that both sides score at temperature 1.
+
+    The probe finds a policy that did not arrive, or arrived in part: a stale tied head, a wrong name mapping, another
+    checkpoint. It cannot see an update that is smaller than the rounding of the server's dtype; against that stand
+    the manifest and the version.
+
+    Args:
+        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            Encodes the probe's texts. Without it, fixed pseudo-random ids are scored.
+        vocab_size (`int`):
+            Size of the model's vocabulary.
+    """
+
+    def __init__(self, processing_class: Any, vocab_size: int):
+        if processing_class is None:
+            generator = torch.Generator().manual_seed(0)
+            shape = (len(PROBE_TEXTS), MAX_PROBE_TOKENS)
+            self.sequences = torch.randint(vocab_size, shape, generator=generator).tolist()
+        else:
+            tokenizer = getattr(processing_class, "tokenizer", processing_class)
+            encoded = [tokenizer(text)["input_ids"][:MAX_PROBE_TOKENS] for text in PROBE_TEXTS]
+            self.sequences = [ids for ids in encoded if len(ids) >= 2]
+
+    def run(self, model: nn.Module, client: AtroposVLLMClient) -> ProbeResult:
+        """Score the sequences on both sides. The server must not be paused.
+
+        Args:
+            model (`nn.Module`):
+                The unwrapped policy; its training mode is restored.
+            client (`AtroposVLLMClient`):
+                The server.
+        """
+        trainer = self.trainer_logprobs(model)
+        server = torch.tensor([value for row in client.get_prompt_logprobs(self.sequences) for value in row])
+        differences = (trainer - server).abs()
+        return ProbeResult(differences.mean().item(), differences.max().item(), differences.numel())
+
+    @torch.no_grad()
+    def trainer_logprobs(self, model: nn.Module) -> torch.Tensor:
+        """Logprobs in nats of every token but the first of each sequence, concatenated."""
+        was_training = model.training
+        model.eval()
+        try:
+            device = next(model.parameters()).device
+            input_ids, attention_mask, labels = _pad(self.sequences, device)
+            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            targets = next_token_targets(labels)
+            scored = targets != IGNORE_INDEX
+            logprobs, _ = token_logprobs_and_entropy(logits[scored], targets[scored], temperature=1.0)
+            return logprobs.float().cpu()
+        finally:
+            model.train(was_training)
+
+
+def _pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    length = max(len(sequence) for sequence in sequences)
+    input_ids = torch.zeros(len(sequences), length, dtype=torch.long)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, : len(sequence)] = torch.tensor(sequence)
+        labels[row, : len(sequence)] = torch.tensor(sequence)
+    attention_mask = (labels != IGNORE_INDEX).long()
+    return input_ids.to(device), attention_mask.to(device), labels.to(device)
