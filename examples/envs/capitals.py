@@ -15,9 +15,9 @@ from typing import Any
 from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, ScoredDataGroup
 
 
-PROMPT = "Country: {country}\nThe capital of {country} is"
+PROMPT = "Country: {country}\nCapital:"
 STOP = ["\n"]
-MAX_TOKENS = 12
+MAX_TOKENS = 8
 TEMPERATURE = 1.0
 GROUP_SIZE = 8
 MAX_TOKEN_LENGTH = 64
@@ -26,21 +26,15 @@ REWARD_EXACT = 1.0  # the capital, with or without a full stop
 REWARD_FIRST = 0.5  # the capital, then something else
 REWARD_INSIDE = 0.25  # the capital somewhere in the answer
 
-# Countries whose capital a 135M model names at least now and then: what is never sampled cannot be reinforced.
-# Left out on purpose: Denmark and Switzerland, so that the launcher can ask for capitals that were not trained.
+# Countries whose capital a 135M model names in a quarter to a half of its samples: what is never sampled cannot be
+# reinforced, and what is always sampled has nothing to learn.
 CAPITALS = dict(
     pair.split(": ")
     for pair in """\
-Afghanistan: Kabul, Albania: Tirana, Argentina: Buenos Aires, Australia: Canberra, Austria: Vienna, Azerbaijan: Baku,
-Bangladesh: Dhaka, Belgium: Brussels, Bulgaria: Sofia, Canada: Ottawa, Chile: Santiago, China: Beijing, Cuba: Havana,
-Egypt: Cairo, Estonia: Tallinn, Ethiopia: Addis Ababa, Finland: Helsinki, France: Paris, Germany: Berlin, Ghana: Accra,
-Greece: Athens, Hungary: Budapest, Iceland: Reykjavik, India: New Delhi, Indonesia: Jakarta, Iran: Tehran,
-Iraq: Baghdad, Ireland: Dublin, Italy: Rome, Jamaica: Kingston, Japan: Tokyo, Kenya: Nairobi, Latvia: Riga,
-Mexico: Mexico City, Morocco: Rabat, New Zealand: Wellington, Nigeria: Abuja, Norway: Oslo, Pakistan: Islamabad,
-Peru: Lima, Philippines: Manila, Poland: Warsaw, Portugal: Lisbon, Romania: Bucharest, Russia: Moscow,
-Saudi Arabia: Riyadh, Senegal: Dakar, Serbia: Belgrade, South Korea: Seoul, Spain: Madrid, Sudan: Khartoum,
-Sweden: Stockholm, Syria: Damascus, Thailand: Bangkok, Tunisia: Tunis, the United Kingdom: London, Uruguay: Montevideo,
-Vietnam: Hanoi""".replace("\n", " ").split(", ")
+Afghanistan: Kabul, Argentina: Buenos Aires, Austria: Vienna, Belgium: Brussels, Bulgaria: Sofia, Canada: Ottawa,
+China: Beijing, Estonia: Tallinn, Finland: Helsinki, Germany: Berlin, Iraq: Baghdad, Ireland: Dublin, Japan: Tokyo,
+Mexico: Mexico City, Peru: Lima, Romania: Bucharest, South Korea: Seoul, Sudan: Khartoum, Syria: Damascus,
+Thailand: Bangkok""".replace("\n", " ").split(", ")
 )
 
 

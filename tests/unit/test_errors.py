@@ -18,6 +18,7 @@ STANDARD_BASE = {
     errors.AtroposDataTimeout: TimeoutError,
     errors.JournalError: OSError,
     errors.PreflightError: RuntimeError,
+    errors.NonFiniteGradientError: ArithmeticError,
     errors.WeightSyncError: RuntimeError,
     errors.WeightSyncTimeout: TimeoutError,
 }

@@ -1,4 +1,4 @@
-"""The journal: what the wire gave is on the disk, bit for bit, before it is used; a torn end does not spoil the rest."""
+"""The journal: what the wire gave is on the disk, bit for bit, before use; a torn end spoils nothing else."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_nan_and_infinity_are_kept(tmp_path):
     assert group["scores"][1:] == [math.inf, -math.inf]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(groups=st.lists(st.dictionaries(st.text(), json_values, max_size=4), max_size=4))
 def test_any_json_object_round_trips(tmp_path_factory, groups):
     journal = Journal(tmp_path_factory.mktemp("journal") / "journal.jsonl")

@@ -403,14 +403,14 @@ def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [p for key, child in children for p in paths(child, (*prefix, key))] + ([prefix] if prefix else [])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(raw=json_values | st.dictionaries(st.sampled_from(list(GOOD)), json_values))
 def test_arbitrary_json_raises_nothing_but_a_protocol_error(raw):
     with contextlib.suppress(AtroposProtocolError):
         parse_group(raw, LIMITS)
 
 
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=300)
 @given(path=st.sampled_from(paths(GOOD)), value=json_values | extreme_numbers)
 def test_any_one_wrong_value_gives_a_trainable_group_or_a_protocol_error(path, value):
     try:
@@ -447,7 +447,7 @@ def good_groups(draw: st.DrawFn) -> dict[str, Any]:
     return group
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(raw=good_groups())
 def test_a_good_group_arrives_exactly(raw):
     # Through JSON text, as on the wire.

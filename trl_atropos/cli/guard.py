@@ -22,6 +22,9 @@ import psutil
 GRACE_S = 10.0
 """How long a process may take to end after SIGTERM before it gets SIGKILL."""
 
+TRACKER_GRACE_S = 3.0
+"""How long Python's resource trackers may take to remove shared memory after the processes that made it were killed."""
+
 POLL_S = 0.1
 PR_SET_CHILD_SUBREAPER = 36
 COMMAND_NOT_FOUND = 127
@@ -60,17 +63,33 @@ def main(command: list[str]) -> int:
 
 
 def end_descendants(grace_s: float) -> None:
-    """End every descendant and every member of this process group: SIGTERM, then SIGKILL after `grace_s` seconds."""
+    """End every descendant and every member of this process group.
+
+    Args:
+        grace_s (`float`):
+            Seconds between SIGTERM and SIGKILL for processes that do not end.
+    """
     for process in _living_descendants():
         _send(process, signal.SIGTERM)
     deadline = time.monotonic() + grace_s
     while time.monotonic() < deadline and _living_descendants():
         time.sleep(POLL_S / 2)
     # Again until none is left: a process can start another one between the listing and its end.
+    tracker_deadline = time.monotonic() + TRACKER_GRACE_S
     while remaining := _living_descendants():
+        may_clean_up = time.monotonic() < tracker_deadline
         for process in remaining:
-            _send(process, signal.SIGKILL)
+            if not (may_clean_up and _is_resource_tracker(process)):
+                _send(process, signal.SIGKILL)
         time.sleep(POLL_S / 2)
+
+
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    """Return whether `process` removes the shared memory of Python processes that were killed, once they are gone."""
+    try:
+        return any("multiprocessing.resource_tracker" in part for part in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _living_descendants() -> list[psutil.Process]:

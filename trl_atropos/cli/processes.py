@@ -20,10 +20,14 @@ from . import guard
 
 
 LOG_TAIL_LINES = 30
+# What compiled extensions print when their interpreter exits; in a crash it buries the cause.
+EXIT_NOISE = ("nanobind:", " - leaked ", " - ... skipped")
 # The guard needs its own grace and a moment to look for what is left.
 GUARD_GRACE_S = guard.GRACE_S + 5.0
 # A service that dies takes its clients along: wait this long for the others to show it, so that the cause is named.
 SETTLE_S = 1.0
+# The pipe of an ended process holds at most 64 KiB.
+PUMP_JOIN_S = 1.0
 
 
 class ProcessFailedError(TrlAtroposError, ChildProcessError):
@@ -86,12 +90,13 @@ class ManagedProcess:
         """Return the exit code, 128 + n after signal n, or None while the process runs."""
         code = self._guard.poll()
         if code is not None and self._pump is not None:
-            self._pump.join(timeout=1.0)
+            self._pump.join(timeout=PUMP_JOIN_S)
         return code if code is None or code >= 0 else 128 - code
 
     def log_tail(self, num_lines: int = LOG_TAIL_LINES) -> str:
-        """Return the last `num_lines` lines of the log."""
-        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-num_lines:])
+        """Return the last `num_lines` lines of the log that say something."""
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        return "\n".join([line for line in lines if line.strip() and not line.startswith(EXIT_NOISE)][-num_lines:])
 
     def request_stop(self) -> None:
         """Ask the guard to end the process and everything that it started; returns at once."""
@@ -108,6 +113,11 @@ class ManagedProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._guard.pid, signal.SIGKILL)
         self._guard.wait()
+        if self._pump is not None:
+            self._pump.join(timeout=PUMP_JOIN_S)
+        for stream in (self._guard.stdin, self._guard.stdout):
+            if stream is not None:
+                stream.close()
 
 
 def _copy_lines(source: IO[bytes], log_path: Path) -> None:
@@ -139,20 +149,33 @@ class ProcessGroup:
 
     def discard(self, process: ManagedProcess) -> None:
         """Forget a process that has ended and is replaced."""
+        process.wait_stopped()
         self._processes.remove(process)
 
-    def check(self) -> None:
-        """Return if all processes run.
+    def check(self, may_finish: str | None = None) -> bool:
+        """Look at all processes once.
+
+        Args:
+            may_finish (`str`, *optional*):
+                Name of the process that may end, with exit code 0.
+
+        Returns:
+            `bool`: Whether it has. False: all processes run.
 
         Raises:
-            ProcessFailedError: At least one has ended, with whatever exit code. Names the one that was started first,
-                because the later ones depend on it, and shows the end of its log.
+            ProcessFailedError: Another one has ended, with whatever exit code, or that one with an error. Names the one
+                that was started first, because the later ones depend on it, and shows the end of its log.
         """
         if all(process.poll() is None for process in self._processes):
-            return
-        time.sleep(SETTLE_S)
+            return False
+        finished = any(process.name == may_finish and process.poll() == 0 for process in self._processes)
+        if not finished:
+            time.sleep(SETTLE_S)
         ended = [process for process in self._processes if process.poll() is not None]
-        raise failure_of(ended[0], also_ended=[process.name for process in ended[1:]])
+        failed = [process for process in ended if process.name != may_finish or process.poll() != 0]
+        if failed:
+            raise failure_of(failed[0], also_ended=[process.name for process in failed[1:]])
+        return True
 
     def stop(self) -> None:
         """End all processes: SIGTERM to everything that they started, SIGKILL after 10 s. Newest first."""

@@ -116,6 +116,7 @@ def plot_reward(entries: Sequence[LogEntry], path: Path) -> None:
     bottom.set_ylabel("seconds")
     bottom.set_ylim(bottom=0)
     bottom.set_xlabel("optimizer step")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
         axes.legend()

@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import lru_cache
 from typing import Any
 
 from ..rollout_key import rollout_key
@@ -85,7 +86,9 @@ class GenerateEndpoint:
             return await _respond(send, exc.status, exc.payload)
         if request.pop("stream", False):
             return await _respond(send, 400, _error("`stream` is not supported on /generate: send `stream: false`."))
-        request.pop("output_kind", None)
+        unknown = sorted(set(request) - _sampling_params_fields())
+        if unknown:
+            return await _respond(send, 400, _error(f"Not a sampling parameter of this vLLM: {', '.join(unknown)}."))
         request.setdefault("logprobs", 0)
         inner = {
             "token_ids": token_ids,
@@ -196,6 +199,15 @@ class _BadRequest(ValueError):
         super().__init__(status, payload)
         self.status = status
         self.payload = payload
+
+
+@lru_cache(maxsize=1)
+def _sampling_params_fields() -> frozenset[str]:
+    # The server's route drops unknown fields without a word; an environment with a misspelt one would sample otherwise
+    # than it says.
+    from vllm import SamplingParams
+
+    return frozenset(name for name in SamplingParams.__struct_fields__ if not name.startswith("_"))
 
 
 def _atropos_answer(answer: dict) -> dict:

@@ -78,6 +78,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
         super().__init__(*args, **kwargs)
         self._mapping: mmap.mmap | None = None
         self._init_info: SharedMemoryInitInfo | None = None
+        self._is_updating = False
         self._expected: set[str] = set()
         self._loaded: set[str] = set()
 
@@ -104,6 +105,11 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
 
     def start_weight_update(self) -> None:
         """Move the parameters to the meta device; from here to `finish_weight_update` the model cannot run."""
+        if self._is_updating:
+            # An update that was never finished left some layers processed and others with half of their tensors
+            # buffered. Ending it gives every layer back its kernel tensors, of which this update replaces all.
+            finalize_layerwise_reload(self.model, self.model_config)
+        self._is_updating = True
         # Asked before the move, which gives a tied head a parameter of its own that nobody will send.
         every_name = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         tied = every_name - {name for name, _ in self.model.named_parameters()}
@@ -115,6 +121,9 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
         """Load every announced tensor from the segment and leave a report in this worker's slot."""
         if self._mapping is None or self._init_info is None:
             raise RuntimeError("No segment is mapped. Call /init_weight_transfer_engine first.")
+        if self._loaded:
+            # A transfer always carries the whole policy: a second one in the same update replaces the first.
+            self.start_weight_update()
         start = time.perf_counter()
         num_bytes = 0
         views = []
@@ -148,6 +157,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
             )
         finalize_layerwise_reload(self.model, self.model_config)
         self._repack_tied_heads()
+        self._is_updating = False
 
     def _repack_tied_heads(self) -> None:
         # vLLM's CPU backend prepacks the output head at load. A tied head owns no parameter, so the layerwise reload

@@ -76,7 +76,8 @@ class PolicyWeights:
             if not parameter.is_floating_point():
                 _refuse(name, f"is quantised ({parameter.dtype})", "Load the base model without quantisation.")
         tied = getattr(getattr(self.model, "config", None), "tie_word_embeddings", False)
-        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        get_head = getattr(self.model, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
         for name, module in self.model.named_modules():
             if not _is_tuner_layer(module):
                 continue

@@ -76,6 +76,9 @@ class AtroposVLLMClient(VLLMClient):
         """Wait until `/health` answers 200. See the class for the error."""
         # requests picks the adapter with the longest matching prefix: this one, without retries, wins over TRL's.
         self.session.mount(self.base_url, HTTPAdapter(max_retries=0, pool_maxsize=64))
+        # A kept connection that the server closes (it does so after 5 s of idling, and after every 500) fails the next
+        # request, and without retries that would fail a publish.
+        self.session.headers["Connection"] = "close"
         if self.api_key:
             self.session.headers["Authorization"] = f"Bearer {self.api_key}"
         start = time.monotonic()

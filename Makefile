@@ -1,0 +1,51 @@
+# Python 3.11 is what requirements/cpu.txt is pinned for.
+VENV ?= .venv
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SMOLLM2 := .models/SmolLM2-135M-Instruct
+
+# What `make quickstart` trains (hub id or directory), and further arguments of the training script.
+MODEL ?= $(SMOLLM2)
+ARGS ?=
+# As an environment variable, so that quotes in it survive.
+export ARGS
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test check bench lock clean
+
+help: ## Show the targets.
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+install: $(INSTALLED) ## Make the virtual environment .venv with the pinned CPU stack.
+
+$(INSTALLED): requirements/cpu.txt requirements.txt setup.py packaging/install.sh packaging/vllm_cpu_metadata/setup.py
+	@packaging/install.sh "$(VENV)" "$(PYTHON)"
+	@touch $@
+
+quickstart: $(INSTALLED) ## Train a small model on a CPU, all services included. MODEL=... ARGS="--use_peft ..."
+ifeq ($(MODEL),$(SMOLLM2))
+	@$(BIN)/trl-atropos model fetch smollm2 --output_dir "$(SMOLLM2)"
+endif
+	@$(BIN)/trl-atropos launch -c examples/configs/quickstart_launch.yaml \
+		--model_name_or_path "$(MODEL)" $${ARGS:+--trainer_args="$$ARGS"}
+
+check: $(INSTALLED) ## Linter, formatter, type checker, unit tests: a minute.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/unit
+
+test: check ## Everything, with real servers.
+	$(BIN)/pytest tests
+
+bench: $(INSTALLED) ## Time the publishing of weights; one JSON line per case.
+	@$(BIN)/python benchmarks/publish.py
+
+lock: $(INSTALLED) ## Resolve requirements/cpu.in into requirements/cpu.txt.
+	$(BIN)/python packaging/lock.py
+
+clean: ## Remove what the other targets made, except the model.
+	rm -rf "$(VENV)" runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf *.egg-info packaging/vllm_cpu_metadata/build packaging/vllm_cpu_metadata/*.egg-info
