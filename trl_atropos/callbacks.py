@@ -56,7 +56,15 @@ class StepTableCallback(TrainerCallback):
 
     def __init__(self, stream: TextIO | None = None):
         self.stream = stream or sys.stdout
-        self._has_header = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the header. The policy is published by now; the first batch takes as long as the environments need."""
+        if state.is_world_process_zero:
+            titles = [title.rjust(int(width.split(".")[0])) for title, _, width in COLUMNS]
+            self._write("Published the starting policy, waiting for the first batch.")
+            self._write("step".rjust(10) + "".join(titles))
 
     def on_log(
         self,
@@ -68,10 +76,6 @@ class StepTableCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
-        if not self._has_header:
-            self._has_header = True
-            titles = [title.rjust(int(width.split(".")[0])) for title, _, width in COLUMNS]
-            self._write("step".rjust(10) + "".join(titles))
         cells = [_cell(logs.get(name), width) for _, name, width in COLUMNS]
         self._write(f"{state.global_step}/{state.max_steps}".rjust(10) + "".join(cells))
 

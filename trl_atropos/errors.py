@@ -2,13 +2,13 @@
 
     TrlAtroposError
     +-- AtroposConnectionError    (ConnectionError)   the Atropos API does not answer
-    +-- AtroposProtocolError      (ValueError)        an answer or a group that does not follow the wire format
-    +-- AtroposRegistrationError  (RuntimeError)      the API is registered with other settings, or cannot be registered
+    +-- AtroposProtocolError      (ValueError)        an answer or a group that breaks the wire format
+    +-- AtroposRegistrationError  (RuntimeError)      the API did not take this registration
     +-- AtroposDataTimeout        (TimeoutError)      no batch was formed in time
     +-- JournalError              (OSError)           the journal of fetched groups cannot be written or read
     +-- PreflightError            (RuntimeError)      a server or an option that cannot work together with this run
     +-- NonFiniteGradientError    (ArithmeticError)   a gradient is NaN or infinite; the optimizer step was not taken
-    +-- ProcessFailedError        (ChildProcessError) a process that `trl-atropos launch` started ended (cli/processes.py)
+    +-- ProcessFailedError        (ChildProcessError) a process of `trl-atropos launch` ended (cli/processes.py)
     +-- WeightSyncError           (RuntimeError)      a publish failed; says in which state the server is
         +-- WeightSyncTimeout     (TimeoutError)      a phase of a publish exceeded its deadline
 

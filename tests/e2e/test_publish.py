@@ -56,7 +56,7 @@ def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         yield Setting(url, start, policy, is_tied)
 
 
-def make_publisher(client: AtroposVLLMClient, model_dir: Path, tolerance: float = 0.1) -> PolicyPublisher:
+def make_publisher(client: AtroposVLLMClient, model_dir: Path, tolerance: float = 4.0) -> PolicyPublisher:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model_config = AutoModelForCausalLM.from_pretrained(model_dir).config
     facts = inspect_server(client, model_config, max_length=256)
@@ -162,7 +162,7 @@ def test_a_policy_that_did_not_arrive_leaves_the_server_paused(setting: Setting)
             super().stage(type(source)(load(setting.start), publisher.dtype))
 
     publisher.transport = StaleTransport()
-    with pytest.raises(WeightSyncError, match=r"phase `verify`.*tolerance 0\.1") as caught:
+    with pytest.raises(WeightSyncError, match=r"phase `verify`.*is accepted \(4\.0 x") as caught:
         publisher.publish(load(setting.policy), policy_version=50)
     assert "The server is paused" in str(caught.value)
     assert client.is_paused()

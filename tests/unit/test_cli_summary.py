@@ -115,7 +115,7 @@ def test_plot_is_a_png_also_when_seconds_are_missing(tmp_path: Path) -> None:
 
 def test_report_shows_rewards_and_completions_side_by_side() -> None:
     console = Console(width=120, record=True, file=io.StringIO())
-    print_report(console, ENTRIES, ["The capital of Peru is"], [" Lima, the largest"], [" [bold]Lima."])
+    print_report(console, ENTRIES, ["The capital of Peru is"], [[" Lima, the largest"]], [[" [bold]Lima."]])
     text = console.export_text()
     assert "0.625" not in text and "0.750" in text and "1.000" in text
     (row,) = [line for line in text.splitlines() if "Peru" in line]

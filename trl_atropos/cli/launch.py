@@ -125,8 +125,8 @@ def run_launch(config: LaunchConfig) -> dict[str, Any]:
         api, vllm = _start_servers(config, run_dir, group)
         _wait_until_ready([api, vllm], config.startup_timeout_s, group, checklist)
         before = _complete(vllm.url, config)
-        _start_clients(config, run_dir, group, api.url, vllm.url, checklist)
-        _wait_for_trainer(group)
+        trainer = _start_clients(config, run_dir, group, api.url, vllm.url, checklist)
+        _wait_for_trainer(group, trainer, checklist)
         wall_s = checklist.elapsed_s()
         after = _complete(vllm.url, config)
         weight_version = _request("GET", f"{vllm.url}/weight_info")["weight_version"]
@@ -210,8 +210,8 @@ def _wait_until_ready(
 
 def _start_clients(
     config: LaunchConfig, run_dir: Path, group: ProcessGroup, api_url: str, vllm_url: str, checklist: Checklist
-) -> None:
-    """Start the environment and the trainer; the environment waits by itself until the trainer has registered."""
+) -> ManagedProcess:
+    """Start the environment, which waits by itself until the trainer has registered, and the trainer; return it."""
     logs = run_dir / "logs"
     env_command = build_env_command(config, api_url, vllm_url)
     group.add(ManagedProcess("env", env_command, logs / "env.log", _child_env(config, config.env_env)))
@@ -221,26 +221,30 @@ def _start_clients(
     trainer = ManagedProcess("trainer", trainer_command, logs / "trainer.log", trainer_env, live_output=True)
     group.add(trainer)
     checklist.say("trainer", f"{config.trainer_command} (logs of all processes: {logs})")
+    return trainer
 
 
-def _wait_for_trainer(group: ProcessGroup) -> None:
+def _wait_for_trainer(group: ProcessGroup, trainer: ManagedProcess, checklist: Checklist) -> None:
     """Return when the trainer has ended with exit code 0 and all others still run."""
-    while not group.check(may_finish="trainer"):
+    next_line_s = checklist.elapsed_s() + PROGRESS_S
+    while not group.check(may_finish=trainer.name):
+        if not trainer.has_output.is_set() and checklist.elapsed_s() >= next_line_s:
+            # Importing and loading take longer than a person waits in silence; then the trainer speaks for itself.
+            checklist.say(trainer.name, f"starting: {trainer.log_tail(1).strip()[-100:]}")
+            next_line_s += PROGRESS_S
         time.sleep(POLL_S)
 
 
-def _complete(vllm_url: str, config: LaunchConfig) -> list[str]:
-    """Let the server continue the configured prompts greedily."""
+def _complete(vllm_url: str, config: LaunchConfig) -> list[list[str]]:
+    """Let the server continue the configured prompts; return the completions of each."""
     if not config.prompts:
         return []
-    body = {
-        "model": config.model_name_or_path,
-        "prompt": config.prompts,
-        "temperature": 0.0,
-        **config.completion_args,
-    }
+    body = {"model": config.model_name_or_path, "prompt": config.prompts, **config.completion_args}
     choices = _request("POST", f"{vllm_url}/v1/completions", body)["choices"]
-    return [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
+    texts = [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
+    # The choices of the first prompt come first, then those of the second.
+    num_each = len(texts) // len(config.prompts)
+    return [texts[start : start + num_each] for start in range(0, len(texts), num_each)]
 
 
 def _request(method: str, url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -262,7 +266,11 @@ def _raise_server_error(url: str, exc: requests.RequestException) -> NoReturn:
 
 
 def _write_results(
-    config: LaunchConfig, before: list[str], after: list[str], weight_version: int | str | None, wall_s: float
+    config: LaunchConfig,
+    before: list[list[str]],
+    after: list[list[str]],
+    weight_version: int | str | None,
+    wall_s: float,
 ) -> dict[str, Any]:
     """Write the files of the run directory and print the report."""
     run_dir = Path(config.run_dir)

@@ -41,7 +41,7 @@ class LaunchConfig:
         startup_timeout_s (`float`, *optional*, defaults to `600.0`):
             How long the API and the inference server may take to be ready.
         prompts (`list[str]`, *optional*):
-            Texts that the server continues greedily before and after training.
+            Texts that the server continues before and after training.
         completion_args (`dict`, *optional*):
             Further fields of those requests to `/v1/completions`.
     """

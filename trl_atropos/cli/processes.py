@@ -55,6 +55,10 @@ class ManagedProcess:
             Added to this process's environment.
         live_output (`bool`, *optional*, defaults to `False`):
             Whether standard output is also copied to the launcher's.
+
+    Attributes:
+        has_output (`threading.Event`):
+            Set by the first line of standard output, with `live_output`.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class ManagedProcess:
     ):
         self.name = name
         self.log_path = log_path
+        self.has_output = threading.Event()
         self._pump: threading.Thread | None = None
         log_path.parent.mkdir(parents=True, exist_ok=True)
         log_path.write_bytes(b"")
@@ -82,7 +87,10 @@ class ManagedProcess:
             )
         if live_output:
             self._pump = threading.Thread(
-                target=_copy_lines, args=(self._guard.stdout, log_path), name=f"{name}-output", daemon=True
+                target=_copy_lines,
+                args=(self._guard.stdout, log_path, self.has_output),
+                name=f"{name}-output",
+                daemon=True,
             )
             self._pump.start()
 
@@ -120,10 +128,11 @@ class ManagedProcess:
                 stream.close()
 
 
-def _copy_lines(source: IO[bytes], log_path: Path) -> None:
+def _copy_lines(source: IO[bytes], log_path: Path, has_output: threading.Event) -> None:
     """Copy a process's standard output to its log and to the launcher's standard output, line by line."""
     with log_path.open("ab", buffering=0) as log:
         for line in source:
+            has_output.set()
             log.write(line)
             sys.stdout.write(line.decode(errors="replace"))
             sys.stdout.flush()

@@ -128,8 +128,8 @@ def print_report(
     console: Console,
     entries: Sequence[LogEntry],
     prompts: Sequence[str],
-    before: Sequence[str],
-    after: Sequence[str],
+    before: Sequence[Sequence[str]],
+    after: Sequence[Sequence[str]],
 ) -> None:
     """Print the steps as a table, and the completions of the prompts before and after training side by side."""
     table = Table(title="Training")
@@ -140,12 +140,13 @@ def print_report(
     console.print(table)
 
     if prompts:
-        table = Table(title="Greedy completions", show_lines=True)
+        table = Table(title="Completions", show_lines=True)
         for title in ("prompt", "before training", "after training"):
             table.add_column(title)
-        for row in zip(prompts, before, after, strict=True):
+        for prompt, first, last in zip(prompts, before, after, strict=True):
+            cells = [prompt, "\n".join(text.strip() for text in first), "\n".join(text.strip() for text in last)]
             # Text objects, because a string would be read as markup, and brackets in it as styles.
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(cell) for cell in cells))
         console.print(table)
 
 

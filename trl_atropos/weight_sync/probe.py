@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 
 
 PROBE_TEXTS = (
-    "The capital of France is Paris, and the river that runs through it is the Seine.",
-    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)",
     "Water boils at 100 degrees Celsius at sea level; on a mountain it boils earlier.",
+    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)",
 )
-MAX_PROBE_TOKENS = 32
+MAX_PROBE_TOKENS = 20
+
+TYPICAL_NOISE_EPS = 10.0
+"""Mean |logprob difference| between float32 and pure bfloat16 arithmetic in units of bfloat16's epsilon (2^-8 = 0.0039):
+0.040 for a 30-layer, 135M parameter model."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,17 @@ class LogprobProbe:
         server = torch.tensor([value for row in client.get_prompt_logprobs(self.sequences) for value in row])
         differences = (trainer - server).abs()
         return ProbeResult(differences.mean().item(), differences.max().item(), differences.numel())
+
+    def rounding_noise(self, model: nn.Module, dtype: torch.dtype) -> float:
+        """Mean |logprob difference| in nats that arithmetic in `dtype` alone makes on the probe.
+
+        At least `TYPICAL_NOISE_EPS` of the dtype: a model that is already held in `dtype` shows no difference to itself.
+        """
+        device_type = next(model.parameters()).device.type
+        exact = self.trainer_logprobs(model)
+        with torch.autocast(device_type, dtype=dtype, enabled=dtype is not torch.float32):
+            rounded = self.trainer_logprobs(model)
+        return max((exact - rounded).abs().mean().item(), TYPICAL_NOISE_EPS * torch.finfo(dtype).eps)
 
     @torch.no_grad()
     def trainer_logprobs(self, model: nn.Module) -> torch.Tensor:
