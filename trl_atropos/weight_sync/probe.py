@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,9 @@ if TYPE_CHECKING:
     from .vllm_client import AtroposVLLMClient
 
 
-PROBE_TEXTS = (
-    "Water boils at 100 degrees Celsius at sea level; on a mountain it boils earlier.",
-    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)",
-)
+PROBE_TEXTS = ("Water boils at 100 degrees: def f(n): return n if n < 2 else f(n - 1) + f(n - 2)",)
 MAX_PROBE_TOKENS = 20
+"""Few: the probe runs in every publish, and a policy that did not arrive shows in any token."""
 
 TYPICAL_NOISE_EPS = 10.0
 """Mean |logprob difference| between float32 and pure bfloat16 arithmetic in units of bfloat16's epsilon (2^-8 = 0.0039):
@@ -79,8 +78,11 @@ class LogprobProbe:
             client (`AtroposVLLMClient`):
                 The server.
         """
-        trainer = self.trainer_logprobs(model)
-        server = torch.tensor([value for row in client.get_prompt_logprobs(self.sequences) for value in row])
+        # Side by side: each is bound by reading its own copy of the weights once. The request has its deadline.
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            scoring = executor.submit(client.get_prompt_logprobs, self.sequences)
+            trainer = self.trainer_logprobs(model)
+            server = torch.tensor([value for row in scoring.result() for value in row])
         differences = (trainer - server).abs()
         return ProbeResult(differences.mean().item(), differences.max().item(), differences.numel())
 

@@ -136,8 +136,9 @@ def _server_name(name: str) -> str:
 
 
 def _merged(weight: torch.Tensor, layer: Any) -> torch.Tensor:
-    merged = weight.detach().to(torch.float32, copy=True)
+    # Never in place: for a float32 base `float()` is the base itself.
+    merged = weight.detach().float()
     for adapter in layer.active_adapters:
         if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
-            merged += layer.get_delta_weight(adapter).float()
+            merged = merged + layer.get_delta_weight(adapter).float()
     return merged

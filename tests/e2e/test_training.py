@@ -1,0 +1,173 @@
+"""The whole loop with real parts: API, environment, `trl vllm-serve`, a 135M model; and the two commands around it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from peft import LoraConfig
+from servers import HOST, free_port, serve
+from transformers import AutoModelForCausalLM
+
+from trl_atropos import AtroposConfig, AtroposTrainer
+from trl_atropos.cli.model import fetch_smollm2
+from trl_atropos.errors import AtroposDataTimeout, PreflightError
+from trl_atropos.journal import read_journal
+from trl_atropos.metrics import METRICS
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SUMMARY_KEYS = {
+    "num_steps",
+    "reward_first",
+    "reward_last",
+    "rewards",
+    "policy_version",
+    "server_weight_version",
+    "num_rollouts_trained",
+    "num_rollouts_dropped",
+    "publish_s_median",
+    "step_s_median",
+    "wall_s",
+    "logprob_probe_mean_abs_diff",
+    "peak_rss_bytes_trainer",
+}
+TRANSFORMERS_METRICS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    return fetch_smollm2(ROOT / ".models" / "SmolLM2-135M-Instruct")
+
+
+@contextmanager
+def running(*command: str, log_path: Path) -> Iterator[None]:
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def api(log_path: Path) -> Iterator[str]:
+    port = str(free_port())
+    bin_dir = Path(sys.executable).parent
+    with running(str(bin_dir / "run-api"), "--host", HOST, "--port", port, log_path=log_path):
+        yield f"http://{HOST}:{port}"
+
+
+def config(output_dir: Path, api_url: str, vllm_url: str, **options: object) -> AtroposConfig:
+    return AtroposConfig(
+        output_dir=str(output_dir),
+        atropos_api_url=api_url,
+        vllm_server_base_url=vllm_url,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        max_length=128,
+        **options,
+    )
+
+
+def digest(parameters: Iterator[tuple[str, torch.nn.Parameter]]) -> str:
+    state = hashlib.sha256()
+    for name, parameter in parameters:
+        state.update(name.encode() + parameter.detach().numpy().tobytes())
+    return state.hexdigest()
+
+
+def test_lora_training_moves_the_server_and_leaves_the_base_bit_identical(smollm2: Path, tmp_path: Path) -> None:
+    with (
+        serve(smollm2, "--enforce_eager", "True", log_path=tmp_path / "vllm.log") as vllm_url,
+        api(tmp_path / "api.log") as api_url,
+    ):
+        environment = [
+            *(sys.executable, "examples/envs/capitals.py", "serve"),
+            *("--env.rollout_server_url", api_url, "--env.tokenizer_name", str(smollm2)),
+            *("--openai.base_url", f"{vllm_url}/v1", "--openai.model_name", str(smollm2)),
+            *("--openai.tokenizer_name", str(smollm2), "--env.total_steps", "1000"),
+        ]
+        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+        base = list(model.named_parameters())
+        before = digest(iter(base))
+        args = config(
+            tmp_path / "out",
+            api_url,
+            vllm_url,
+            max_steps=3,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=4,
+            advantage_normalization="global",
+            advantage_clipping=[-5.0, 5.0],
+        )
+        trainer = AtroposTrainer(model, args, peft_config=LoraConfig(target_modules="all-linear", lora_alpha=256))
+        with running(*environment, log_path=tmp_path / "env.log"):
+            trainer.train()
+        assert trainer.vllm_client is not None
+        assert trainer.vllm_client.get_weight_version() == "3" == str(trainer.policy_version)
+        assert not trainer.vllm_client.is_paused()
+
+    assert digest(iter(base)) == before
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["policy_version"] for entry in steps] == [1, 2, 3]
+    assert steps[-1]["num_rollouts_trained"] == 96
+    assert steps[-1]["staleness/unknown_frac"] == 0.0
+    assert steps[0]["staleness/mean"] == 0.0
+    # On policy, the ratio only shows the rounding of the server's dtype.
+    assert steps[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=0.05)
+    undocumented = {name for entry in steps for name in entry} - set(METRICS) - TRANSFORMERS_METRICS
+    assert not undocumented
+    journal = list(read_journal(tmp_path / "out" / "rollouts.jsonl"))
+    assert sum(len(group["tokens"]) for group in journal) == 96
+
+
+def test_starving_and_mismatched_runs_end_with_a_diagnosis(smollm2: Path, tmp_path: Path) -> None:
+    with (
+        serve(smollm2, "--enforce_eager", "True", log_path=tmp_path / "vllm.log") as vllm_url,
+        api(tmp_path / "api.log") as api_url,
+    ):
+        args = config(tmp_path / "out", api_url, vllm_url, max_steps=1, batch_timeout_s=3.0)
+        with pytest.raises(AtroposDataTimeout, match=r"queue.* 0"):
+            AtroposTrainer(str(smollm2), args).train()
+
+        smaller = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+        smaller.resize_token_embeddings(49000)
+        with pytest.raises(PreflightError, match=r"vocab_size=49152.*vocab_size=49000"):
+            AtroposTrainer(smaller, args).train()
+
+
+def test_launch_trains_reports_and_leaves_nothing_running(smollm2: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = [
+        *(str(Path(sys.executable).parent / "trl-atropos"), "launch"),
+        *("-c", "examples/configs/quickstart_launch.yaml", "--run_dir", str(run_dir)),
+        *("--model_name_or_path", str(smollm2), "--trainer_args=--max_steps 3 --loss_type weighted_sft"),
+    ]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert set(summary) == SUMMARY_KEYS
+    assert summary["num_steps"] == 3
+    assert summary["server_weight_version"] == summary["policy_version"] == 3
+    assert summary["num_rollouts_trained"] == 96
+    assert summary["num_rollouts_dropped"] == 0
+    for name in ("reward.png", "logs/api.log", "logs/vllm.log", "logs/env.log", "logs/trainer.log"):
+        assert (run_dir / name).stat().st_size > 0
+    AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    left = [process for process in psutil.process_iter(["cmdline"]) if str(run_dir) in str(process.info["cmdline"])]
+    assert not left
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("trl_atropos-")]
