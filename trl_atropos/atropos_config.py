@@ -204,6 +204,13 @@ class AtroposConfig(TrainingArguments):
         if self.advantage_clipping is not None:
             validate_clipping(self.advantage_clipping)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Options as a dictionary, for logs and trackers: the API key is masked, as transformers does with tokens."""
+        options = super().to_dict()
+        if options.get("vllm_api_key"):
+            options["vllm_api_key"] = "<VLLM_API_KEY>"
+        return options
+
     def _check_choices(self) -> None:
         for name, choices in (
             ("loss_type", LOSS_TYPES),

@@ -41,7 +41,7 @@ SERVER_STATES = {
     "transfer": "The server is paused and holds no complete policy.",
     "finish": "The server is paused and may hold no complete policy.",
     "resume": "The server holds the new policy and may be paused.",
-    "verify": "The server is paused and holds a policy that is not the trainer's.",
+    "verify": "The server holds a policy that is not proven to be the trainer's; it is paused if it answers.",
 }
 
 
@@ -156,9 +156,13 @@ class PolicyPublisher:
         except WeightSyncError as exc:
             raise type(exc)(
                 f"Publishing policy version {policy_version} failed in phase `{self._phase}`: {exc.what}",
-                f"{exc.why} {SERVER_STATES[self._phase]}",
+                f"{exc.why} {self._server_state()}",
                 exc.fix,
             ) from exc
+        except BaseException:
+            # Ctrl-C, or a defect: whoever is told nothing else must know in which state the server is.
+            logger.error(f"Publishing version {policy_version} ended in phase `{self._phase}`. {self._server_state()}")
+            raise
         self._phase = "idle"
         num_bytes = sum(spec.num_bytes for spec in source.manifest())
         return PublishReport(policy_version, num_bytes, dict(self._phase_s), probe)
@@ -167,6 +171,9 @@ class PolicyPublisher:
         """Release the transport."""
         self.transport.close()
         self._is_open = False
+
+    def _server_state(self) -> str:
+        return SERVER_STATES[self._phase]
 
     def _start(self) -> None:
         try:

@@ -1,0 +1,315 @@
+"""The layers of the package: who imports whom, what `import trl_atropos` loads, and how errors are raised."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import trl_atropos
+from trl_atropos import errors
+
+
+PACKAGE = "trl_atropos"
+ROOT = Path(trl_atropos.__file__).parent
+MAX_FILE_LINES = 450
+
+L0 = {"errors", "types", "rollout_key"}
+L1 = {"validation", "advantages", "logprobs", "losses", "metrics"}
+L2 = {"atropos_client", "journal", "weight_sync"}
+SERVING = {"serving"}
+L3 = {"distributed", "data"}
+L4 = {"preflight", "callbacks", "atropos_config", "atropos_trainer"}
+CLI = {"cli"}
+
+ALLOWED = {
+    **{name: L0 for name in L0},
+    **{name: L0 | L1 for name in L1},
+    **{name: L0 | {name} for name in L2},
+    "serving": L0 | SERVING,
+    # The dealer of batches reads the API, writes the journal and shares the outcome between ranks.
+    "data": L0 | L1 | {"atropos_client", "journal", "distributed"},
+    "distributed": L0,
+    **{name: L0 | L1 | L2 | SERVING | L3 | L4 for name in L4},
+    "cli": CLI | {"errors"},
+}
+"""Top-level module or subpackage -> those it may import."""
+
+ALLOWED_BY_FILE = {"weight_sync.probe": ALLOWED["weight_sync"] | {"logprobs", "types"}}
+
+THIRD_PARTY = {
+    **{name: {"torch"} for name in L0 | L1},
+    "atropos_client": {"requests", "urllib3"},
+    "journal": set(),
+    "weight_sync": {"torch", "trl", "requests", "peft", "vllm"},
+    "serving": {"vllm"},
+    "data": {"torch"},
+    "distributed": {"torch"},
+}
+"""Top-level module or subpackage -> packages outside of the standard library that it may import; absent: any."""
+
+VLLM_FILES = {"weight_sync.nccl", "weight_sync.shm_engine", "serving.plugin", "serving.generate_endpoint"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, as seen from `importer` (dotted, without the package's name)."""
+
+    importer: str
+    module: str
+    name: str
+    line: int
+    is_ours: bool
+    is_lazy: bool
+    is_for_annotations: bool
+
+    @property
+    def top(self) -> str:
+        return self.module.partition(".")[0]
+
+    @property
+    def where(self) -> str:
+        return f"{self.importer}:{self.line} imports {self.module or PACKAGE}.{self.name}"
+
+
+def dotted(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {dotted(path): path for path in sorted(ROOT.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+MODULES = {name.partition(".")[0] for name in FILES if name}
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def resolve(importer: str, node: ast.ImportFrom) -> tuple[str, bool]:
+    """Absolute name of the module of a `from` import, and whether it is ours (then without the package's name)."""
+    if node.level == 0:
+        top, _, rest = (node.module or "").partition(".")
+        return (rest, True) if top == PACKAGE else (node.module or "", False)
+    is_package = FILES[importer].name == "__init__.py"
+    parts = importer.split(".") if importer else []
+    parts = parts[: len(parts) - node.level + is_package]
+    return ".".join([*parts, *([node.module] if node.module else [])]), True
+
+
+def walk_imports(importer: str, node: ast.AST, is_lazy: bool = False, typing: bool = False) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ImportFrom):
+            module, is_ours = resolve(importer, child)
+            for alias in child.names:
+                # `from . import x` and `from .. import x` name the module in the alias.
+                target = ".".join([*([module] if module else []), alias.name])
+                inner = target if is_ours and target in FILES else module
+                yield Import(importer, inner, alias.name, child.lineno, is_ours, is_lazy, typing)
+        elif isinstance(child, ast.Import):
+            for alias in child.names:
+                top, _, rest = alias.name.partition(".")
+                is_ours = top == PACKAGE
+                module = rest if is_ours else alias.name
+                yield Import(importer, module, "", child.lineno, is_ours, is_lazy, typing)
+        else:
+            in_function = is_lazy or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from walk_imports(importer, child, in_function, typing or is_type_checking(child))
+
+
+IMPORTS = [imported for name, tree in TREES.items() for imported in walk_imports(name, tree)]
+
+
+def test_every_module_has_a_layer():
+    assert MODULES == set(ALLOWED)
+
+
+def test_layers_import_downwards_only():
+    broken = []
+    for imported in IMPORTS:
+        if not imported.is_ours or not imported.importer:
+            continue
+        importer = imported.importer.partition(".")[0]
+        allowed = ALLOWED_BY_FILE.get(imported.importer, ALLOWED[importer])
+        if imported.top not in allowed:
+            broken.append(imported.where)
+    assert broken == []
+
+
+def test_the_walk_sees_the_imports_that_the_rules_are_about():
+    # Guards the guard: an empty walk would pass every rule above.
+    seen = {(imported.importer, imported.module) for imported in IMPORTS if imported.is_ours}
+    assert {
+        ("losses", "metrics"),
+        ("data", "journal"),
+        ("weight_sync.probe", "logprobs"),
+        ("weight_sync.shm", "weight_sync.shm_segment"),
+        ("preflight", "serving.plugin"),
+        ("atropos_trainer", "weight_sync.publisher"),
+        ("cli.launch", "cli.summary"),
+    } <= seen
+
+
+def test_lower_layers_use_no_other_packages_than_theirs():
+    broken = []
+    for imported in IMPORTS:
+        importer = imported.importer.partition(".")[0]
+        allowed = THIRD_PARTY.get(importer)
+        if imported.is_ours or allowed is None or imported.top in sys.stdlib_module_names:
+            continue
+        if imported.top not in allowed:
+            broken.append(imported.where)
+    assert broken == []
+
+
+def test_pure_modules_do_no_io():
+    forbidden = {"logging", "transformers", "accelerate", "requests", "os", "pathlib", "socket", "subprocess", "io"}
+    broken = [
+        imported.where for imported in IMPORTS if imported.importer in L1 and imported.top in forbidden | {"vllm"}
+    ]
+    opened = [
+        f"{name}:{node.lineno}"
+        for name in L1
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"open", "print"}
+    ]
+    assert broken + opened == []
+
+
+def test_types_use_torch_for_annotations_only():
+    assert all(
+        imported.is_for_annotations for imported in IMPORTS if imported.importer in L0 and imported.top == "torch"
+    )
+
+
+def test_vllm_is_imported_in_few_places_and_not_before_it_is_needed():
+    places = [imported for imported in IMPORTS if imported.top == "vllm" and not imported.is_ours]
+    assert {imported.importer for imported in places} == VLLM_FILES
+    # vLLM itself imports the engine file, inside its worker; every other file must load without vLLM.
+    eager = {imported.importer for imported in places if not (imported.is_lazy or imported.is_for_annotations)}
+    assert eager == {"weight_sync.shm_engine"}
+
+
+def test_nothing_imports_the_worker_side_of_a_transport():
+    engines = {name for name in FILES if name.endswith("_engine")}
+    assert engines
+    assert [imported.where for imported in IMPORTS if imported.is_ours and imported.module in engines] == []
+
+
+def test_cli_and_examples_use_public_names_only():
+    public = set(trl_atropos.__all__)
+    broken = [
+        imported.where
+        for imported in IMPORTS
+        if imported.importer.partition(".")[0] == "cli"
+        and imported.is_ours
+        and imported.top not in CLI | {"errors"}
+        and not (imported.module == "" and imported.name in public)
+    ]
+    for path in sorted((ROOT.parent / "examples").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE:
+                private = [alias.name for alias in node.names if node.module != PACKAGE or alias.name not in public]
+                broken += [f"{path.name}:{node.lineno} imports {name}" for name in private]
+    assert broken == []
+
+
+def test_print_is_for_the_command_line_only():
+    calls = [
+        f"{name}:{node.lineno}"
+        for name, tree in TREES.items()
+        if name.partition(".")[0] != "cli"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert calls == []
+
+
+@pytest.mark.parametrize("statement", ["import trl_atropos", "import trl_atropos; dir(trl_atropos)"])
+def test_importing_the_package_loads_nothing_heavy(statement):
+    code = f"{statement}\nimport sys; print(sorted({{'torch', 'vllm', 'transformers', 'trl'}} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, timeout=60)
+    assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
+
+
+def test_exports_are_the_public_names_and_all_of_them_resolve():
+    # What `if TYPE_CHECKING:` shows to type checkers and what `__getattr__` finds must not drift apart.
+    shown = {alias.asname for imported in ast.walk(TREES[""]) if is_type_checking(imported) for node in imported.body
+             for alias in node.names}  # fmt: skip
+    assert set(trl_atropos.__all__) == {"__version__", *shown}
+    assert list(trl_atropos.__all__) == sorted(trl_atropos.__all__)
+    assert set(trl_atropos.__all__) <= set(dir(trl_atropos))
+    for name in trl_atropos.__all__:
+        exported = getattr(trl_atropos, name)
+        assert name == "__version__" or (inspect.isclass(exported) and exported.__name__ == name)
+        if inspect.isclass(exported):
+            assert getattr(importlib.import_module(exported.__module__), name) is exported
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"module 'trl_atropos' has no attribute 'AtroposTrainr'"):
+        _ = trl_atropos.AtroposTrainr
+
+
+@pytest.mark.parametrize("name", sorted(FILES), ids=lambda name: name or "__init__")
+def test_files_stay_readable_in_one_sitting(name):
+    assert len(FILES[name].read_text().splitlines()) <= MAX_FILE_LINES
+
+
+ERROR_NAMES = {name for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, Exception)}
+
+
+def error_calls() -> list[tuple[str, ast.Call]]:
+    names = set(ERROR_NAMES)
+    for tree in TREES.values():
+        for node in ast.walk(tree):
+            bases = {base.id for base in getattr(node, "bases", []) if isinstance(base, ast.Name)}
+            if isinstance(node, ast.ClassDef) and bases & ERROR_NAMES:
+                names.add(node.name)
+    return [
+        (f"{module}:{node.lineno}", node)
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+    ]
+
+
+def num_arguments(call: ast.Call) -> int:
+    # `*_HELP[name]` unpacks the pair (why, fix).
+    return sum(2 if isinstance(argument, ast.Starred) else 1 for argument in call.args) + len(call.keywords)
+
+
+def test_every_error_says_what_happened_why_and_how_to_mend_it():
+    calls = error_calls()
+    assert len(calls) > 30
+    assert [where for where, call in calls if num_arguments(call) != 3] == []
+
+
+def test_every_part_of_an_error_is_a_sentence():
+    broken = []
+    for where, call in error_calls():
+        for part in call.args:
+            pieces = part.values if isinstance(part, ast.JoinedStr) else [part]
+            last = pieces[-1]
+            if isinstance(last, ast.Constant) and isinstance(last.value, str) and last.value.rstrip()[-1:] not in ".?!":
+                broken.append(f"{where}: {last.value!r}")
+    assert broken == []
+
+
+def test_no_exception_is_swallowed_whole():
+    # `except BaseException` is allowed where the error is kept for another thread or rank and raised there.
+    broken = [
+        f"{name}:{node.lineno}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or (isinstance(node.type, ast.Name) and node.type.id == "Exception"))
+    ]
+    assert broken == []
