@@ -36,8 +36,8 @@ check: $(INSTALLED) ## Linter, formatter, type checker, unit tests: a minute.
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/unit
 
-test: check ## Everything, with real servers.
-	$(BIN)/pytest tests
+test: check ## Everything: what `check` does, then the tests with real servers.
+	$(BIN)/pytest tests/protocol tests/invariant tests/e2e
 
 bench: $(INSTALLED) ## Time the publishing of weights; one JSON line per case.
 	@$(BIN)/python benchmarks/publish.py

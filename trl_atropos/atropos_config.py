@@ -196,6 +196,13 @@ class AtroposConfig(TrainingArguments):
                 f"max_steps is {self.max_steps}. The stream of rollouts has no end, so epochs do not exist here. Set "
                 "--max_steps to the number of optimizer steps."
             )
+        if not self.ignore_data_skip:
+            raise ValueError("ignore_data_skip is False. A live stream cannot be replayed by skipping. Leave it True.")
+        if self.logging_nan_inf_filter:
+            raise ValueError(
+                "logging_nan_inf_filter is True. It would show a finite loss where there is none. Leave it False: a "
+                "gradient that is not finite stops the run."
+            )
         if self.batch_timeout_s >= self.ddp_timeout:
             raise ValueError(
                 f"batch_timeout_s ({self.batch_timeout_s}) is not below ddp_timeout ({self.ddp_timeout}). The other "

@@ -24,7 +24,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -46,6 +45,7 @@ from .journal import Journal
 from .logprobs import align_with_targets, next_token_targets, select_positions_before, token_logprobs_and_entropy
 from .losses import LossInputs, make_loss_function
 from .metrics import MetricAccumulator, maximum_of, mean_of
+from .modeling import add_adapter, disable_dropout, load_model
 from .preflight import ServerFacts, inspect_server, make_transport
 from .types import IGNORE_INDEX
 from .validation import WireLimits
@@ -120,15 +120,15 @@ class AtroposTrainer(Trainer):
         args = args or AtroposConfig(output_dir="atropos-output")
         # Before the adapter is created: its initial weights are random, and must be the same on every rank.
         set_seed(args.seed)
-        model = _load_model(model, args)
+        model = load_model(model, args)
         if processing_class is None and getattr(model.config, "_name_or_path", None):
             processing_class = AutoTokenizer.from_pretrained(
                 model.config._name_or_path, trust_remote_code=args.trust_remote_code
             )
         if peft_config is not None:
-            model = _add_adapter(model, peft_config)
+            model = add_adapter(model, peft_config)
         if args.disable_dropout:
-            _disable_dropout(model)
+            disable_dropout(model)
         super().__init__(
             model=model,
             args=args,
@@ -378,7 +378,11 @@ class AtroposTrainer(Trainer):
 
     def publish_policy(self) -> None:
         """Publish the current weights. Collective: call it on every rank, after an optimizer step."""
-        version = self.state.global_step // self.args.weight_sync_steps
+        if self._has_published:
+            version = self.policy_version + 1
+        else:
+            # 0 at the start; after a resume, the publishes that led to the checkpoint.
+            version = math.ceil(self.state.global_step / self.args.weight_sync_steps)
         report = run_on_main_process(lambda: self._publish(version))
         self.policy_version = version
         if not self._has_published:
@@ -430,39 +434,6 @@ def _loss_mask(labels: torch.Tensor) -> torch.Tensor:
     mask = labels != IGNORE_INDEX
     mask[:, 0] = False
     return mask
-
-
-def _load_model(model: str | PreTrainedModel | nn.Module, args: AtroposConfig) -> PreTrainedModel:
-    init_kwargs = args.model_init_kwargs or {}
-    assert isinstance(init_kwargs, dict), "TrainingArguments parses the options that are dictionaries"
-    if not isinstance(model, str):
-        if init_kwargs:
-            raise ValueError(
-                f"model_init_kwargs {init_kwargs} was given together with a model instance. They only act "
-                "when the trainer loads the model. Leave them out, or pass the model as a string."
-            )
-        return model
-    kwargs = {"trust_remote_code": args.trust_remote_code, **init_kwargs}
-    # A step at lr 1e-6 is below the resolution of bf16 weights: updates would be rounded away.
-    kwargs.setdefault("dtype", torch.float32)
-    return AutoModelForCausalLM.from_pretrained(model, **kwargs)
-
-
-def _add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> nn.Module:
-    from peft import PeftModel, get_peft_model
-
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "A PeftModel was given together with a peft_config. It already has an adapter, and training a second one on "
-            "top is not what is usually meant. Pass the base model, or leave peft_config out."
-        )
-    return get_peft_model(model, peft_config)
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
 
 
 def _save_interval(args: AtroposConfig) -> int:

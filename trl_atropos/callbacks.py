@@ -31,7 +31,7 @@ class PublishPolicyCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step % self.weight_sync_steps == 0:
+        if state.global_step % self.weight_sync_steps == 0 or control.should_training_stop:
             self.publish()
 
 

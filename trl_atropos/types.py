@@ -47,7 +47,8 @@ class Rollout:
         temperature (`float`, *optional*):
             Sampling temperature, if the wire says so.
         policy_version (`int`, *optional*):
-            Version of the policy that sampled the rollout's last tokens. None when unknown, never a guess.
+            Version of the oldest policy that sampled any token of the rollout's last completion. None when unknown,
+            never a guess.
     """
 
     input_ids: torch.Tensor

@@ -148,7 +148,13 @@ def _own_run_dir(run_dir: Path) -> Iterator[None]:
                 "Two runs would overwrite each other's logs and model.",
                 "Wait for it to end, or name another directory with `--run_dir`.",
             ) from exc
-        for name in ("summary.json", "reward.png", "completions.json", "model/trainer_state.json"):
+        for name in (
+            "summary.json",
+            "reward.png",
+            "completions.json",
+            "model/trainer_state.json",
+            "model/rollouts.jsonl",
+        ):
             (run_dir / name).unlink(missing_ok=True)
         yield
 

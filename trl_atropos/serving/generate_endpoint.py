@@ -70,7 +70,7 @@ class GenerateEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST":
-            path = scope["path"].rstrip("/")
+            path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
             if path == "/generate":
                 return await self._generate(scope, receive, send)
             if path == "/atropos/policy_versions":
@@ -83,13 +83,18 @@ class GenerateEndpoint:
             prompt = request.pop("prompt", None)
             token_ids = await self._prompt_token_ids(prompt, scope, receive)
         except _BadRequest as exc:
-            return await _respond(send, exc.status, exc.payload)
+            return await _respond_raw(send, exc.status, exc.body)
         if request.pop("stream", False):
-            return await _respond(send, 400, _error("`stream` is not supported on /generate: send `stream: false`."))
+            return await _respond_raw(
+                send, 400, _error("`stream` is not supported on /generate: send `stream: false`.")
+            )
         unknown = sorted(set(request) - _sampling_params_fields())
         if unknown:
-            return await _respond(send, 400, _error(f"Not a sampling parameter of this vLLM: {', '.join(unknown)}."))
-        request.setdefault("logprobs", 0)
+            return await _respond_raw(
+                send, 400, _error(f"Not a sampling parameter of this vLLM: {', '.join(unknown)}.")
+            )
+        if request.get("logprobs") is None:
+            request["logprobs"] = 0
         inner = {
             "token_ids": token_ids,
             "sampling_params": {**NEUTRAL_SAMPLING_PARAMS, **request, "output_kind": FINAL_ONLY},
@@ -97,7 +102,7 @@ class GenerateEndpoint:
         }
         status, body = await self._call(scope, receive, "POST", "/inference/v1/generate", inner)
         if status == 404:
-            return await _respond(
+            return await _respond_raw(
                 send, 501, _error("The server has no /inference/v1/generate. Start it with --enable-scale-out.")
             )
         answer = json.loads(body) if status < 400 else None
@@ -106,7 +111,7 @@ class GenerateEndpoint:
         if any(choice["finish_reason"] == "abort" for choice in answer["choices"]):
             # An aborted completion is cut at a random token. As an error the environment asks again; as an answer it
             # would be scored and trained.
-            return await _respond(send, 503, _error("The request was aborted by a weight update. Send it again."))
+            return await _respond_raw(send, 503, _error("The request was aborted by a weight update. Send it again."))
         self._remember_versions(token_ids, answer["choices"])
         await _respond(send, 200, _atropos_answer(answer))
 
@@ -122,7 +127,7 @@ class GenerateEndpoint:
             )
         status, body = await self._call(scope, receive, "POST", "/tokenize", {"prompt": prompt})
         if status >= 400:
-            raise _BadRequest(status, json.loads(body))
+            raise _BadRequest(status, body)
         return json.loads(body)["tokens"]
 
     def _remember_versions(self, prompt_ids: list[int], choices: list[dict]) -> None:
@@ -141,9 +146,9 @@ class GenerateEndpoint:
         try:
             keys = _parse_object(await _read_body(receive)).get("rollout_keys")
         except _BadRequest as exc:
-            return await _respond(send, exc.status, exc.payload)
+            return await _respond_raw(send, exc.status, exc.body)
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-            return await _respond(send, 400, _error("`rollout_keys` must be a list of strings."))
+            return await _respond_raw(send, 400, _error("`rollout_keys` must be a list of strings."))
         # The server's own answer to an authenticated route decides whether this caller may ask.
         status, body = await self._call(scope, receive, "GET", "/v1/models", None)
         if status >= 400:
@@ -193,12 +198,12 @@ class GenerateEndpoint:
 
 
 class _BadRequest(ValueError):
-    """A request that is answered with `status` and `payload` instead of being passed on."""
+    """A request that is answered with `status` and `body` instead of being passed on."""
 
-    def __init__(self, status: int, payload: dict):
-        super().__init__(status, payload)
+    def __init__(self, status: int, body: bytes):
+        super().__init__(status, body)
         self.status = status
-        self.payload = payload
+        self.body = body
 
 
 @lru_cache(maxsize=1)
@@ -237,8 +242,8 @@ def _parse_object(body: bytes) -> dict[str, Any]:
     return request
 
 
-def _error(message: str) -> dict:
-    return {"error": {"message": message, "type": "BadRequestError"}}
+def _error(message: str) -> bytes:
+    return json.dumps({"error": {"message": message, "type": "BadRequestError"}}).encode()
 
 
 async def _read_body(receive: Receive) -> bytes:

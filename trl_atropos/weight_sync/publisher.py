@@ -41,7 +41,7 @@ SERVER_STATES = {
     "transfer": "The server is paused and holds no complete policy.",
     "finish": "The server is paused and may hold no complete policy.",
     "resume": "The server holds the new policy and may be paused.",
-    "verify": "The server holds a policy that is not proven to be the trainer's; it is paused if it answers.",
+    "verify": "The server is paused and holds a policy that is not proven to be the trainer's.",
 }
 
 
@@ -156,12 +156,14 @@ class PolicyPublisher:
         except WeightSyncError as exc:
             raise type(exc)(
                 f"Publishing policy version {policy_version} failed in phase `{self._phase}`: {exc.what}",
-                f"{exc.why} {self._server_state()}",
+                f"{exc.why} {self._secure_server()}",
                 exc.fix,
             ) from exc
         except BaseException:
             # Ctrl-C, or a defect: whoever is told nothing else must know in which state the server is.
-            logger.error(f"Publishing version {policy_version} ended in phase `{self._phase}`. {self._server_state()}")
+            logger.error(
+                f"Publishing version {policy_version} ended in phase `{self._phase}`. {self._secure_server()}"
+            )
             raise
         self._phase = "idle"
         num_bytes = sum(spec.num_bytes for spec in source.manifest())
@@ -172,7 +174,13 @@ class PolicyPublisher:
         self.transport.close()
         self._is_open = False
 
-    def _server_state(self) -> str:
+    def _secure_server(self) -> str:
+        """After a failure: make sure that an unproven policy is not served, and say in which state the server is."""
+        if self._phase == "verify":
+            try:
+                self.client.pause()
+            except WeightSyncError as exc:
+                return f"The server could not be paused ({exc.what}) and may serve a policy that is not proven."
         return SERVER_STATES[self._phase]
 
     def _start(self) -> None:
@@ -187,7 +195,6 @@ class PolicyPublisher:
     def _verify(self, model: nn.Module, policy_version: int) -> ProbeResult:
         reported = self.client.get_weight_version()
         if reported != str(policy_version):
-            self.client.pause()
             raise WeightSyncError(
                 f"The server reports weight version {reported!r} after version {policy_version} was published.",
                 "Another trainer publishes to the same server.",
@@ -199,7 +206,6 @@ class PolicyPublisher:
         if not result.mean_abs_diff <= accepted:
             accepted = self.probe_tolerance * self.probe.rounding_noise(model, self.dtype)
         if not result.mean_abs_diff <= accepted:
-            self.client.pause()
             raise WeightSyncError(
                 f"Trainer and server disagree after version {policy_version} was published: mean |logprob difference| "
                 f"{result.mean_abs_diff:.4f}, largest {result.max_abs_diff:.4f} over {result.num_tokens} tokens; "

@@ -79,6 +79,11 @@ class PolicyWeights:
         get_head = getattr(self.model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
         for name, module in self.model.named_modules():
+            saved = _saved_module(module)
+            if tied and saved is not None and (module is head or type(saved) is nn.Embedding):
+                _refuse(
+                    name, "is trained apart from the embeddings that it is tied to", "Leave it out of modules_to_save."
+                )
             if not _is_tuner_layer(module):
                 continue
             if not _is_lora_layer(module):
@@ -86,8 +91,11 @@ class PolicyWeights:
                 _refuse(name, f"is a {kind}", "Use LoRA on linear or embedding modules (--use_peft).")
             if module.merged:
                 _refuse(name, "holds a merged adapter", "Call model.unmerge_adapter() before training.")
-            if any(module.use_dora.get(adapter, False) for adapter in module.active_adapters):
-                _refuse(name, "uses DoRA", "Set --use_dora false.")
+            variants = [
+                type(module.lora_variant[a]).__name__ for a in module.active_adapters if a in module.lora_variant
+            ]
+            if variants:
+                _refuse(name, f"uses {variants[0]}", "Use plain LoRA: --use_dora false, and no other variant.")
             if any(module.lora_bias.get(adapter, False) for adapter in module.active_adapters):
                 _refuse(name, "has a LoRA bias", "Set lora_bias=False in the LoraConfig.")
             if tied and (module is head or type(module.get_base_layer()) is nn.Embedding):
@@ -108,6 +116,13 @@ def _is_tuner_layer(module: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return isinstance(module, BaseTunerLayer)
+
+
+def _saved_module(module: nn.Module) -> nn.Module | None:
+    """The original of a module that PEFT trains as a whole, or None."""
+    from peft.utils import ModulesToSaveWrapper
+
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else None
 
 
 def _is_lora_layer(module: nn.Module) -> bool:

@@ -51,9 +51,8 @@ class AtroposVLLMClient(VLLMClient):
     Example:
 
     ```python
-    >>> client = AtroposVLLMClient("http://127.0.0.1:8000")  # doctest: +SKIP
-    >>> client.get_weight_version()  # doctest: +SKIP
-    '12'
+    client = AtroposVLLMClient("http://127.0.0.1:8000")
+    client.get_weight_version()  # '12'
     ```
     """
 
@@ -133,7 +132,14 @@ class AtroposVLLMClient(VLLMClient):
     def _checked_json(self, response: requests.Response) -> dict:
         if response.status_code >= 400:
             raise _http_error(self.base_url, response)
-        return response.json()
+        try:
+            return response.json()
+        except requests.exceptions.JSONDecodeError as exc:
+            raise WeightSyncError(
+                f"{_route(response)} of {self.base_url} answered {response.status_code} with {response.text[:80]!r}.",
+                "That is not JSON, so it is not a vLLM server that answers.",
+                "Correct --vllm_server_base_url, or look at the proxy in between.",
+            ) from exc
 
     def get_server_info(self) -> dict:
         """Return the server's resolved `VllmConfig` as a JSON tree.
@@ -149,10 +155,6 @@ class AtroposVLLMClient(VLLMClient):
                 "Start it with `trl vllm-serve`, or `VLLM_SERVER_DEV_MODE=1 vllm serve ...`.",
             )
         return self._checked_json(response)["vllm_config"]
-
-    def has_route(self, route: str) -> bool:
-        """Whether the server's `/openapi.json` lists a route."""
-        return route in self._get(f"{self.base_url}/openapi.json")["paths"]
 
     def pause(self) -> None:
         """Freeze generation. Requests in flight are kept and go on after `resume`; new ones wait."""
@@ -226,8 +228,11 @@ class AtroposVLLMClient(VLLMClient):
         return [[position[0] for position in sequence] for sequence in scored["actual_logprobs"]]
 
 
+def _route(response: requests.Response) -> str:
+    return f"{response.request.method} {response.request.path_url}"
+
+
 def _http_error(base_url: str, response: requests.Response) -> WeightSyncError:
-    route = f"{response.request.method} {response.request.path_url}"
     detail = " ".join(response.text.split())[:500]
     if response.status_code == 401:
         fix = "Set --vllm_api_key, or VLLM_API_KEY in the environment, to the key the server was started with."
@@ -236,7 +241,7 @@ def _http_error(base_url: str, response: requests.Response) -> WeightSyncError:
     else:
         fix = "Look at the server's log; if it stays in this state, restart the server."
     return WeightSyncError(
-        f"{route} of the vLLM server at {base_url} answered {response.status_code}: {detail}.",
+        f"{_route(response)} of the vLLM server at {base_url} answered {response.status_code}: {detail}.",
         "The server refused the request or failed while handling it.",
         fix,
     )

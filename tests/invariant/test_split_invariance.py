@@ -1,0 +1,313 @@
+"""The gradient of an optimizer step does not depend on how its rollouts are split over ranks and micro-batches.
+
+The splits with two ranks are two real processes with a gloo group, DDP and accelerate's own launch variables.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trl_atropos.atropos_config import AtroposConfig
+from trl_atropos.atropos_trainer import AtroposTrainer
+from trl_atropos.data import RolloutCollator, with_advantages
+from trl_atropos.errors import NonFiniteGradientError
+from trl_atropos.preflight import ServerFacts
+from trl_atropos.types import Rollout, RolloutGroup
+
+
+VOCAB_SIZE = 64
+NUM_ROLLOUTS = 8
+# (ranks, gradient_accumulation_steps, per_device_train_batch_size): 8 rollouts each
+SPLITS = [(1, 1, 8), (1, 4, 2), (1, 8, 1), (2, 2, 2), (2, 1, 4)]
+CASES = [(loss, normalization) for loss in ("weighted_sft", "grpo") for normalization in ("none", "global")]
+# float32 rounds sums of other lengths differently; a wrong denominator is off by tens of percent.
+RELATIVE_ERROR = 1e-6
+
+Gradient = dict[str, torch.Tensor]
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+    )
+    return LlamaForCausalLM(config)
+
+
+def ragged_rollouts() -> list[Rollout]:
+    """Two groups of four rollouts with 4 to 18 tokens, of which 1 to 12 are trained; one has no logprobs."""
+    generator = torch.Generator().manual_seed(1)
+    rollouts = []
+    for number, (length, num_prompt) in enumerate(
+        [(4, 3), (9, 2), (18, 6), (7, 4), (12, 5), (5, 1), (16, 10), (11, 2)]
+    ):
+        input_ids = torch.randint(VOCAB_SIZE, (length,), generator=generator)
+        labels = input_ids.masked_fill(torch.arange(length) < num_prompt, -100)
+        # Near the uniform policy, so that some ratios are clipped and some are not.
+        logprobs = -math.log(VOCAB_SIZE) + 0.4 * torch.randn(length, generator=generator)
+        rollouts.append(
+            Rollout(
+                input_ids=input_ids,
+                labels=labels,
+                reward=float(torch.randn((), generator=generator)),
+                inference_logprobs=None if number == 5 else logprobs.clamp(max=-0.01),
+                set_advantage_to_zero=number == 2,
+                temperature=0.8 if number == 6 else None,
+            )
+        )
+    groups = [RolloutGroup(tuple(rollouts[:4])), RolloutGroup(tuple(rollouts[4:]))]
+    return [rollout for group in groups for rollout in with_advantages(group, "group")]
+
+
+def make_trainer(
+    split: tuple[int, int, int], directory: str | Path, model: torch.nn.Module | None = None, **options: Any
+) -> AtroposTrainer:
+    _, accumulation, micro_batch_size = split
+    args = AtroposConfig(
+        **{
+            "output_dir": str(directory),
+            "use_cpu": True,
+            "report_to": "none",
+            "gradient_checkpointing": False,
+            "per_device_train_batch_size": micro_batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "inference_logprobs": "use",
+            "advantage_clipping": [-1.2, 1.2],
+            **options,
+        }
+    )
+    trainer = AtroposTrainer(model or tiny_llama(), args)
+    trainer._server_facts = ServerFacts(
+        backend="trl_atropos_shm", dtype=torch.float32, has_processed_logprobs=True, knows_policy_versions=False
+    )
+    return trainer
+
+
+def step_gradient(
+    trainer: AtroposTrainer, split: tuple[int, int, int], rollouts: Sequence[Rollout], rank: int = 0
+) -> tuple[Gradient, float]:
+    """Gradient and loss of one optimizer step: the calls that `Trainer.train` makes, without the optimizer."""
+    num_ranks, accumulation, size = split
+    dealt = [rollouts[i * size : (i + 1) * size] for i in range(num_ranks * accumulation)][rank::num_ranks]
+    collate = RolloutCollator(pad_token_id=0, temperature=trainer.args.temperature)
+    model = trainer.model
+    model.zero_grad()
+    wrapped = DistributedDataParallel(model) if num_ranks > 1 else model
+    trainer.current_gradient_accumulation_steps = accumulation
+    micro_batches, num_items = trainer.get_batch_samples(map(collate, dealt), accumulation, trainer.args.device)
+    loss = sum(trainer.training_step(wrapped, batch, num_items).item() for batch in micro_batches)
+    gradient = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return gradient, loss / num_ranks
+
+
+def run_rank(rank: int, port: int, directory: str) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU="true",
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    torch.set_num_threads(1)
+    results: dict[Any, Any] = {}
+    for split in SPLITS:
+        if split[0] != 2:
+            continue
+        for loss_type, normalization in CASES:
+            trainer = make_trainer(split, directory, loss_type=loss_type, advantage_normalization=normalization)
+            assert trainer.accelerator.num_processes == 2
+            gradient, loss = step_gradient(trainer, split, ragged_rollouts(), rank)
+            losses = torch.tensor([loss], dtype=torch.float64)
+            dist.all_reduce(losses)
+            results[split, loss_type, normalization] = gradient, losses.item()
+    # Rank 1 has nothing after a dropped group, and must still join every collective.
+    trainer = make_trainer((2, 1, 4), directory)
+    results["rank_without_data"], _ = step_gradient(trainer, (2, 1, 4), ragged_rollouts()[:4], rank)
+    if rank == 0:
+        torch.save(results, Path(directory) / "gradients.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def gradients_of_two_ranks(tmp_path_factory) -> dict[Any, Any]:
+    directory = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(run_rank, args=(port, str(directory)), nprocs=2)
+    return torch.load(directory / "gradients.pt", weights_only=False)
+
+
+def assert_same_gradient(ours: Gradient, expected: Gradient, relative_error: float = RELATIVE_ERROR) -> None:
+    scale = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+    distance = torch.cat([(ours[name] - expected[name]).flatten() for name in expected]).norm()
+    assert scale > 1e-3
+    assert distance / scale < relative_error
+
+
+@pytest.mark.parametrize(("loss_type", "normalization"), CASES)
+@pytest.mark.parametrize("split", SPLITS[1:], ids=lambda split: "x".join(map(str, split)))
+def test_any_split_gives_the_same_gradient_and_loss(tmp_path, gradients_of_two_ranks, split, loss_type, normalization):
+    options = {"loss_type": loss_type, "advantage_normalization": normalization}
+    expected, expected_loss = step_gradient(make_trainer((1, 1, 8), tmp_path, **options), (1, 1, 8), ragged_rollouts())
+    if split[0] == 2:
+        gradient, loss = gradients_of_two_ranks[split, loss_type, normalization]
+    else:
+        gradient, loss = step_gradient(make_trainer(split, tmp_path, **options), split, ragged_rollouts())
+    assert_same_gradient(gradient, expected)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+
+
+def test_the_order_of_the_rollouts_does_not_matter(tmp_path):
+    expected, _ = step_gradient(make_trainer((1, 1, 8), tmp_path), (1, 1, 8), ragged_rollouts())
+    reversed_order, _ = step_gradient(make_trainer((1, 4, 2), tmp_path), (1, 4, 2), ragged_rollouts()[::-1])
+    assert_same_gradient(reversed_order, expected)
+
+
+def test_a_rank_without_data_adds_nothing_and_does_not_hang(tmp_path, gradients_of_two_ranks):
+    expected, _ = step_gradient(make_trainer((1, 1, 4), tmp_path), (1, 1, 4), ragged_rollouts()[:4])
+    assert_same_gradient(gradients_of_two_ranks["rank_without_data"], expected)
+
+
+def test_an_empty_micro_batch_adds_nothing(tmp_path):
+    expected, _ = step_gradient(make_trainer((1, 1, 4), tmp_path), (1, 1, 4), ragged_rollouts()[:4])
+    with_empty, _ = step_gradient(make_trainer((1, 4, 2), tmp_path), (1, 4, 2), ragged_rollouts()[:4])
+    assert_same_gradient(with_empty, expected)
+
+
+def test_batch_normalization_depends_on_the_split_as_its_help_says(tmp_path):
+    # Guards the guard: a comparison that is too weak would find these equal, too.
+    options = {"advantage_normalization": "batch", "loss_type": "weighted_sft"}
+    whole, _ = step_gradient(make_trainer((1, 1, 8), tmp_path, **options), (1, 1, 8), ragged_rollouts())
+    split, _ = step_gradient(make_trainer((1, 4, 2), tmp_path, **options), (1, 4, 2), ragged_rollouts())
+    with pytest.raises(AssertionError):
+        assert_same_gradient(split, whole, relative_error=1e-2)
+
+
+class TestAgainstTheModelsOwnLoss:
+    def test_weighted_sft_with_all_advantages_1_is_supervised_finetuning(self, tmp_path):
+        rollouts = [replace(r, advantages=torch.ones(r.num_tokens), set_advantage_to_zero=False, temperature=None)
+                    for r in ragged_rollouts()]  # fmt: skip
+        options = {"loss_type": "weighted_sft", "advantage_clipping": None}
+        ours, loss = step_gradient(make_trainer((1, 4, 2), tmp_path, **options), (1, 4, 2), rollouts)
+
+        model = tiny_llama()
+        batch = RolloutCollator(pad_token_id=0, temperature=1.0)(rollouts)
+        expected = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
+        expected.backward()
+
+        assert loss == pytest.approx(expected.item(), rel=1e-6)
+        assert_same_gradient(ours, {name: parameter.grad for name, parameter in model.named_parameters()})
+
+    def test_the_loss_is_the_sum_over_tokens_divided_by_all_trained_tokens(self, tmp_path):
+        # By hand: -sum(A * logprob at the sampling temperature) / number of trained tokens.
+        rollouts = ragged_rollouts()
+        options = {"loss_type": "weighted_sft", "advantage_clipping": None, "temperature": 0.7}
+        _, loss = step_gradient(make_trainer((1, 2, 4), tmp_path, **options), (1, 2, 4), rollouts)
+
+        model, total, num_trained = tiny_llama().eval(), 0.0, 0
+        for rollout in rollouts:
+            temperature = rollout.temperature or 0.7
+            with torch.no_grad():
+                logits = model(rollout.input_ids[None]).logits[0].double() / temperature
+            for t in range(1, rollout.num_tokens):
+                if rollout.labels[t] != -100:
+                    advantage = 0.0 if rollout.set_advantage_to_zero else rollout.advantages[t].item()
+                    total -= advantage * logits[t - 1].log_softmax(-1)[rollout.labels[t]].item()
+                    num_trained += 1
+        assert loss == pytest.approx(total / num_trained, rel=1e-5)
+
+
+class TestSetAdvantageToZero:
+    @staticmethod
+    def group(*, flagged: bool) -> list[Rollout]:
+        rollouts = [replace(r, advantages=None, set_advantage_to_zero=False) for r in ragged_rollouts()[:4]]
+        if flagged:
+            rollouts[0] = replace(rollouts[0], set_advantage_to_zero=True)
+        return with_advantages(RolloutGroup(tuple(rollouts)), "none")
+
+    def gradient(self, tmp_path, rollouts: Sequence[Rollout], **options: Any) -> Gradient:
+        options = {"loss_type": "weighted_sft", "advantage_clipping": None, **options}
+        return step_gradient(make_trainer((1, 1, 4), tmp_path, **options), (1, 1, 4), rollouts)[0]
+
+    def test_it_pushes_nothing_itself(self, tmp_path):
+        only_flagged = [replace(self.group(flagged=True)[0])]
+        gradient = self.gradient(tmp_path, only_flagged)
+        assert all(not tensor.any() for tensor in gradient.values())
+
+    def test_its_reward_and_its_tokens_still_count_for_the_others(self, tmp_path):
+        # The same gradient as with its advantages at 0 by hand: the mean of the group and the number of trained tokens
+        # are those of all four rollouts.
+        by_hand = self.group(flagged=False)
+        by_hand[0] = replace(by_hand[0], advantages=torch.zeros(by_hand[0].num_tokens))
+        flagged = self.group(flagged=True)
+        rewards = [rollout.reward for rollout in flagged]
+        assert flagged[1].advantages.max().item() == pytest.approx(
+            max(rewards[1] - sum(rewards) / 4, 0.0), rel=1e-6, abs=1e-7
+        )
+        assert_same_gradient(self.gradient(tmp_path, flagged), self.gradient(tmp_path, by_hand))
+
+    def test_it_counts_in_the_statistics_and_is_set_to_0_after_them(self, tmp_path):
+        trainer = make_trainer((1, 1, 4), tmp_path, advantage_normalization="global", advantage_clipping=None)
+        collated = RolloutCollator(pad_token_id=0, temperature=1.0)(self.group(flagged=True))
+        unflagged = collated["advantages"].clone()
+        trained = unflagged[collated["labels"] != -100].double()
+        ((batch,), num_items) = trainer.get_batch_samples(iter([collated]), 1, torch.device("cpu"))
+
+        assert num_items == trained.numel()
+        assert not batch["advantages"][0].any()
+        # Normalised with the mean and the unbiased standard deviation of all trained tokens, its own included.
+        expected = (unflagged.double() - trained.mean()) / (trained.std() + 1e-8)
+        others = (batch["labels"] != -100)[1:]
+        torch.testing.assert_close(
+            batch["advantages"][1:][others].double(), expected[1:][others], rtol=1e-5, atol=1e-6
+        )
+        assert "zero_advantage" not in batch
+
+
+class TestNonFiniteGradient:
+    @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_it_stops_before_any_weight_changes(self, tmp_path, value, max_grad_norm):
+        trainer = make_trainer((1, 1, 8), tmp_path, max_grad_norm=max_grad_norm, learning_rate=0.1)
+        trainer.create_optimizer_and_scheduler(num_training_steps=1)
+        before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+        step_gradient(trainer, (1, 1, 8), ragged_rollouts())
+        trainer.model.lm_head.weight.grad[3, 3] = value
+
+        # What Trainer.train does between the last backward and optimizer.step().
+        grad_norm = trainer._clip_grad_norm(trainer.model) if max_grad_norm > 0 else None
+        with pytest.raises(NonFiniteGradientError) as caught:
+            trainer._get_grad_norm(trainer.model, grad_norm=grad_norm)
+
+        assert "The gradient norm of step 1 is" in caught.value.what
+        assert "--learning_rate" in caught.value.fix
+        assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
+
+    def test_a_finite_gradient_passes_through(self, tmp_path):
+        trainer = make_trainer((1, 1, 8), tmp_path)
+        gradient, _ = step_gradient(trainer, (1, 1, 8), ragged_rollouts())
+        expected = torch.cat([tensor.flatten() for tensor in gradient.values()]).norm().item()
+        assert float(trainer._get_grad_norm(trainer.model)) == pytest.approx(expected, rel=1e-5)
