@@ -18,10 +18,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from trl_atropos.atropos_config import AtroposConfig
 from trl_atropos.atropos_trainer import AtroposTrainer
+from trl_atropos.callbacks import PublishPolicyCallback
 from trl_atropos.data import RolloutCollator, with_advantages
 from trl_atropos.errors import NonFiniteGradientError
 from trl_atropos.preflight import ServerFacts
@@ -287,24 +289,44 @@ class TestSetAdvantageToZero:
         assert "zero_advantage" not in batch
 
 
+class WeightsAfterEachStep(TrainerCallback):
+    """Copies the weights when training begins and after every optimizer step."""
+
+    def __init__(self) -> None:
+        self.snapshots: list[Gradient] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: torch.nn.Module, **kwargs: Any) -> None:
+        self.snapshots.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    on_step_end = on_train_begin
+
+
 class TestNonFiniteGradient:
     @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_it_stops_before_any_weight_changes(self, tmp_path, value, max_grad_norm):
-        trainer = make_trainer((1, 1, 8), tmp_path, max_grad_norm=max_grad_norm, learning_rate=0.1)
-        trainer.create_optimizer_and_scheduler(num_training_steps=1)
-        before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
-        step_gradient(trainer, (1, 1, 8), ragged_rollouts())
-        trainer.model.lm_head.weight.grad[3, 3] = value
+        trainer = make_trainer(
+            (1, 1, 8), tmp_path, max_grad_norm=max_grad_norm, learning_rate=0.01, max_steps=5, save_strategy="no"
+        )
+        weights = WeightsAfterEachStep()
+        trainer.add_callback(weights)
+        # No servers here: nothing to publish to, and the rollouts are at hand.
+        trainer.pop_callback(PublishPolicyCallback)
+        collate = RolloutCollator(pad_token_id=0, temperature=1.0)
+        trainer.get_train_dataloader = lambda: DataLoader([ragged_rollouts()] * 5, batch_size=None, collate_fn=collate)
+        trainer.model.lm_head.weight.register_hook(
+            lambda gradient: gradient * (value if trainer.state.global_step == 1 else 1)
+        )
 
-        # What Trainer.train does between the last backward and optimizer.step().
-        grad_norm = trainer._clip_grad_norm(trainer.model) if max_grad_norm > 0 else None
+        # transformers' own loop, which decides what comes before what.
         with pytest.raises(NonFiniteGradientError) as caught:
-            trainer._get_grad_norm(trainer.model, grad_norm=grad_norm)
+            Trainer.train(trainer)
 
-        assert "The gradient norm of step 1 is" in caught.value.what
+        assert "The gradient norm of step 2 is" in caught.value.what
         assert "--learning_rate" in caught.value.fix
-        assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
+        before, after_step_1 = weights.snapshots
+        assert not torch.equal(after_step_1["lm_head.weight"], before["lm_head.weight"])
+        assert all(torch.equal(value, after_step_1[name]) for name, value in trainer.model.state_dict().items())
 
     def test_a_finite_gradient_passes_through(self, tmp_path):
         trainer = make_trainer((1, 1, 8), tmp_path)
