@@ -22,7 +22,7 @@ class AtroposConfig(TrainingArguments):
     Only the options specific to this trainer are listed by `--help` under their own names; the others are those of
     [`~transformers.TrainingArguments`], of which these defaults differ: `logging_steps` 1, `learning_rate` 1e-6,
     `lr_scheduler_type` constant, `gradient_checkpointing` True, `bf16` True on a GPU, `max_steps` 1000,
-    `save_strategy` steps, `ignore_data_skip` True, `logging_nan_inf_filter` False.
+    `ignore_data_skip` True, `logging_nan_inf_filter` False.
 
     Raises:
         `ValueError`: at construction, if options contradict each other; the message names both.
@@ -196,13 +196,7 @@ class AtroposConfig(TrainingArguments):
                 f"max_steps is {self.max_steps}. The stream of rollouts has no end, so epochs do not exist here. Set "
                 "--max_steps to the number of optimizer steps."
             )
-        if not self.ignore_data_skip:
-            raise ValueError("ignore_data_skip is False. A live stream cannot be replayed by skipping. Leave it True.")
-        if self.logging_nan_inf_filter:
-            raise ValueError(
-                "logging_nan_inf_filter is True. It would show a finite loss where there is none. Leave it False: a "
-                "gradient that is not finite stops the run."
-            )
+        self._check_unsupported()
         if self.batch_timeout_s >= self.ddp_timeout:
             raise ValueError(
                 f"batch_timeout_s ({self.batch_timeout_s}) is not below ddp_timeout ({self.ddp_timeout}). The other "
@@ -232,6 +226,18 @@ class AtroposConfig(TrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be positive. Set --{name}.")
         if not 0.0 <= self.max_dropped_fraction < 1.0:
             raise ValueError(f"max_dropped_fraction is {self.max_dropped_fraction}, it must lie in [0, 1).")
+
+    def _check_unsupported(self) -> None:
+        """Refuse options of `TrainingArguments` that would be wrong here or would silently do nothing."""
+        for name, accepted, reason in (
+            ("ignore_data_skip", True, "a live stream cannot be replayed by skipping batches"),
+            ("logging_nan_inf_filter", False, "it would show a finite loss where there is none"),
+            ("auto_find_batch_size", False, "a batch that was fetched cannot be fetched again in another size"),
+            ("use_liger_kernel", False, "its fused loss leaves no logits at trained positions"),
+            ("label_smoothing_factor", 0.0, "the loss is not the cross entropy of transformers"),
+        ):
+            if getattr(self, name) != accepted:
+                raise ValueError(f"{name} is {getattr(self, name)}: {reason}. Leave --{name} at {accepted}.")
 
     def _check_batch_size(self) -> None:
         step_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size

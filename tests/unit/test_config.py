@@ -65,6 +65,9 @@ CONTRADICTIONS = {
     "epochs": ({"max_steps": -1, "num_train_epochs": 2}, ["max_steps is -1", "epochs", "--max_steps"]),
     "ignore_data_skip": ({"ignore_data_skip": False}, ["ignore_data_skip"]),
     "logging_nan_inf_filter": ({"logging_nan_inf_filter": True}, ["logging_nan_inf_filter"]),
+    "auto_find_batch_size": ({"auto_find_batch_size": True}, ["auto_find_batch_size is True", "at False"]),
+    "use_liger_kernel": ({"use_liger_kernel": True}, ["use_liger_kernel is True", "at False"]),
+    "label_smoothing": ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor is 0.1", "at 0.0"]),
     "bf16_and_fp16": ({"bf16": True, "fp16": True}, ["bf16", "fp16"]),
 }  # fmt: skip
 

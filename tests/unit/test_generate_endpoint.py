@@ -157,6 +157,11 @@ class TestRequest:
         assert server.inner["sampling_params"].items() >= asked.items()
         assert server.inner["sampling_params"]["top_p"] == 1.0
 
+    def test_null_logprobs_are_asked_for_all_the_same(self):
+        server = server_of()
+        assert generate(GenerateEndpoint(server), logprobs=None).status == 200
+        assert server.inner["sampling_params"]["logprobs"] == 0
+
     def test_output_kind_of_the_request_does_not_win(self):
         server = server_of()
         assert generate(GenerateEndpoint(server), output_kind=0).status == 200

@@ -197,6 +197,15 @@ class TestBaseIsOnlyRead:
         expected = dict(copy.deepcopy(model).merge_and_unload().named_parameters())
         assert all(torch.allclose(tensor, expected[name]) for name, tensor in published(source).items())
 
+    def test_switched_off_adapters_are_not_published(self):
+        model = adapted(target_modules=["q_proj"])
+        source = PolicyWeights(model, torch.float32)
+        base = dict(tiny_llama().named_parameters())
+        with model.disable_adapter():
+            switched_off = {name: tensor.clone() for name, tensor in source}
+        assert all(torch.equal(tensor, base[name]) for name, tensor in switched_off.items())
+        assert any(not torch.equal(tensor, base[name]) for name, tensor in source)
+
     def test_what_is_yielded_can_be_overwritten(self):
         # For a float32 base `weight.float()` is the weight: a merge in place would write into it.
         model = adapted(target_modules=["q_proj"])

@@ -114,7 +114,11 @@ class SharedMemoryTransport:
     def _report(self, worker: int) -> dict:
         offset = self._data_bytes + worker * REPORT_BYTES
         payload = self._require_open()[offset : offset + REPORT_BYTES].rstrip(b"\0")
-        return json.loads(payload) if payload else {}
+        try:
+            return json.loads(payload)
+        except ValueError:
+            # Empty, or cut off by a worker that died: `send` compares it with what was staged and refuses it.
+            return {}
 
 
 def _layout(manifest: Sequence[TensorSpec]) -> tuple[list[int], int]:
@@ -129,7 +133,14 @@ def _layout(manifest: Sequence[TensorSpec]) -> tuple[list[int], int]:
 
 
 def _create_segment(path: str, num_bytes: int) -> mmap.mmap:
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise WeightSyncError(
+            f"A shared-memory segment cannot be created in {os.path.dirname(path)}: {exc}.",
+            "The policy travels to the server through it.",
+            "Mount a writable tmpfs there (containers: --ipc=host or --shm-size), on Linux.",
+        ) from exc
     try:
         # Reserving now turns a full /dev/shm into an error here instead of a SIGBUS in the middle of a publish.
         os.posix_fallocate(descriptor, 0, num_bytes)

@@ -65,7 +65,8 @@ class PolicyWeights:
             layer = lora_layers.get(module_name.removesuffix(".base_layer"))
             if "modules_to_save" in name and not _is_active_copy(name, self.model):
                 continue
-            yield _server_name(name), parameter, layer if leaf == "weight" else None
+            is_adapted = layer is not None and leaf == "weight" and not layer.disable_adapters
+            yield _server_name(name), parameter, layer if is_adapted else None
 
     def _check(self) -> None:
         for name, parameter in self.model.named_parameters():
