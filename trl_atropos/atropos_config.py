@@ -221,9 +221,24 @@ class AtroposConfig(TrainingArguments):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}. Choose one of: {', '.join(choices)}.")
-        for name in ("max_length", "weight_sync_steps", "temperature", "batch_timeout_s", "refresh_interval"):
-            if getattr(self, name) <= 0:
+        for name in (
+            "max_length",
+            "weight_sync_steps",
+            "temperature",
+            "batch_timeout_s",
+            "refresh_interval",
+            "api_timeout_s",
+            "vllm_server_timeout",
+            "weight_sync_timeout",
+            "logprob_probe_tolerance",
+        ):
+            # Written so that NaN is refused too.
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be positive. Set --{name}.")
+        for name in ("epsilon", "epsilon_high"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} is {value}, it must be 0 or more. Set --{name}.")
         if not 0.0 <= self.max_dropped_fraction < 1.0:
             raise ValueError(f"max_dropped_fraction is {self.max_dropped_fraction}, it must lie in [0, 1).")
 

@@ -333,3 +333,21 @@ class TestNonFiniteGradient:
         gradient, _ = step_gradient(trainer, (1, 1, 8), ragged_rollouts())
         expected = torch.cat([tensor.flatten() for tensor in gradient.values()]).norm().item()
         assert float(trainer._get_grad_norm(trainer.model)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_micro_batches_are_not_averaged_for_a_model_that_takes_no_loss_arguments(tmp_path):
+    # For such models transformers divides by the number of micro-batches, unless the trainer says that it did.
+    expected, _ = step_gradient(make_trainer((1, 1, 8), tmp_path), (1, 1, 8), ragged_rollouts())
+    trainer = make_trainer((1, 4, 2), tmp_path)
+    trainer.model_accepts_loss_kwargs = False
+    gradient, _ = step_gradient(trainer, (1, 4, 2), ragged_rollouts())
+    assert_same_gradient(gradient, expected)
+
+
+def test_logits_are_computed_at_trained_positions_only(tmp_path):
+    trainer = make_trainer((1, 2, 4), tmp_path)
+    shapes: list[tuple[int, ...]] = []
+    trainer.model.lm_head.register_forward_hook(lambda head, args, logits: shapes.append(tuple(logits.shape)))
+    step_gradient(trainer, (1, 2, 4), ragged_rollouts())
+    # Trained tokens, length - prompt: 1 + 7 + 12 + 3 = 23, and 7 + 4 + 6 + 9 = 26.
+    assert shapes == [(1, 23, VOCAB_SIZE), (1, 26, VOCAB_SIZE)]

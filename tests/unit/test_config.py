@@ -68,6 +68,10 @@ CONTRADICTIONS = {
     "auto_find_batch_size": ({"auto_find_batch_size": True}, ["auto_find_batch_size is True", "at False"]),
     "use_liger_kernel": ({"use_liger_kernel": True}, ["use_liger_kernel is True", "at False"]),
     "label_smoothing": ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor is 0.1", "at 0.0"]),
+    "probe_tolerance": ({"logprob_probe_tolerance": float("nan")}, ["logprob_probe_tolerance is nan", "positive"]),
+    "publish_deadline": ({"weight_sync_timeout": -1.0}, ["weight_sync_timeout is -1.0", "positive"]),
+    "epsilon": ({"epsilon": -1.0}, ["epsilon is -1.0", "0 or more"]),
+    "epsilon_high": ({"epsilon_high": float("nan")}, ["epsilon_high is nan", "0 or more"]),
     "bf16_and_fp16": ({"bf16": True, "fp16": True}, ["bf16", "fp16"]),
 }  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,21 +68,17 @@ class LogprobProbe:
             encoded = [tokenizer(text)["input_ids"][:MAX_PROBE_TOKENS] for text in PROBE_TEXTS]
             self.sequences = [ids for ids in encoded if len(ids) >= 2]
 
-    def run(self, model: nn.Module, client: AtroposVLLMClient) -> ProbeResult:
-        """Score the sequences on both sides. The server must not be paused.
+    def compare(self, trainer_logprobs: torch.Tensor, client: AtroposVLLMClient) -> ProbeResult:
+        """Score the sequences on the server, which must not be paused, and compare.
 
         Args:
-            model (`nn.Module`):
-                The unwrapped policy; its training mode is restored.
+            trainer_logprobs (`torch.Tensor`):
+                From `trainer_logprobs`.
             client (`AtroposVLLMClient`):
                 The server.
         """
-        # Side by side: each is bound by reading its own copy of the weights once. The request has its deadline.
-        with ThreadPoolExecutor(max_workers=1) as executor:
-            scoring = executor.submit(client.get_prompt_logprobs, self.sequences)
-            trainer = self.trainer_logprobs(model)
-            server = torch.tensor([value for row in scoring.result() for value in row])
-        differences = (trainer - server).abs()
+        server = torch.tensor([value for row in client.get_prompt_logprobs(self.sequences) for value in row])
+        differences = (trainer_logprobs - server).abs()
         return ProbeResult(differences.mean().item(), differences.max().item(), differences.numel())
 
     def rounding_noise(self, model: nn.Module, dtype: torch.dtype) -> float:

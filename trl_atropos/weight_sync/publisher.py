@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -142,17 +143,12 @@ class PolicyPublisher:
                 self._is_open = True
             with self._timed("stage"):
                 self.transport.stage(source)
-            with self._timed("pause"):
-                self.client.pause()
-            with self._timed("transfer"):
-                self._start()
-                self.transport.send()
-            with self._timed("finish"):
-                self.client.finish_weight_update(str(policy_version))
-            with self._timed("resume"):
-                self.client.resume()
-            with self._timed("verify"):
-                probe = self._verify(model, policy_version)
+            # While this thread waits for the server, another one computes what the server must answer afterwards.
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="probe") as executor:
+                trainer_logprobs = executor.submit(self.probe.trainer_logprobs, model)
+                self._transfer(policy_version)
+                with self._timed("verify"):
+                    probe = self._verify(model, trainer_logprobs.result(), policy_version)
         except WeightSyncError as exc:
             raise type(exc)(
                 f"Publishing policy version {policy_version} failed in phase `{self._phase}`: {exc.what}",
@@ -168,6 +164,17 @@ class PolicyPublisher:
         self._phase = "idle"
         num_bytes = sum(spec.num_bytes for spec in source.manifest())
         return PublishReport(policy_version, num_bytes, dict(self._phase_s), probe)
+
+    def _transfer(self, policy_version: int) -> None:
+        with self._timed("pause"):
+            self.client.pause()
+        with self._timed("transfer"):
+            self._start()
+            self.transport.send()
+        with self._timed("finish"):
+            self.client.finish_weight_update(str(policy_version))
+        with self._timed("resume"):
+            self.client.resume()
 
     def close(self) -> None:
         """Release the transport."""
@@ -192,7 +199,7 @@ class PolicyPublisher:
                 raise
             logger.warning("The server has an unfinished weight update of another trainer; it is completed with ours.")
 
-    def _verify(self, model: nn.Module, policy_version: int) -> ProbeResult:
+    def _verify(self, model: nn.Module, trainer_logprobs: torch.Tensor, policy_version: int) -> ProbeResult:
         reported = self.client.get_weight_version()
         if reported != str(policy_version):
             raise WeightSyncError(
@@ -200,7 +207,7 @@ class PolicyPublisher:
                 "Another trainer publishes to the same server.",
                 "Give each trainer its own server (--vllm_server_base_url).",
             )
-        result = self.probe.run(model, self.client)
+        result = self.probe.compare(trainer_logprobs, self.client)
         accepted = self.probe_tolerance * TYPICAL_NOISE_EPS * torch.finfo(self.dtype).eps
         # Written so that a NaN fails. The noise of this very model is only measured when the typical one is exceeded.
         if not result.mean_abs_diff <= accepted:
