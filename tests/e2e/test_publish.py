@@ -206,10 +206,12 @@ def test_incomplete_policy_is_refused_and_never_served(setting: Setting) -> None
 
 
 def test_shared_memory_has_no_name_while_the_transport_is_open(setting: Setting) -> None:
+    names = set(os.listdir("/dev/shm"))
     client = AtroposVLLMClient(setting.url)
     publisher = make_publisher(client, setting.policy)
     publisher.publish(load(setting.policy), policy_version=80)
-    assert not [name for name in os.listdir("/dev/shm") if name.startswith("trl_atropos-")]
+    # Compared, because other trainers of this machine may be opening segments of their own.
+    assert not [name for name in set(os.listdir("/dev/shm")) - names if name.startswith("trl_atropos-")]
 
 
 def test_another_model_is_refused_before_anything_is_sent(setting: Setting) -> None:
