@@ -48,7 +48,7 @@ THIRD_PARTY = {
     **{name: {"torch"} for name in L0 | L1},
     "atropos_client": {"requests", "urllib3"},
     "journal": set(),
-    "weight_sync": {"torch", "trl", "requests", "peft", "vllm"},
+    "weight_sync": {"torch", "trl", "requests", "urllib3", "peft", "vllm"},
     "serving": {"vllm"},
     "data": {"torch"},
     "distributed": {"torch"},

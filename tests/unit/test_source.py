@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -243,6 +243,8 @@ REFUSED = {
     # The copy that PEFT trains is not tied any more; the server has one tensor for both.
     "saved_tied_head": (lambda: adapted(tiny_llama(tied=True), target_modules=["q_proj"], modules_to_save=["lm_head"]),
                         "lm_head", "tied"),
+    "prompt_tuning": (lambda: get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
+                      "PromptTuningConfig", "prompt"),
     "int8": (with_int8_weight, "model.layers.1.self_attn.q_proj.weight", "int8"),
     "already_merged": (already_merged, "q_proj", "merged"),
 }  # fmt: skip

@@ -74,8 +74,11 @@ class PolicyWeights:
                 _refuse(name, "is partitioned by DeepSpeed ZeRO-3", "Use ZeRO-1 or ZeRO-2, or plain data parallelism.")
             if type(parameter.data).__name__ == "DTensor":
                 _refuse(name, "is sharded by FSDP2 or tensor parallelism", "Use DDP or ZeRO-1/2.")
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
                 _refuse(name, f"is quantised ({parameter.dtype})", "Load the base model without quantisation.")
+        peft_config = getattr(self.model, "active_peft_config", None)
+        if peft_config is not None and peft_config.is_prompt_learning:
+            _refuse(type(peft_config).__name__, "learns a prompt, not weights", "Use LoRA (--use_peft).")
         tied = getattr(getattr(self.model, "config", None), "tie_word_embeddings", False)
         get_head = getattr(self.model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None

@@ -11,6 +11,7 @@ from typing import Any
 import requests
 from requests.adapters import HTTPAdapter
 from trl.generation.vllm_client import VLLMClient
+from urllib3.exceptions import ReadTimeoutError
 
 from ..errors import PreflightError, WeightSyncError, WeightSyncTimeout
 
@@ -26,7 +27,7 @@ class AtroposVLLMClient(VLLMClient):
 
     Differs from [`trl.generation.vllm_client.VLLMClient`] in that
 
-    1. every request has a deadline;
+    1. every request has a deadline, counted from the last byte that arrived;
     2. nothing is retried: the control requests are not idempotent, a repeated `/update_weights` waits forever for
        bytes that were already taken;
     3. it pauses and resumes the server, names the policy version, and reads it back;
@@ -108,14 +109,15 @@ class AtroposVLLMClient(VLLMClient):
         route = url.removeprefix(self.base_url)
         try:
             response = self.session.request(method, url, **kwargs)
-        except requests.exceptions.Timeout as exc:
-            raise WeightSyncTimeout(
-                f"{method} {route} of the vLLM server at {self.base_url} did not answer within {kwargs['timeout']} s.",
-                "The engine is stuck, or the machine is overloaded; whether the request took effect is unknown.",
-                "Look at the server's log, restart the server, then train with --resume_from_checkpoint; or raise "
-                "--weight_sync_timeout.",
-            ) from exc
         except requests.exceptions.RequestException as exc:
+            if _is_timeout(exc):
+                raise WeightSyncTimeout(
+                    f"{method} {route} of the vLLM server at {self.base_url} did not answer within "
+                    f"{kwargs['timeout']} s.",
+                    "The engine is stuck, or the machine is overloaded; whether the request took effect is unknown.",
+                    "Look at the server's log, restart the server, then train with --resume_from_checkpoint; or raise "
+                    "--weight_sync_timeout.",
+                ) from exc
             raise WeightSyncError(
                 f"{method} {route} of the vLLM server at {self.base_url} failed: {exc}.",
                 "The server died or closed the connection.",
@@ -226,6 +228,12 @@ class AtroposVLLMClient(VLLMClient):
             [list(sequence) for sequence in sequences], prompt_lengths=[1] * len(sequences), top_logprobs=1
         )
         return [[position[0] for position in sequence] for sequence in scored["actual_logprobs"]]
+
+
+def _is_timeout(exc: requests.exceptions.RequestException) -> bool:
+    # requests reports a stall after the headers of an answer as a ConnectionError around urllib3's timeout.
+    cause = exc.args[0] if exc.args else None
+    return isinstance(exc, requests.exceptions.Timeout) or isinstance(cause, ReadTimeoutError)
 
 
 def _route(response: requests.Response) -> str:
