@@ -81,16 +81,15 @@ class LogprobProbe:
         differences = (trainer_logprobs - server).abs()
         return ProbeResult(differences.mean().item(), differences.max().item(), differences.numel())
 
-    def rounding_noise(self, model: nn.Module, dtype: torch.dtype) -> float:
+    def rounding_noise(self, model: nn.Module, trainer_logprobs: torch.Tensor, dtype: torch.dtype) -> float:
         """Mean |logprob difference| in nats that arithmetic in `dtype` alone makes on the probe.
 
         At least `TYPICAL_NOISE_EPS` of the dtype: a model that is already held in `dtype` shows no difference to itself.
         """
         device_type = next(model.parameters()).device.type
-        exact = self.trainer_logprobs(model)
         with torch.autocast(device_type, dtype=dtype, enabled=dtype is not torch.float32):
             rounded = self.trainer_logprobs(model)
-        return max((exact - rounded).abs().mean().item(), TYPICAL_NOISE_EPS * torch.finfo(dtype).eps)
+        return max((trainer_logprobs - rounded).abs().mean().item(), TYPICAL_NOISE_EPS * torch.finfo(dtype).eps)
 
     @torch.no_grad()
     def trainer_logprobs(self, model: nn.Module) -> torch.Tensor:

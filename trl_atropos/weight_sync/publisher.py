@@ -211,7 +211,7 @@ class PolicyPublisher:
         accepted = self.probe_tolerance * TYPICAL_NOISE_EPS * torch.finfo(self.dtype).eps
         # Written so that a NaN fails. The noise of this very model is only measured when the typical one is exceeded.
         if not result.mean_abs_diff <= accepted:
-            accepted = self.probe_tolerance * self.probe.rounding_noise(model, self.dtype)
+            accepted = self.probe_tolerance * self.probe.rounding_noise(model, trainer_logprobs, self.dtype)
         if not result.mean_abs_diff <= accepted:
             raise WeightSyncError(
                 f"Trainer and server disagree after version {policy_version} was published: mean |logprob difference| "
