@@ -39,8 +39,10 @@ check: $(INSTALLED) ## Linter, formatter, type checker, unit tests: a minute.
 test: check ## Everything: what `check` does, then the tests with real servers.
 	$(BIN)/pytest tests/protocol tests/invariant tests/e2e
 
-bench: $(INSTALLED) ## Time the publishing of weights; one JSON line per case.
+bench: $(INSTALLED) ## Time publishing, the training step and the logprobs; one JSON line per case.
 	@$(BIN)/python benchmarks/publish.py
+	@$(BIN)/python benchmarks/train_step.py
+	@$(BIN)/python benchmarks/logprobs.py
 
 lock: $(INSTALLED) ## Resolve requirements/cpu.in into requirements/cpu.txt.
 	$(BIN)/python packaging/lock.py

@@ -16,14 +16,24 @@ _EXPORTS = {
     "AtroposConfig": "atropos_config",
     "AtroposTrainer": "atropos_trainer",
     "AtroposVLLMClient": "weight_sync.vllm_client",
+    "LossInputs": "losses",
+    "LossOutputs": "losses",
+    "advantage_weighted_sft_loss": "losses",
+    "clip_advantages": "advantages",
+    "normalize_advantages": "advantages",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
 if TYPE_CHECKING:
+    from .advantages import clip_advantages as clip_advantages
+    from .advantages import normalize_advantages as normalize_advantages
     from .atropos_client import AtroposClient as AtroposClient
     from .atropos_config import AtroposConfig as AtroposConfig
     from .atropos_trainer import AtroposTrainer as AtroposTrainer
+    from .losses import LossInputs as LossInputs
+    from .losses import LossOutputs as LossOutputs
+    from .losses import advantage_weighted_sft_loss as advantage_weighted_sft_loss
     from .weight_sync.vllm_client import AtroposVLLMClient as AtroposVLLMClient
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-SCALE_REWARDS = ("group", "none")
+SCALE_REWARDS = ("group", "batch", "none")
 ADVANTAGE_NORMALIZATIONS = ("none", "batch", "global")
 
 GROUP_STD_EPS = 1e-4
@@ -43,7 +43,7 @@ class AdvantageStatistics:
     num_trained_tokens: int
 
 
-def group_advantages(rewards: Tensor, scale_rewards: str) -> Tensor:
+def group_advantages(rewards: Tensor, scale_rewards: str, batch_std: float | None = None) -> Tensor:
     """Advantages of the rollouts of one group, as in [GRPO](https://huggingface.co/papers/2402.03300).
 
     Deviations from the paper, both shared with TRL:
@@ -55,9 +55,12 @@ def group_advantages(rewards: Tensor, scale_rewards: str) -> Tensor:
         rewards (`torch.Tensor` of shape `(G,)`):
             One reward per rollout; finite. Read in float32, so that rewards that are equal give exactly 0.
         scale_rewards (`str`):
-            `"group"` divides the centred rewards by the standard deviation of the group. `"none"` does not: that
-            division gives questions with a small spread of rewards more weight
+            `"group"` divides the centred rewards by the standard deviation of the group. `"batch"` divides by that of
+            all rewards of the step ([PPO Lite](https://huggingface.co/papers/2508.08221)). `"none"` does not divide:
+            the first gives questions with a small spread of rewards more weight
             ([Dr. GRPO](https://huggingface.co/papers/2503.20783)).
+        batch_std (`float`, *optional*):
+            For `"batch"`: unbiased standard deviation of the rewards of all groups of the step.
 
     Returns:
         `torch.Tensor` of shape `(G,)`, float32: the advantages; 0 for a group of one rollout.
@@ -81,6 +84,13 @@ def group_advantages(rewards: Tensor, scale_rewards: str) -> Tensor:
     advantages = values - values.mean()
     if scale_rewards == "group":
         advantages = advantages / (values.std() + GROUP_STD_EPS)
+    elif scale_rewards == "batch":
+        if batch_std is None:
+            raise ValueError(
+                "scale_rewards is 'batch' and batch_std is None. The rewards of one group do not tell the spread over "
+                "the batch. Pass the standard deviation of all rewards of the step."
+            )
+        advantages = advantages / (batch_std + GROUP_STD_EPS)
     return advantages.to(torch.float32)
 
 

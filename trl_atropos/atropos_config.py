@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
 from .advantages import ADVANTAGE_NORMALIZATIONS, SCALE_REWARDS, validate_clipping
-from .losses import LOSS_TYPES
+from .config_checks import check_batch_size, check_loss, check_parallelism, check_unsupported
+from .layouts import LAYOUTS
+from .loss_options import CORRECTION_MODES, IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES, LossOptions
 
 
 INFERENCE_LOGPROBS = ("require", "use", "recompute")
+REF_LOGPROBS = ("recompute", "require")
+SEQUENCE_LAYOUTS = ("auto", *LAYOUTS)
 
 
 @dataclass
@@ -134,22 +139,113 @@ class AtroposConfig(TrainingArguments):
 
     # Parameters that control the training
     loss_type: str = field(
-        default="grpo",
+        default="dapo",
         metadata={
-            "help": "`grpo`: clipped importance ratio against `inference_logprobs`. `weighted_sft`: advantage-weighted "
-            "cross entropy. Both are summed over tokens and divided by the trained tokens of the optimizer step.",
+            "help": "`dapo`, `grpo`, `dr_grpo`, `bnpo`, `luspo`: clipped importance ratio, averaged over the tokens of the "
+            "step (`dapo`, and `bnpo`, which is the same at a split-invariant denominator), over rollouts of means over "
+            "tokens (`grpo`), over rollouts of sums (`luspo`), or divided by a constant (`dr_grpo`). `cispo`: capped "
+            "ratio as a weight. `sapo`: smooth gate instead of clipping. `weighted_sft`: advantage-weighted cross entropy. "
+            "See docs/losses.md.",
             "choices": list(LOSS_TYPES),
         },
     )
     epsilon: float = field(default=0.2, metadata={"help": "Lower bound of the clipped ratio: 1 - epsilon."})
     epsilon_high: float | None = field(
-        default=None, metadata={"help": "Upper bound of the clipped ratio: 1 + epsilon_high. Defaults to `epsilon`."}
+        default=None,
+        metadata={
+            "help": "Upper bound of the clipped ratio: 1 + epsilon_high. Defaults to `epsilon`. For `cispo` the cap of the "
+            "ratio itself, which must be set (5.0 in the ScaleRL paper)."
+        },
+    )
+    delta: float | None = field(
+        default=None,
+        metadata={
+            "help": "Caps the ratio of tokens with a negative advantage, where the clipped loss has no upper bound "
+            "(INTELLECT-2). Above 1 + epsilon_high."
+        },
+    )
+    importance_sampling_level: str = field(
+        default="token",
+        metadata={
+            "help": "`token`: one ratio per token. `sequence`: the geometric mean of the ratios of a rollout, for all of its "
+            "tokens (GSPO).",
+            "choices": list(IMPORTANCE_SAMPLING_LEVELS),
+        },
+    )
+    max_completion_length: int | None = field(
+        default=None,
+        metadata={"help": "The constant that `dr_grpo` divides by, in tokens. Defaults to `max_length`."},
+    )
+    sapo_temperature_pos: float = field(
+        default=1.0, metadata={"help": "For `sapo`: steepness of the gate of tokens with a positive advantage."}
+    )
+    sapo_temperature_neg: float = field(
+        default=1.05, metadata={"help": "For `sapo`: steepness of the gate of the other tokens."}
+    )
+    beta: float = field(
+        default=0.0, metadata={"help": "Weight of the KL term to the reference policy. 0: there is no reference."}
+    )
+    ref_logprobs: str = field(
+        default="recompute",
+        metadata={
+            "help": "Where the reference of the KL term comes from: `recompute`: from the model without its adapter, or from "
+            "a frozen copy of the starting model if there is none. `require`: from the environment's `ref_logprobs`.",
+            "choices": list(REF_LOGPROBS),
+        },
+    )
+    entropy_coef: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the mean entropy of trained tokens, which is subtracted from the loss."},
+    )
+    distillation_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the cross entropy to a teacher's likeliest tokens (the wire's `distill_token_ids` and "
+            "`distill_logprobs`), a mean over the trained tokens that have them."
+        },
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "False: the clipped ratio is taken to the policy that sampled. True: it is taken to the policy at the "
+            "start of the step, and the difference to the policy that sampled is corrected by a truncated or masked weight "
+            "(TRL's GRPOTrainer)."
+        },
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="sequence_mask",
+        metadata={
+            "help": "Weight of the correction: ratio per token or product over the rollout (`sequence`), clipped to the "
+            "bounds (`truncate`) or 0 outside of them (`mask`).",
+            "choices": list(CORRECTION_MODES),
+        },
+    )
+    vllm_importance_sampling_clip_max: float | None = field(
+        default=3.0, metadata={"help": "Upper bound of the weight of the correction."}
+    )
+    vllm_importance_sampling_clip_min: float | None = field(
+        default=None, metadata={"help": "Lower bound of the weight of the correction."}
+    )
+    off_policy_mask_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens with a negative advantage are not trained in rollouts whose mean KL, in nats per token, between "
+            "the policy that sampled and the current one exceeds this (DeepSeek-V3.2)."
+        },
+    )
+    mask_truncated_completions: bool = field(
+        default=False,
+        metadata={
+            "help": "Do not train rollouts that end without an end-of-sequence token. The wire does not tell a stop string "
+            "from a cut: leave it off for environments that stop at strings."
+        },
     )
     scale_rewards: str = field(
         default="group",
         metadata={
             "help": "How rewards become advantages when the environment sends none: `group` divides the difference to "
-            "the group's mean by the group's standard deviation, `none` does not.",
+            "the group's mean by the group's standard deviation, `batch` by that of all rewards of the step, `none` does "
+            "not divide.",
             "choices": list(SCALE_REWARDS),
         },
     )
@@ -169,9 +265,9 @@ class AtroposConfig(TrainingArguments):
     inference_logprobs: str = field(
         default="require",
         metadata={
-            "help": "What `loss_type=grpo` does with rollouts that carry no logprobs: `require` stops; `use` takes the "
-            "wire's where present and treats the others as sampled by the current policy (ratio 1), counted in "
-            "`inference_logprobs/missing_frac`; `recompute` treats all so.",
+            "help": "What the losses with an importance ratio do with the wire's logprobs: `require` stops at a rollout "
+            "without them; `use` takes them where present and treats the other rollouts as sampled by the current policy "
+            "(ratio 1), counted in `inference_logprobs/missing_frac`; `recompute` treats all so.",
             "choices": list(INFERENCE_LOGPROBS),
         },
     )
@@ -183,20 +279,57 @@ class AtroposConfig(TrainingArguments):
         },
     )
 
+    # Parameters that control the forward pass
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Form micro-batches by a token budget instead of a number of rollouts: `per_device_train_batch_size` "
+            "rollouts per process make one optimizer step, in as many forward passes as this many tokens each allow."
+        },
+    )
+    sequence_layout: str = field(
+        default="auto",
+        metadata={
+            "help": "`tree`: prefixes that rollouts of a group share are computed once. `packed`: no padding. `padded`: one "
+            "row per rollout. `auto`: the first of these that gives the logprobs of each rollout run alone on this model, "
+            "tried at start.",
+            "choices": list(SEQUENCE_LAYOUTS),
+        },
+    )
+    activation_offloading: bool = field(
+        default=False, metadata={"help": "Keep activations in host memory until the backward pass. Needs a GPU."}
+    )
+
+    @property
+    def loss_options(self) -> LossOptions:
+        """The options of the loss, checked."""
+        return LossOptions(**{option.name: getattr(self, option.name) for option in fields(LossOptions)})
+
+    @property
+    def needs_inference_logprobs(self) -> bool:
+        """Whether a rollout without logprobs stops the run."""
+        return self.inference_logprobs == "require" and self.loss_options.needs_inference_logprobs
+
     def __post_init__(self) -> None:
         if self.bf16 is None:
             import torch
 
             self.bf16 = not self.fp16 and torch.cuda.is_available() and not self.use_cpu
         super().__post_init__()
+        # TRL takes both spellings.
+        self.scale_rewards = {True: "group", False: "none", "True": "group", "False": "none"}.get(
+            self.scale_rewards, self.scale_rewards
+        )
         self._check_choices()
-        self._check_batch_size()
+        check_loss(self)
+        check_batch_size(self)
         if self.max_steps <= 0:
             raise ValueError(
                 f"max_steps is {self.max_steps}. The stream of rollouts has no end, so epochs do not exist here. Set "
                 "--max_steps to the number of optimizer steps."
             )
-        self._check_unsupported()
+        check_unsupported(self)
+        check_parallelism(self)
         if self.batch_timeout_s >= self.ddp_timeout:
             raise ValueError(
                 f"batch_timeout_s ({self.batch_timeout_s}) is not below ddp_timeout ({self.ddp_timeout}). The other "
@@ -204,6 +337,13 @@ class AtroposConfig(TrainingArguments):
             )
         if self.advantage_clipping is not None:
             validate_clipping(self.advantage_clipping)
+            low, high = self.advantage_clipping
+            if not low <= 0 <= high:
+                warnings.warn(
+                    f"advantage_clipping is {self.advantage_clipping}, which leaves out 0: a rollout as good as its group's "
+                    "mean is pushed all the same. Bounds on both sides of 0 are meant, such as -5 5.",
+                    stacklevel=2,
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Options as a dictionary, for logs and trackers: the API key is masked, as transformers does with tokens."""
@@ -214,10 +354,11 @@ class AtroposConfig(TrainingArguments):
 
     def _check_choices(self) -> None:
         for name, choices in (
-            ("loss_type", LOSS_TYPES),
             ("scale_rewards", SCALE_REWARDS),
             ("advantage_normalization", ADVANTAGE_NORMALIZATIONS),
             ("inference_logprobs", INFERENCE_LOGPROBS),
+            ("ref_logprobs", REF_LOGPROBS),
+            ("sequence_layout", SEQUENCE_LAYOUTS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}. Choose one of: {', '.join(choices)}.")
@@ -235,33 +376,5 @@ class AtroposConfig(TrainingArguments):
             # Written so that NaN is refused too.
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be positive. Set --{name}.")
-        for name in ("epsilon", "epsilon_high"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name} is {value}, it must be 0 or more. Set --{name}.")
         if not 0.0 <= self.max_dropped_fraction < 1.0:
             raise ValueError(f"max_dropped_fraction is {self.max_dropped_fraction}, it must lie in [0, 1).")
-
-    def _check_unsupported(self) -> None:
-        """Refuse options of `TrainingArguments` that would be wrong here or would silently do nothing."""
-        for name, accepted, reason in (
-            ("ignore_data_skip", True, "a live stream cannot be replayed by skipping batches"),
-            ("logging_nan_inf_filter", False, "it would show a finite loss where there is none"),
-            ("auto_find_batch_size", False, "a batch that was fetched cannot be fetched again in another size"),
-            ("use_liger_kernel", False, "its fused loss leaves no logits at trained positions"),
-            ("label_smoothing_factor", 0.0, "the loss is not the cross entropy of transformers"),
-        ):
-            if getattr(self, name) != accepted:
-                raise ValueError(f"{name} is {getattr(self, name)}: {reason}. Leave --{name} at {accepted}.")
-
-    def _check_batch_size(self) -> None:
-        step_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-        if self.atropos_batch_size is None:
-            self.atropos_batch_size = step_size
-        elif self.atropos_batch_size != step_size:
-            raise ValueError(
-                f"atropos_batch_size ({self.atropos_batch_size}) is not per_device_train_batch_size "
-                f"({self.per_device_train_batch_size}) x gradient_accumulation_steps "
-                f"({self.gradient_accumulation_steps}) x processes ({self.world_size}) = {step_size}. One optimizer step "
-                "trains one batch of the API. Leave --atropos_batch_size out, or make them equal."
-            )

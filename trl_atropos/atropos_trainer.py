@@ -1,26 +1,28 @@
 """The trainer.
 
     Atropos API --RolloutStream--> micro-batches of one optimizer step
-        get_batch_samples   token count and advantage statistics over all micro-batches and ranks
-        compute_loss        model -> logprobs at trained positions -> loss sum / trained tokens of the step
-        optimizer.step      only if every gradient is finite
+        get_batch_samples   layout; token counts and advantage statistics over all micro-batches and ranks
+        training_step       one or several micro-batches
+        compute_loss        model -> logprobs at trained positions -> weighted sum of the tokens' losses
+        optimizer.step      only if every loss and every gradient is finite
         on_step_end         PublishPolicyCallback -> PolicyPublisher -> vLLM server
 
-Shape letters: B rollouts of a micro-batch, T tokens, V vocabulary, N trained tokens of a micro-batch.
+Shape letters: B rollouts, T tokens, N trained tokens of a micro-batch, R its rollouts, U its scored positions.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import resource
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -33,25 +35,28 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from trl.models import get_act_offloading_ctx_manager
 
-from .advantages import advantage_statistics, clip_advantages, normalize_advantages, standardize_advantages
-from .atropos_client import AtroposClient, Registration
+from .advantages import clip_advantages, normalize_advantages
 from .atropos_config import AtroposConfig
 from .callbacks import PublishPolicyCallback, StepTableCallback
-from .data import RolloutCollator, RolloutStream, StreamSettings
-from .distributed import is_distributed, run_on_main_process
+from .connections import Connections, connect, stream_settings
+from .data import RolloutStream
+from .distributed import is_distributed, run_on_main_process, without_gradient_sync
 from .errors import NonFiniteGradientError
 from .journal import Journal
-from .logprobs import align_with_targets, next_token_targets, select_positions_before, token_logprobs_and_entropy
-from .losses import LossInputs, make_loss_function
-from .metrics import MetricAccumulator, maximum_of, mean_of
-from .modeling import add_adapter, disable_dropout, load_model
-from .preflight import ServerFacts, inspect_server, make_transport
-from .types import IGNORE_INDEX
-from .validation import WireLimits
+from .logprobs import select_positions_before, token_logprobs_and_entropy
+from .loss_options import AGGREGATIONS
+from .losses import LossFunction, LossInputs, make_loss_function, select_trained, weighted_cross_entropy
+from .metrics import Metric, MetricAccumulator, maximum_of, mean_of
+from .micro_batches import RolloutCollator
+from .modeling import add_adapter, disable_dropout, eos_token_ids, load_model, use_sparse_embedding_gradient
+from .optimizer_step import LossWatch, StepOptions, prepare_step, teacher_cross_entropy
+from .policy_forward import PolicyForward, make_forward, make_reference_model
+from .preflight import ServerFacts, check_launch
 from .weight_sync.base import WeightTransport
 from .weight_sync.probe import LogprobProbe
-from .weight_sync.publisher import PolicyPublisher, PublishReport
+from .weight_sync.publisher import PublishReport
 from .weight_sync.vllm_client import AtroposVLLMClient
 
 
@@ -86,6 +91,9 @@ class AtroposTrainer(Trainer):
             Optimizer and learning rate scheduler.
         weight_transport ([`~weight_sync.base.WeightTransport`], *optional*):
             Moves the weights to the server. Chosen from what the server reports if not given.
+        loss_fn ([`~losses.LossFunction`], *optional*):
+            Your own loss instead of the one of `args.loss_type`: a pure function from [`~losses.LossInputs`] to
+            [`~losses.LossOutputs`]. Its token losses are weighed as `args.loss_type` says (docs/losses.md).
 
     Example:
 
@@ -116,11 +124,12 @@ class AtroposTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         weight_transport: WeightTransport | None = None,
+        loss_fn: LossFunction | None = None,
     ):
         args = args or AtroposConfig(output_dir="atropos-output")
         # Before the adapter is created: its initial weights are random, and must be the same on every rank.
         set_seed(args.seed)
-        model = load_model(model, args)
+        given_model, model = model, load_model(model, args)
         if processing_class is None and getattr(model.config, "_name_or_path", None):
             processing_class = AutoTokenizer.from_pretrained(
                 model.config._name_or_path, trust_remote_code=args.trust_remote_code
@@ -129,6 +138,9 @@ class AtroposTrainer(Trainer):
             model = add_adapter(model, peft_config)
         if args.disable_dropout:
             disable_dropout(model)
+        # Before the optimizer's first step: the copy must be of the starting policy.
+        needs_copy = args.beta != 0.0 and args.ref_logprobs == "recompute" and not hasattr(model, "peft_config")
+        self._reference_model = make_reference_model(given_model, args) if needs_copy else None
         super().__init__(
             model=model,
             args=args,
@@ -139,17 +151,28 @@ class AtroposTrainer(Trainer):
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
         self.args: AtroposConfig = args
-        self.loss_function = make_loss_function(args.loss_type, epsilon=args.epsilon, epsilon_high=args.epsilon_high)
+        self.loss_function = make_loss_function(args.loss_options) if loss_fn is None else loss_fn
+        self._step_options = StepOptions(
+            args.advantage_normalization,
+            args.advantage_clipping,
+            aggregation=AGGREGATIONS[args.loss_type],
+            max_completion_length=args.max_completion_length or args.max_length,
+        )
+        self._forward: PolicyForward | None = None
+        self._loss_watch = LossWatch()
+        self._activation_offloading = (
+            get_act_offloading_ctx_manager(self.model) if args.activation_offloading else nullcontext()
+        )
         self.policy_version = 0
-        self.atropos_client: AtroposClient | None = None
-        self.vllm_client: AtroposVLLMClient | None = None
         self._weight_transport = weight_transport
-        self._publisher: PolicyPublisher | None = None
+        self._connections: Connections | None = None
         self._server_facts: ServerFacts | None = None
         self._stream: RolloutStream | None = None
         self._metrics = MetricAccumulator()
         self._has_published = False
         self._last_log: tuple[float, int] | None = None
+        if self.accelerator.distributed_type == DistributedType.NO:
+            use_sparse_embedding_gradient(self.model)
         self.add_callback(PublishPolicyCallback(self.publish_policy, args.weight_sync_steps))
         self.pop_callback(PrinterCallback)
         self.pop_callback(ProgressCallback)
@@ -164,59 +187,29 @@ class AtroposTrainer(Trainer):
             [`TrlAtroposError`]: before the first step if API, server and model do not fit together; later if the data
                 or a publish fails. The server is left paused if it does not hold a complete policy.
         """
+        check_launch(self.accelerator)
         self._server_facts = run_on_main_process(self._connect)
         self._has_published = False
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._disconnect()
+            if self._connections is not None:
+                self._connections.close()
 
     def _connect(self) -> ServerFacts:
-        args = self.args
-        self.atropos_client = AtroposClient(args.atropos_api_url)
-        self.atropos_client.wait_until_reachable(args.api_timeout_s)
-        self.vllm_client = AtroposVLLMClient(
-            args.vllm_server_base_url,
-            connection_timeout=args.vllm_server_timeout,
-            request_timeout=args.weight_sync_timeout,
-            group_port=args.vllm_group_port,
-            api_key=args.vllm_api_key or os.environ.get("VLLM_API_KEY"),
-        )
-        facts = inspect_server(self.vllm_client, self.model.config, args.max_length)
-        transport = self._weight_transport or make_transport(facts, self.vllm_client, self.accelerator.device)
-        self._publisher = PolicyPublisher(
-            self.vllm_client,
-            transport,
+        self._connections = connect(
+            self.args,
+            self.model.config,
             LogprobProbe(self.processing_class, self._vocab_size),
-            facts.dtype,
-            args.logprob_probe_tolerance,
+            self.accelerator.device,
+            self._weight_transport,
         )
-        return facts
-
-    def _disconnect(self) -> None:
-        if self._publisher is not None:
-            self._publisher.close()
-        if self.atropos_client is not None:
-            self.atropos_client.close()
+        return self._connections.facts
 
     def _register(self) -> None:
         """Register with the API. Called on rank 0, after the first publish: the first `/batch` releases environments."""
-        args = self.args
-        assert self.atropos_client is not None
-        assert args.atropos_batch_size is not None
-        self.atropos_client.register(
-            Registration(
-                wandb_group=args.run_name or "trl_atropos",
-                wandb_project=os.environ.get("WANDB_PROJECT", "trl_atropos"),
-                batch_size=args.atropos_batch_size,
-                # Environments drop a whole group if a rollout has max_token_len tokens or more.
-                max_token_len=args.max_length + 1,
-                checkpoint_dir=str(Path(args.output_dir).absolute()),
-                save_checkpoint_interval=_save_interval(args),
-                starting_step=self.state.global_step,
-                num_steps=args.max_steps,
-            )
-        )
+        assert self._connections is not None
+        self._connections.register(self.args, starting_step=self.state.global_step)
 
     # Data
 
@@ -224,147 +217,165 @@ class AtroposTrainer(Trainer):
         """This rank's micro-batches, straight from the API. Not prepared by accelerate: they are dealt already."""
         args = self.args
         assert self._server_facts is not None, "train() connects before it asks for data"
-        assert args.atropos_batch_size is not None
-        settings = StreamSettings(
-            batch_size=args.atropos_batch_size,
-            micro_batch_size=args.per_device_train_batch_size,
-            rank=args.process_index,
-            world_size=args.world_size,
-            limits=WireLimits(vocab_size=self._vocab_size, max_length=args.max_length),
-            scale_rewards=args.scale_rewards,
-            needs_inference_logprobs=args.loss_type == "grpo" and args.inference_logprobs == "require",
-            max_dropped_fraction=args.max_dropped_fraction,
-            batch_timeout_s=args.batch_timeout_s,
-            refresh_interval_s=args.refresh_interval,
-        )
+        eos_ids = eos_token_ids(self.model, self.processing_class) if args.mask_truncated_completions else None
+        settings = stream_settings(args, vocab_size=self._vocab_size, eos_token_ids=eos_ids)
         is_main = self.is_world_process_zero()
-        lookup = self.vllm_client.get_policy_versions if self.vllm_client is not None else None
+        connections = self._connections
+        lookup = connections.vllm_client.get_policy_versions if connections is not None else None
         self._stream = RolloutStream(
-            client=self.atropos_client,
+            client=None if connections is None else connections.atropos_client,
             journal=Journal(Path(args.output_dir) / JOURNAL_NAME) if is_main else None,
             settings=settings,
             register=self._register,
             policy_version=lambda: self.policy_version,
             lookup_policy_versions=lookup if self._server_facts.knows_policy_versions else None,
+            layout=lambda: self._get_forward().plan.layout,
         )
-        pad_token_id = getattr(self.processing_class, "pad_token_id", None)
-        collator = RolloutCollator(pad_token_id=pad_token_id or 0, temperature=args.temperature)
-        return DataLoader(self._stream, batch_size=None, collate_fn=collator)
+        # Collated in get_batch_samples: the layout is found out with the wrapped model, which does not exist yet.
+        return DataLoader(self._stream, batch_size=None, collate_fn=_unchanged)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor]:
-        """Take one optimizer step's micro-batches, normalise and clip their advantages, and count the trained tokens.
+        """Take one optimizer step's micro-batches, normalise and clip their advantages, and weigh their tokens.
 
-        Both the statistics of `advantage_normalization=global` and the count cover all micro-batches of all ranks, so
-        that any split of the same rollouts gives the same gradient.
+        Statistics and denominators cover all micro-batches of all ranks, so that any split of the same rollouts gives
+        the same gradient.
 
         Returns:
-            `tuple[list, torch.Tensor]`: the micro-batches, and the trained tokens of the step over all ranks.
+            `tuple[list, torch.Tensor]`: for each call of `training_step` its list of micro-batches, and the trained
+            tokens of the step over all ranks.
         """
-        micro_batches = [next(epoch_iterator) for _ in range(num_batches)]
-        advantages = [batch["advantages"] for batch in micro_batches]
-        masks = [_loss_mask(batch["labels"]) for batch in micro_batches]
-        statistics = advantage_statistics(advantages, masks, distributed=is_distributed(), device=device)
-        for batch, mask in zip(micro_batches, masks, strict=True):
-            if self.args.advantage_normalization == "global":
-                normalized = standardize_advantages(batch["advantages"], mask, statistics)
-            else:
-                normalized = normalize_advantages(batch["advantages"], mask, self.args.advantage_normalization)
-            batch["advantages"] = self._clip(normalized, mask).masked_fill(batch.pop("zero_advantage")[:, None], 0.0)
-        self._metrics.update(
-            {
-                **(self._stream.pop_metrics() if self._stream else {}),
-                "num_trained_tokens": mean_of(float(statistics.num_trained_tokens)),
-                "advantages/zero_std": mean_of(statistics.std == 0),
-            }
-        )
-        return micro_batches, torch.tensor(statistics.num_trained_tokens, device=device)
+        collate = self._get_collator()
+        items = [[collate(rollouts) for rollouts in next(epoch_iterator)] for _ in range(num_batches)]
+        micro_batches = [batch for item in items for batch in item]
+        num_trained_tokens, metrics = prepare_step(micro_batches, self._step_options, device)
+        metrics["perf/has_layout_fallback"] = mean_of(bool(self._get_forward().plan.fallbacks))
+        self._metrics.update({**(self._stream.pop_metrics() if self._stream else {}), **metrics})
+        return items, torch.tensor(num_trained_tokens, device=device)
 
-    def _clip(self, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        clipping = self.args.advantage_clipping
-        clipped = clip_advantages(advantages, clipping)
-        if clipping is not None:
-            self._metrics.update(
-                {
-                    "advantages/clipped_frac_low": mean_of(advantages[mask] < clipping[0]),
-                    "advantages/clipped_frac_high": mean_of(advantages[mask] > clipping[1]),
-                }
-            )
-        return clipped
+    def _get_forward(self) -> PolicyForward:
+        if self._forward is None:
+            model = self.accelerator.unwrap_model(self.model)
+            self._forward = make_forward(self.args, model, self.model_wrapped, self._reference_model, self.accelerator)
+        return self._forward
+
+    def _get_collator(self) -> RolloutCollator:
+        facts = self._server_facts
+        return RolloutCollator(
+            layout=self._get_forward().plan.layout,
+            temperature=self.args.temperature,
+            applies_temperature=facts is None or facts.has_processed_logprobs,
+            pad_token_id=getattr(self.processing_class, "pad_token_id", None) or 0,
+        )
 
     # Loss
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: list[dict[str, Any]],
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Forward and backward of one item of `get_batch_samples`: all of its micro-batches, gradients added up."""
+        loss = torch.zeros((), device=self.args.device)
+        with self._activation_offloading:
+            for batch in inputs[:-1]:
+                with without_gradient_sync(self.accelerator, model):
+                    loss += super().training_step(model, batch, num_items_in_batch)
+            return loss + super().training_step(model, inputs[-1], num_items_in_batch)
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Loss of one micro-batch: its sum over trained tokens, divided by the trained tokens of the optimizer step.
+        """Loss of one micro-batch: its share of the loss of the optimizer step.
 
         Args:
             model (`nn.Module`):
                 The wrapped policy.
-            inputs (`dict[str, torch.Tensor]`):
-                From [`~data.RolloutCollator`], with normalised and clipped `advantages` (B, T).
+            inputs (`dict`):
+                From [`~micro_batches.RolloutCollator`] through `get_batch_samples`.
             return_outputs (`bool`, *optional*, defaults to `False`):
                 Not supported: full outputs are never computed.
             num_items_in_batch (`torch.Tensor`, *optional*):
-                Trained tokens of the step over all ranks; those of this micro-batch if not given.
+                Not used: `token_weights` of the inputs hold every denominator.
 
         Returns:
             `torch.Tensor` of shape `()`. Times the number of ranks, because gradients are averaged over ranks.
         """
         if return_outputs:
-            raise NotImplementedError(
-                "AtroposTrainer computes logits at trained positions only: no outputs to return."
-            )
-        targets = next_token_targets(inputs["labels"])
-        positions = targets != IGNORE_INDEX
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        with select_positions_before(head, positions):
-            logits = model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-            ).logits.squeeze(0)
-        trainer_logprobs, entropy = token_logprobs_and_entropy(
-            logits, targets[positions], self._temperature(inputs, positions)
+            raise NotImplementedError("AtroposTrainer computes logits at trained positions only.")
+        args, token_index, forward = self.args, inputs["token_index"], self._get_forward()
+        ref_logprobs = inputs["ref_logprobs"] if args.ref_logprobs == "require" else None
+        if forward.reference is not None:
+            ref_logprobs = forward.reference.logprobs(model, inputs)[token_index]
+        scores, no_loss = forward.scorer(model, inputs)
+        entropy = scores.entropy[token_index]
+        loss_inputs = LossInputs(
+            trainer_logprobs=scores.logprobs[token_index],
+            advantages=inputs["advantages"],
+            entropy=entropy.detach(),
+            rollout_index=inputs["rollout_index"],
+            num_rollouts=len(inputs["names"]),
+            inference_logprobs=None if args.inference_logprobs == "recompute" else inputs["inference_logprobs"],
+            ref_logprobs=ref_logprobs,
         )
-        outputs = self.loss_function(
-            LossInputs(
-                trainer_logprobs=trainer_logprobs,
-                advantages=align_with_targets(inputs["advantages"])[positions],
-                inference_logprobs=self._inference_logprobs(inputs, positions, trainer_logprobs),
-                entropy=entropy,
-            )
-        )
+        outputs = self.loss_function(loss_inputs)
+        self._loss_watch.add(inputs["names"], loss_inputs.sum_per_rollout(outputs.token_losses.detach()))
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # Its backward takes the optimizer step: afterwards is too late.
+            self._loss_watch.check(self.state.global_step + 1, self.args.device)
         self._metrics.update(outputs.metrics)
-        if num_items_in_batch is None:
-            num_items_in_batch = positions.sum()
-        return outputs.loss_sum / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+        loss = (outputs.token_losses * inputs["token_weights"]).sum() + no_loss
+        if args.entropy_coef != 0.0:
+            loss = loss - args.entropy_coef * entropy.sum() * inputs["token_mean_weight"]
+        if args.distillation_coef != 0.0 and scores.teacher_token_logprobs is not None:
+            distillation_sum = teacher_cross_entropy(scores.teacher_token_logprobs[token_index], inputs)
+            loss = loss + args.distillation_coef * distillation_sum * inputs["teacher_mean_weight"]
+            distillation_sum = distillation_sum.detach().double()
+            self._metrics.update({"distillation/loss": Metric("mean", distillation_sum, inputs["num_with_teacher"])})
+        return loss * self.accelerator.num_processes
 
-    def _temperature(self, inputs: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor | float:
-        if self._server_facts is not None and not self._server_facts.has_processed_logprobs:
-            return 1.0
-        return inputs["temperature"][:, None].expand_as(positions)[positions]
+    def compute_advantage_weighted_sft_loss(
+        self,
+        input_ids: torch.Tensor,
+        advantages: torch.Tensor,
+        loss_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[`~trl_atropos.advantage_weighted_sft_loss`] of the current policy, at `args.temperature` and with this
+        trainer's normalisation and clipping of the advantages.
 
-    def _inference_logprobs(
-        self, inputs: dict[str, torch.Tensor], positions: torch.Tensor, trainer_logprobs: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Logprobs (N,) of the policy that sampled, with `args.inference_logprobs` applied where the wire has none."""
-        logprobs = align_with_targets(inputs["inference_logprobs"])[positions]
-        is_missing = logprobs.isnan()
-        if self.args.loss_type == "weighted_sft":
-            # Only metrics would use them, and those must not report made-up ratios of 1.
-            return None if is_missing.any() else logprobs
-        if self.args.inference_logprobs == "recompute":
-            return trainer_logprobs.detach()
-        return torch.where(is_missing, trainer_logprobs.detach(), logprobs)
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`, int64), advantages (`(B, T)`, `(B, 1)` or `(B,)`), loss_mask
+            (`(B, T)`): see there, errors included.
+            attention_mask, position_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
+                For the model; its own defaults if not given.
+
+        Returns:
+            `torch.Tensor` of shape `()`: a mean over the trained tokens of these tensors.
+        """
+        positions, targets, trained_advantages = select_trained(input_ids, advantages, loss_mask)
+        normalized = normalize_advantages(
+            trained_advantages, torch.ones_like(targets, dtype=torch.bool), self.args.advantage_normalization
+        )
+        optional = {"attention_mask": attention_mask, "position_ids": position_ids}
+        given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        with select_positions_before(head, positions):
+            logits = self.model_wrapped(input_ids=input_ids, **given, use_cache=False).logits.squeeze(0)
+        logprobs, _ = token_logprobs_and_entropy(logits, targets, self.args.temperature)
+        return weighted_cross_entropy(logprobs, clip_advantages(normalized, self.args.advantage_clipping))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The last call before optimizer.step(): beyond it one NaN is in every weight and in the optimizer's state.
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._loss_watch.check(self.state.global_step + 1, self.args.device)
         if grad_norm is not None and not math.isfinite(float(grad_norm)):
             raise NonFiniteGradientError(
                 f"The gradient norm of step {self.state.global_step + 1} is {float(grad_norm)}.",
@@ -396,8 +407,8 @@ class AtroposTrainer(Trainer):
             self._metrics.update({name: mean_of(value) for name, value in report.metrics().items()})
 
     def _publish(self, version: int) -> PublishReport:
-        assert self._publisher is not None
-        return self._publisher.publish(self.accelerator.unwrap_model(self.model), version)
+        assert self._connections is not None
+        return self._connections.publisher.publish(self.accelerator.unwrap_model(self.model), version)
 
     # Logging
 
@@ -425,17 +436,14 @@ class AtroposTrainer(Trainer):
         return metrics
 
     @property
+    def vllm_client(self) -> AtroposVLLMClient | None:
+        """Client of the server, on rank 0 while a run lasts and after it; None elsewhere."""
+        return None if self._connections is None else self._connections.vllm_client
+
+    @property
     def _vocab_size(self) -> int:
         return self.model.config.get_text_config().vocab_size
 
 
-def _loss_mask(labels: torch.Tensor) -> torch.Tensor:
-    """Trained positions (B, T), bool. Token 0 has nothing that predicts it."""
-    mask = labels != IGNORE_INDEX
-    mask[:, 0] = False
-    return mask
-
-
-def _save_interval(args: AtroposConfig) -> int:
-    """Steps between checkpoints of the environments: those of the trainer, so that both resume from the same step."""
-    return max(int(args.save_steps), 1) if args.save_strategy == "steps" else args.max_steps
+def _unchanged(item: Any) -> Any:
+    return item

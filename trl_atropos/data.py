@@ -21,6 +21,7 @@ from .distributed import run_on_main_process
 from .errors import AtroposProtocolError
 from .journal import Journal
 from .metrics import Metric, maximum_of, mean_of, minimum_of
+from .micro_batches import MicroBatch, deal_by_count, deal_by_tokens
 from .rollout_key import rollout_key
 from .types import IGNORE_INDEX, Rollout, RolloutBatch, RolloutGroup
 from .validation import WireLimits, parse_batch
@@ -39,7 +40,7 @@ class StreamSettings:
         batch_size (`int`):
             Rollouts of one optimizer step, over all ranks.
         micro_batch_size (`int`):
-            Rollouts of one forward pass on one rank.
+            Rollouts of one forward pass on one rank, if there is no token budget.
         rank (`int`):
             This data-parallel rank.
         world_size (`int`):
@@ -48,8 +49,12 @@ class StreamSettings:
             Vocabulary and length that validation enforces.
         scale_rewards (`str`):
             See `AtroposConfig`.
-        needs_inference_logprobs (`bool`):
-            Whether a rollout without logprobs stops the run.
+        required_logprobs (`tuple[str, ...]`):
+            Names of the logprobs without which a rollout stops the run.
+        max_tokens_per_micro_batch (`int`, *optional*):
+            See `AtroposConfig`.
+        eos_token_ids (`frozenset[int]`, *optional*):
+            Tokens that end a completion; rollouts that end with another are not trained. None: all are.
         max_dropped_fraction (`float`):
             See `AtroposConfig`.
         batch_timeout_s (`float`):
@@ -64,17 +69,19 @@ class StreamSettings:
     world_size: int
     limits: WireLimits
     scale_rewards: str
-    needs_inference_logprobs: bool
+    required_logprobs: tuple[str, ...]
     max_dropped_fraction: float
     batch_timeout_s: float
     refresh_interval_s: float
+    max_tokens_per_micro_batch: int | None = None
+    eos_token_ids: frozenset[int] | None = None
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One optimizer step as rank 0 hands it out."""
+    """One optimizer step as rank 0 hands it out: for each rank its micro-batches."""
 
-    micro_batches: list[list[Rollout]]
+    micro_batches: list[list[MicroBatch]]
     num_tokens: int
     num_trained: int
     num_dropped: int
@@ -82,11 +89,11 @@ class _Step:
 
 
 class RolloutStream(IterableDataset):
-    """An endless stream of this rank's micro-batches, each a list of rollouts with token-level advantages.
+    """An endless stream of what this rank trains between two calls of its model's `zero_grad`, in pieces.
 
-    Per optimizer step, rank 0 fetches one batch of the API and deals it: the rollouts are sorted by length and cut into
-    micro-batches, so that little is padded and all ranks work on sequences of like length at the same time. Every rank
-    gets the same number of micro-batches; after a dropped group the last ones may be empty.
+    Per optimizer step, rank 0 fetches one batch of the API and deals it (`micro_batches.py`). Every rank gets the same
+    number of micro-batches; some may be empty. An item of the stream is a list of micro-batches: one, or with a token
+    budget all of the step; a micro-batch is a list of rollouts with token-level advantages.
 
     Args:
         client ([`AtroposClient`]):
@@ -101,6 +108,8 @@ class RolloutStream(IterableDataset):
             Version of the trainer's policy, asked when a batch is consumed.
         lookup_policy_versions (`PolicyVersionLookup`, *optional*):
             Maps rollout keys to the versions that sampled them. None: unknown.
+        layout (`Callable[[], str]`):
+            The layout of micro-batches, asked when a batch is dealt; decides what a rollout costs of the token budget.
 
     Attributes:
         num_tokens (`int`):
@@ -119,6 +128,7 @@ class RolloutStream(IterableDataset):
         register: Callable[[], None],
         policy_version: Callable[[], int],
         lookup_policy_versions: PolicyVersionLookup | None,
+        layout: Callable[[], str],
     ):
         self.client = client
         self.journal = journal
@@ -126,12 +136,13 @@ class RolloutStream(IterableDataset):
         self.register = register
         self.policy_version = policy_version
         self.lookup_policy_versions = lookup_policy_versions
+        self.layout = layout
         self.num_tokens = 0
         self.num_rollouts_trained = 0
         self.num_rollouts_dropped = 0
         self._metrics: dict[str, Metric] = {}
 
-    def __iter__(self) -> Iterator[list[Rollout]]:
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
         settings = self.settings
         run_on_main_process(self.register)
         while True:
@@ -141,7 +152,11 @@ class RolloutStream(IterableDataset):
             self.num_rollouts_dropped += step.num_dropped
             # Rank 0 saw the whole batch: its numbers are those of all ranks, and counted once.
             self._metrics = step.metrics if settings.rank == 0 else {}
-            yield from step.micro_batches[settings.rank :: settings.world_size]
+            micro_batches = step.micro_batches[settings.rank]
+            if settings.max_tokens_per_micro_batch is None:
+                yield from ([micro_batch] for micro_batch in micro_batches)
+            else:
+                yield micro_batches
 
     def pop_metrics(self) -> dict[str, Metric]:
         """Return the metrics of the step that was handed out last, once."""
@@ -162,15 +177,18 @@ class RolloutStream(IterableDataset):
         self._check_rejected(batch, len(raw_groups))
         self._check_size(batch)
         groups = self._with_policy_versions(batch.groups)
-        if settings.needs_inference_logprobs:
-            _check_inference_logprobs(groups)
+        for name in settings.required_logprobs:
+            _check_logprobs(groups, name)
         metrics = {
             **_reward_metrics(groups),
             **_length_metrics(groups),
             **_staleness_metrics(groups, self.policy_version()),
             "perf/batch_wait_s": mean_of(wait_s),
         }
-        rollouts = [rollout for group in groups for rollout in with_advantages(group, settings.scale_rewards)]
+        rollouts = with_advantages(groups, settings.scale_rewards)
+        if settings.eos_token_ids is not None:
+            rollouts, is_truncated = _untrain_truncated(rollouts, settings.eos_token_ids)
+            metrics["completions/clipped_ratio"] = mean_of(is_truncated)
         num_dropped = sum(rejected.num_rollouts for rejected in batch.rejected)
         num_tokens = sum(rollout.num_tokens for rollout in rollouts)
         return _Step(self._deal(rollouts), num_tokens, len(rollouts), num_dropped, metrics)
@@ -210,98 +228,90 @@ class RolloutStream(IterableDataset):
             for group in groups
         ]
 
-    def _deal(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
-        """Cut the rollouts, longest first, into the step's micro-batches: number i goes to rank i % world_size."""
-        size = self.settings.micro_batch_size
-        longest_first = sorted(rollouts, key=lambda rollout: rollout.num_tokens, reverse=True)
-        num_micro_batches = self.settings.batch_size // size
-        return [longest_first[i * size : (i + 1) * size] for i in range(num_micro_batches)]
+    def _deal(self, rollouts: list[Rollout]) -> list[list[MicroBatch]]:
+        settings = self.settings
+        if settings.max_tokens_per_micro_batch is not None:
+            return deal_by_tokens(
+                rollouts,
+                max_tokens=settings.max_tokens_per_micro_batch,
+                layout=self.layout(),
+                world_size=settings.world_size,
+            )
+        return deal_by_count(
+            rollouts,
+            micro_batch_size=settings.micro_batch_size,
+            num_micro_batches=settings.batch_size // (settings.micro_batch_size * settings.world_size),
+            world_size=settings.world_size,
+        )
 
 
-def with_advantages(group: RolloutGroup, scale_rewards: str) -> list[Rollout]:
-    """Give every rollout of a group token-level advantages.
+def with_advantages(groups: Sequence[RolloutGroup], scale_rewards: str) -> list[Rollout]:
+    """Give every rollout of a batch token-level advantages.
 
     Those that the environment sent are kept. A rollout without them gets the advantage of its reward within the group,
     the same at every trained token.
 
     Args:
-        group ([`RolloutGroup`]):
-            One prompt's rollouts.
+        groups (sequence of [`RolloutGroup`]):
+            Of one optimizer step.
         scale_rewards (`str`):
             See [`~trl_atropos.advantages.group_advantages`].
+
+    Returns:
+        `list[Rollout]`: group after group.
     """
-    rewards = torch.tensor([rollout.reward for rollout in group.rollouts], dtype=torch.float32)
-    from_rewards = group_advantages(rewards, scale_rewards)
+    rewards = [torch.tensor([rollout.reward for rollout in group.rollouts], dtype=torch.float32) for group in groups]
+    of_batch = torch.cat(rewards).double() if rewards else torch.zeros(0)
+    batch_std = of_batch.std().item() if of_batch.numel() > 1 else 0.0
     return [
         rollout
         if rollout.advantages is not None
         else replace(rollout, advantages=torch.where(rollout.labels != IGNORE_INDEX, advantage, 0.0))
-        for rollout, advantage in zip(group.rollouts, from_rewards, strict=True)
+        for group, group_rewards in zip(groups, rewards, strict=True)
+        for rollout, advantage in zip(
+            group.rollouts, group_advantages(group_rewards, scale_rewards, batch_std), strict=True
+        )
     ]
 
 
-@dataclass(frozen=True)
-class RolloutCollator:
-    """Pads a micro-batch on the right.
+def _untrain_truncated(
+    rollouts: Sequence[Rollout], eos_token_ids: frozenset[int]
+) -> tuple[list[Rollout], torch.Tensor]:
+    """Take every token of the rollouts that end in the middle of a completion out of the loss; (B,) says which those are.
 
-    Args:
-        pad_token_id (`int`):
-            Id of the padding; never attended to, never trained.
-        temperature (`float`):
-            Of rollouts for which the wire names none.
+    The wire does not say why a completion ended: one that a stop string ended looks like one that was cut off.
     """
-
-    pad_token_id: int
-    temperature: float
-
-    def __call__(self, rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
-        """Collate rollouts that have advantages.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask`, `labels` of shape (B, T), int64; `advantages`,
-            `inference_logprobs` (NaN where unknown) of shape (B, T), float32; `temperature` of shape (B,), float32;
-            `zero_advantage` of shape (B,), bool. No rollouts give one row of two untrained tokens, so that a rank
-            without data still takes part in every collective of the step.
-        """
-        num_rows = max(len(rollouts), 1)
-        length = max([rollout.num_tokens for rollout in rollouts], default=2)
-        batch: dict[str, torch.Tensor] = {
-            "input_ids": torch.full((num_rows, length), self.pad_token_id, dtype=torch.long),
-            "attention_mask": torch.zeros((num_rows, length), dtype=torch.long),
-            "labels": torch.full((num_rows, length), IGNORE_INDEX, dtype=torch.long),
-            "advantages": torch.zeros((num_rows, length)),
-            "inference_logprobs": torch.full((num_rows, length), float("nan")),
-            "temperature": torch.full((num_rows,), self.temperature),
-            "zero_advantage": torch.zeros(num_rows, dtype=torch.bool),
-        }
-        if not rollouts:
-            batch["attention_mask"][:] = 1
-        for row, rollout in enumerate(rollouts):
-            span = slice(0, rollout.num_tokens)
-            assert rollout.advantages is not None, "collate only what with_advantages() returned"
-            batch["input_ids"][row, span] = rollout.input_ids
-            batch["attention_mask"][row, span] = 1
-            batch["labels"][row, span] = rollout.labels
-            batch["advantages"][row, span] = rollout.advantages
-            batch["zero_advantage"][row] = rollout.set_advantage_to_zero
-            if rollout.inference_logprobs is not None:
-                batch["inference_logprobs"][row, span] = rollout.inference_logprobs
-            if rollout.temperature is not None:
-                batch["temperature"][row] = rollout.temperature
-        return batch
+    last = torch.tensor([int(rollout.labels[-1]) for rollout in rollouts])
+    is_truncated = (last != IGNORE_INDEX) & ~torch.isin(last, torch.tensor(sorted(eos_token_ids)))
+    if is_truncated.all():
+        logger.warning(
+            "mask_truncated_completions: no rollout of this batch ends with an end-of-sequence token, so none is "
+            "trained. If the environment stops completions at a string, set --mask_truncated_completions false."
+        )
+    kept = [
+        replace(rollout, labels=torch.full_like(rollout.labels, IGNORE_INDEX)) if truncated else rollout
+        for rollout, truncated in zip(rollouts, is_truncated.tolist(), strict=True)
+    ]
+    return kept, is_truncated
 
 
-def _check_inference_logprobs(groups: Sequence[RolloutGroup]) -> None:
-    for index, group in enumerate(groups):
-        for number, rollout in enumerate(group.rollouts):
-            if rollout.inference_logprobs is None:
-                raise AtroposProtocolError(
-                    f"Group {index} (environment {group.env_id}), rollout {number}: `inference_logprobs` is missing or "
-                    "incomplete.",
-                    "The clipped ratio of loss_type=grpo needs the logprob of every trained token.",
-                    "In the environment, build rollouts with ManagedServer in collect_trajectories; or set "
-                    "--inference_logprobs use (such rollouts count as on-policy) or --loss_type weighted_sft.",
-                )
+def _check_logprobs(groups: Sequence[RolloutGroup], name: str) -> None:
+    for rollout in (rollout for group in groups for rollout in group.rollouts):
+        if getattr(rollout, name) is not None:
+            continue
+        what = f"The rollout of {rollout.origin} has no complete `{name}`."
+        if name == "ref_logprobs":
+            raise AtroposProtocolError(
+                what,
+                "ref_logprobs=require takes the reference of the KL term from the environment, for every trained token.",
+                "Let the environment send them, or set --ref_logprobs recompute.",
+            )
+        raise AtroposProtocolError(
+            what,
+            "The importance ratio needs the logprob of every trained token.",
+            "In the environment, build rollouts with ManagedServer in collect_trajectories; or set "
+            "--inference_logprobs use (such rollouts count as on-policy) or --loss_type weighted_sft.",
+        )
 
 
 def _reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Metric]:

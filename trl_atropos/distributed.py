@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from .errors import TrlAtroposError
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 T = TypeVar("T")
@@ -16,6 +22,25 @@ T = TypeVar("T")
 def is_distributed() -> bool:
     """Whether this process is one of several that share a process group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def largest_over_ranks(value: float) -> float:
+    """The largest value of any rank; a collective call. NaN counts as infinite, so that no rank can miss it."""
+    value = value if value == value else float("inf")
+    if not is_distributed():
+        return value
+    values: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return max(values)
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """The sums of each entry over all ranks, in float64; a collective call."""
+    if not is_distributed():
+        return values
+    totals = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(totals)
+    return totals.tolist()
 
 
 def run_on_main_process(function: Callable[[], T]) -> T:
@@ -51,3 +76,20 @@ def run_on_main_process(function: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+@contextmanager
+def without_gradient_sync(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]:
+    """Inside, a backward pass adds to the gradients and more of this optimizer step follow.
+
+    Sets the two switches that the loop of transformers sets between two calls of `training_step`: that of accelerate, and
+    the wrapper's own. DeepSpeed has none of the second kind.
+    """
+    was_syncing = accelerator.gradient_state.sync_gradients
+    is_deepspeed = accelerator.distributed_type.value == "DEEPSPEED"
+    accelerator.gradient_state._set_sync_gradients(False)
+    try:
+        with nullcontext() if is_deepspeed else accelerator.no_sync(model):
+            yield
+    finally:
+        accelerator.gradient_state._set_sync_gradients(was_syncing)

@@ -34,6 +34,10 @@ METRICS: dict[str, str] = {
     "completions/mean_length": "Mean number of trained tokens of a rollout. Falling to 0: the policy stops at once.",
     "completions/min_length": "Trained tokens of the shortest rollout. Near 0: it teaches nothing.",
     "completions/max_length": "Trained tokens of the longest rollout. At max_tokens: completions are cut off.",
+    "completions/clipped_ratio": (
+        "Fraction of rollouts that do not end with an end-of-sequence token, 0 to 1, with mask_truncated_completions. High: "
+        "completions are cut off, or stopped at strings."
+    ),
     "advantages/zero_std": (
         "1 if all advantages of the step were equal under normalisation, else 0. 1: the step had no gradient."
     ),
@@ -54,9 +58,33 @@ METRICS: dict[str, str] = {
         "Fraction of trained tokens with negative advantage whose ratio fell below 1 - epsilon, 0 to 1. High: steps "
         "are too large or the data is too old."
     ),
+    "clip_ratio/low_min": "Smallest clip_ratio/low_mean of a rollout, 0 to 1. Above 0: no rollout is left unclipped.",
     "clip_ratio/high_mean": (
         "Fraction of trained tokens with positive advantage whose ratio rose above 1 + epsilon_high, 0 to 1. High: "
         "steps are too large or the data is too old."
+    ),
+    "clip_ratio/high_max": (
+        "Largest clip_ratio/high_mean of a rollout, 0 to 1. Near 1: a rollout teaches nothing any more."
+    ),
+    "cispo_clip_ratio": (
+        "Fraction of trained tokens with positive advantage whose ratio exceeds epsilon_high, 0 to 1, for cispo. High: the "
+        "data is too old."
+    ),
+    "kl": (
+        "Mean KL divergence of the policy from the reference at trained tokens (k3 estimator), in nats. Above about 0.1: the "
+        "policy has left the reference."
+    ),
+    "off_policy_mask/masked_frac": (
+        "Fraction of trained tokens that off_policy_mask_threshold takes out of the loss, 0 to 1. High: the data is too old."
+    ),
+    "sampling/correction_weight/mean": (
+        "Mean weight of vllm_importance_sampling_correction. Far from 1: the server sampled from another policy."
+    ),
+    "sampling/correction_weight/zero_frac": (
+        "Fraction of trained tokens whose correction weight is 0, 0 to 1. High: most of the batch is thrown away."
+    ),
+    "distillation/loss": (
+        "Mean cross entropy to the teacher's named tokens, in nats. Not falling: distillation_coef is too small."
     ),
     "clip_ratio/region_mean": "Sum of clip_ratio/low_mean and clip_ratio/high_mean, 0 to 1: tokens without gradient.",
     "sampling/sampling_logp_difference/mean": (
@@ -81,6 +109,14 @@ METRICS: dict[str, str] = {
     ),
     "step_time": "Wall time of the optimizer step with data and publish, in seconds.",
     "perf/batch_wait_s": "Time waited for rollouts, in seconds. Most of step_time: generation is the bottleneck.",
+    "perf/computed_tokens_frac": (
+        "Positions that forward passes computed, padding included, per token of the rollouts. Above 1: padding; below 1: "
+        "shared prefixes were computed once. 1 / groups' size at best."
+    ),
+    "perf/num_micro_batches": (
+        "Forward passes of a rank in a step, mean over ranks. Count. Many small ones: raise max_tokens_per_micro_batch."
+    ),
+    "perf/has_layout_fallback": "1 if forward passes are not made in the best way, 0 else; the log says why.",
     "perf/weight_sync_s": "Wall time of the publish, in seconds. Large against step_time: publish less often.",
     "perf/weight_sync_stage_s": "Part of the publish before the pause: gathering and merging weights, in seconds.",
     "perf/weight_sync_pause_s": "Time for which the server was paused, in seconds: lost to generation.",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .atropos_config import AtroposConfig
+from .errors import PreflightError
 
 
 if TYPE_CHECKING:
@@ -49,3 +50,44 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+def use_sparse_embedding_gradient(model: PreTrainedModel) -> bool:
+    """Let a tied embedding give its gradient as the few rows that occur, not as a second matrix of the head's size.
+
+    The sum with the head's gradient is dense again, so the optimizer sees no difference; what goes away is a matrix of
+    zeros of that size, filled, added and dropped in each backward pass. Only for one process: DDP would expect a sparse
+    sum.
+
+    Returns:
+        `bool`: whether it applies: the weight is tied and trained.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    applies = (
+        isinstance(embedding, nn.Embedding)
+        and isinstance(head, nn.Linear)
+        and embedding.weight is head.weight
+        and embedding.weight.requires_grad
+    )
+    if applies:
+        embedding.sparse = True
+    return applies
+
+
+def eos_token_ids(model: nn.Module, processing_class: Any) -> frozenset[int]:
+    """Tokens that end a completion: of the tokenizer and of the generation config.
+
+    Raises:
+        [`PreflightError`]: there is none.
+    """
+    of_generation = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [getattr(processing_class, "eos_token_id", None)]
+    ids += of_generation if isinstance(of_generation, list) else [of_generation]
+    found = frozenset(token_id for token_id in ids if token_id is not None)
+    if not found:
+        raise PreflightError(
+            "mask_truncated_completions is on, and neither tokenizer nor generation config has an eos_token_id.",
+            "Every rollout would count as truncated, and none would be trained.",
+            "Pass a processing_class with an eos_token, or set --mask_truncated_completions false.",
+        )
+    return found

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
 
 from .errors import PreflightError, WeightSyncError
 from .serving.plugin import SHARED_MEMORY_BACKEND
@@ -40,6 +42,21 @@ class ServerFacts:
     dtype: torch.dtype
     has_processed_logprobs: bool
     knows_policy_versions: bool
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Check that accelerate knows of all processes.
+
+    Raises:
+        [`PreflightError`]: it does not: gradients would be summed over ranks that the loss does not count.
+    """
+    num_ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if num_ranks != accelerator.num_processes:
+        raise PreflightError(
+            f"{num_ranks} processes share a group, accelerate counts {accelerator.num_processes}.",
+            "The loss would be scaled for another number of ranks, and each would act as the main process.",
+            "Start with `accelerate launch`, for DeepSpeed with --use_deepspeed; on a CPU give the script --ddp_backend gloo.",
+        )
 
 
 def inspect_server(client: AtroposVLLMClient, model_config: Any, max_length: int) -> ServerFacts:

@@ -1,6 +1,6 @@
 """What travels between the stages of the data plane: typed, validated, immutable.
 
-Shape letters: T tokens of one rollout.
+Shape letters: T tokens of one rollout, K tokens that a teacher names for a position.
 
 Every per-token tensor is aligned with the token it belongs to (label position): entry t describes token t, which the
 model predicts from tokens 0..t-1. The causal shift happens once, in `logprobs.py`.
@@ -25,6 +25,31 @@ MISSING_LOGPROB = 1.0
 """What the wire puts into `inference_logprobs` where there is no logprob (prompt tokens, or the server gave none)."""
 
 
+NO_TOKEN = -1
+"""Id in `Rollout.teacher_token_ids` where the teacher named fewer tokens than elsewhere."""
+
+
+@dataclass(frozen=True)
+class RolloutOrigin:
+    """Where a rollout came from; as text, how messages name it.
+
+    Args:
+        env_id (`int`, *optional*):
+            The API's number of the environment.
+        group (`int`):
+            Number of its group in the batch, from 0.
+        rollout (`int`):
+            Number of the rollout in its group, from 0.
+    """
+
+    env_id: int | None
+    group: int
+    rollout: int
+
+    def __str__(self) -> str:
+        return f"environment {self.env_id}, group {self.group}, rollout {self.rollout}"
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One sampled sequence with its credit.
@@ -46,6 +71,12 @@ class Rollout:
             The environment asked for this rollout to count in its group's mean but not to push the policy.
         temperature (`float`, *optional*):
             Sampling temperature, if the wire says so.
+        teacher_token_ids (`torch.Tensor` of shape `(T, K)`, int64, *optional*):
+            The likeliest tokens of a teacher for each position, for distillation; -1 where it named fewer.
+        teacher_logprobs (`torch.Tensor` of shape `(T, K)`, float32, *optional*):
+            Their logprobs in nats under the teacher; -inf where there is no token.
+        origin ([`RolloutOrigin`], *optional*):
+            Where it came from; None if made by hand.
         policy_version (`int`, *optional*):
             Version of the oldest policy that sampled any token of the rollout's last completion. None when unknown,
             never a guess.
@@ -60,6 +91,9 @@ class Rollout:
     set_advantage_to_zero: bool = False
     temperature: float | None = None
     policy_version: int | None = None
+    teacher_token_ids: torch.Tensor | None = None
+    teacher_logprobs: torch.Tensor | None = None
+    origin: RolloutOrigin | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -9,6 +9,7 @@ import math
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,43 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from trl_atropos.atropos_config import AtroposConfig
 from trl_atropos.atropos_trainer import AtroposTrainer
 from trl_atropos.callbacks import PublishPolicyCallback
-from trl_atropos.data import RolloutCollator, with_advantages
+from trl_atropos.data import with_advantages
 from trl_atropos.errors import NonFiniteGradientError
+from trl_atropos.layouts import LAYOUTS
+from trl_atropos.loss_options import LOSS_TYPES
+from trl_atropos.losses import LossFunction, LossInputs, LossOutputs
+from trl_atropos.micro_batches import deal_by_tokens
 from trl_atropos.preflight import ServerFacts
-from trl_atropos.types import Rollout, RolloutGroup
+from trl_atropos.types import Rollout, RolloutGroup, RolloutOrigin
 
 
 VOCAB_SIZE = 64
 NUM_ROLLOUTS = 8
 # (ranks, gradient_accumulation_steps, per_device_train_batch_size): 8 rollouts each
 SPLITS = [(1, 1, 8), (1, 4, 2), (1, 8, 1), (2, 2, 2), (2, 1, 4)]
-CASES = [(loss, normalization) for loss in ("weighted_sft", "grpo") for normalization in ("none", "global")]
+CASES: dict[str, dict[str, Any]] = {
+    **{loss_type: {"loss_type": loss_type} for loss_type in LOSS_TYPES},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.1},
+    "weighted_sft-global": {"loss_type": "weighted_sft", "advantage_normalization": "global"},
+    "dapo-global": {"loss_type": "dapo", "advantage_normalization": "global"},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    "correction": {"loss_type": "dapo", "vllm_importance_sampling_correction": True,
+                   "vllm_importance_sampling_mode": "sequence_truncate", "vllm_importance_sampling_clip_max": 1.5},
+    "off_policy_mask": {"loss_type": "grpo", "off_policy_mask_threshold": 0.05},
+    "beta": {"loss_type": "grpo", "beta": 0.3, "ref_logprobs": "require"},
+    "entropy": {"loss_type": "dr_grpo", "entropy_coef": 0.1},
+    "distillation": {"loss_type": "dapo", "distillation_coef": 0.7},
+    **{layout: {"loss_type": "dapo", "sequence_layout": layout} for layout in LAYOUTS},
+}  # fmt: skip
 # float32 rounds sums of other lengths differently; a wrong denominator is off by tens of percent.
 RELATIVE_ERROR = 1e-6
 
@@ -56,32 +76,47 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 def ragged_rollouts() -> list[Rollout]:
-    """Two groups of four rollouts with 4 to 18 tokens, of which 1 to 12 are trained; one has no logprobs."""
+    """Two groups of four rollouts with 4 to 18 tokens, of which 1 to 12 are trained; one has no inference logprobs.
+
+    The rollouts of a group begin alike, and two of them train equal tokens.
+    """
     generator = torch.Generator().manual_seed(1)
     rollouts = []
-    for number, (length, num_prompt) in enumerate(
-        [(4, 3), (9, 2), (18, 6), (7, 4), (12, 5), (5, 1), (16, 10), (11, 2)]
+    shared = torch.randint(VOCAB_SIZE, (2, 18), generator=generator)
+    for number, (length, num_prompt, num_shared) in enumerate(
+        [(4, 3, 3), (9, 2, 2), (18, 6, 9), (7, 4, 6), (12, 5, 1), (5, 1, 2), (16, 10, 2), (11, 2, 0)]
     ):
         input_ids = torch.randint(VOCAB_SIZE, (length,), generator=generator)
+        input_ids[:num_shared] = shared[number // 4, :num_shared]
         labels = input_ids.masked_fill(torch.arange(length) < num_prompt, -100)
         # Near the uniform policy, so that some ratios are clipped and some are not.
-        logprobs = -math.log(VOCAB_SIZE) + 0.4 * torch.randn(length, generator=generator)
+        logprobs, ref_logprobs = -math.log(VOCAB_SIZE) + 0.4 * torch.randn(2, length, generator=generator)
+        teacher_token_ids = torch.stack([torch.randperm(VOCAB_SIZE, generator=generator)[:3] for _ in range(length)])
+        teacher_logprobs = torch.log(torch.tensor([0.5, 0.2, 0.1])).expand(length, 3)
         rollouts.append(
             Rollout(
                 input_ids=input_ids,
                 labels=labels,
                 reward=float(torch.randn((), generator=generator)),
                 inference_logprobs=None if number == 5 else logprobs.clamp(max=-0.01),
+                ref_logprobs=ref_logprobs.clamp(max=-0.01),
                 set_advantage_to_zero=number == 2,
                 temperature=0.8 if number == 6 else None,
+                teacher_token_ids=None if number == 3 else teacher_token_ids,
+                teacher_logprobs=None if number == 3 else teacher_logprobs,
+                origin=RolloutOrigin(env_id=0, group=number // 4, rollout=number % 4),
             )
         )
     groups = [RolloutGroup(tuple(rollouts[:4])), RolloutGroup(tuple(rollouts[4:]))]
-    return [rollout for group in groups for rollout in with_advantages(group, "group")]
+    return with_advantages(groups, "group")
 
 
 def make_trainer(
-    split: tuple[int, int, int], directory: str | Path, model: torch.nn.Module | None = None, **options: Any
+    split: tuple[int, int, int],
+    directory: str | Path,
+    model: torch.nn.Module | None = None,
+    loss_fn: LossFunction | None = None,
+    **options: Any,
 ) -> AtroposTrainer:
     _, accumulation, micro_batch_size = split
     args = AtroposConfig(
@@ -97,7 +132,7 @@ def make_trainer(
             **options,
         }
     )
-    trainer = AtroposTrainer(model or tiny_llama(), args)
+    trainer = AtroposTrainer(model or tiny_llama(), args, loss_fn=loss_fn)
     trainer._server_facts = ServerFacts(
         backend="trl_atropos_shm", dtype=torch.float32, has_processed_logprobs=True, knows_policy_versions=False
     )
@@ -110,13 +145,23 @@ def step_gradient(
     """Gradient and loss of one optimizer step: the calls that `Trainer.train` makes, without the optimizer."""
     num_ranks, accumulation, size = split
     dealt = [rollouts[i * size : (i + 1) * size] for i in range(num_ranks * accumulation)][rank::num_ranks]
-    collate = RolloutCollator(pad_token_id=0, temperature=trainer.args.temperature)
+    return gradient_of_items(trainer, [[micro_batch] for micro_batch in dealt], num_ranks)
+
+
+def gradient_of_items(trainer: AtroposTrainer, items: Sequence[Any], num_ranks: int) -> tuple[Gradient, float]:
+    """The same, of what a rank's stream yields in one step."""
     model = trainer.model
     model.zero_grad()
     wrapped = DistributedDataParallel(model) if num_ranks > 1 else model
-    trainer.current_gradient_accumulation_steps = accumulation
-    micro_batches, num_items = trainer.get_batch_samples(map(collate, dealt), accumulation, trainer.args.device)
-    loss = sum(trainer.training_step(wrapped, batch, num_items).item() for batch in micro_batches)
+    trainer.model_wrapped = wrapped
+    trainer.current_gradient_accumulation_steps = len(items)
+    batches, num_items = trainer.get_batch_samples(iter(items), len(items), trainer.args.device)
+    loss = 0.0
+    for number, batch in enumerate(batches):
+        is_last = number == len(batches) - 1
+        trainer.accelerator.gradient_state._set_sync_gradients(is_last)
+        with nullcontext() if is_last else trainer.accelerator.no_sync(wrapped):
+            loss += trainer.training_step(wrapped, batch, num_items).item()
     gradient = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     return gradient, loss / num_ranks
 
@@ -137,13 +182,13 @@ def run_rank(rank: int, port: int, directory: str) -> None:
     for split in SPLITS:
         if split[0] != 2:
             continue
-        for loss_type, normalization in CASES:
-            trainer = make_trainer(split, directory, loss_type=loss_type, advantage_normalization=normalization)
+        for case, options in CASES.items():
+            trainer = make_trainer(split, directory, **options)
             assert trainer.accelerator.num_processes == 2
             gradient, loss = step_gradient(trainer, split, ragged_rollouts(), rank)
             losses = torch.tensor([loss], dtype=torch.float64)
             dist.all_reduce(losses)
-            results[split, loss_type, normalization] = gradient, losses.item()
+            results[split, case] = gradient, losses.item()
     # Rank 1 has nothing after a dropped group, and must still join every collective.
     trainer = make_trainer((2, 1, 4), directory)
     results["rank_without_data"], _ = step_gradient(trainer, (2, 1, 4), ragged_rollouts()[:4], rank)
@@ -169,17 +214,50 @@ def assert_same_gradient(ours: Gradient, expected: Gradient, relative_error: flo
     assert distance / scale < relative_error
 
 
-@pytest.mark.parametrize(("loss_type", "normalization"), CASES)
+@pytest.fixture(scope="module")
+def whole_batch_gradients(tmp_path_factory) -> dict[str, tuple[Gradient, float]]:
+    directory = tmp_path_factory.mktemp("whole")
+    return {
+        case: step_gradient(make_trainer((1, 1, 8), directory, **options), (1, 1, 8), ragged_rollouts())
+        for case, options in CASES.items()
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("split", SPLITS[1:], ids=lambda split: "x".join(map(str, split)))
-def test_any_split_gives_the_same_gradient_and_loss(tmp_path, gradients_of_two_ranks, split, loss_type, normalization):
-    options = {"loss_type": loss_type, "advantage_normalization": normalization}
-    expected, expected_loss = step_gradient(make_trainer((1, 1, 8), tmp_path, **options), (1, 1, 8), ragged_rollouts())
+def test_any_split_gives_the_same_gradient_and_loss(
+    tmp_path, gradients_of_two_ranks, whole_batch_gradients, split, case
+):
+    expected, expected_loss = whole_batch_gradients[case]
     if split[0] == 2:
-        gradient, loss = gradients_of_two_ranks[split, loss_type, normalization]
+        gradient, loss = gradients_of_two_ranks[split, case]
     else:
-        gradient, loss = step_gradient(make_trainer(split, tmp_path, **options), split, ragged_rollouts())
+        gradient, loss = step_gradient(make_trainer(split, tmp_path, **CASES[case]), split, ragged_rollouts())
     assert_same_gradient(gradient, expected)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
+
+
+def test_every_case_is_another_gradient(whole_batch_gradients):
+    # Guards the guard: an option that does nothing would pass every comparison. bnpo is dapo by definition, and so are
+    # the layouts.
+    different = [case for case in CASES if case not in ("bnpo", *LAYOUTS)]
+    for number, case in enumerate(different):
+        for other in different[:number]:
+            with pytest.raises(AssertionError):
+                assert_same_gradient(whole_batch_gradients[case][0], whole_batch_gradients[other][0], 1e-4)
+    for same in ("bnpo", *LAYOUTS):
+        assert_same_gradient(whole_batch_gradients[same][0], whole_batch_gradients["dapo"][0])
+
+
+@pytest.mark.parametrize("max_tokens", [20, 30, 200])
+def test_a_token_budget_gives_the_same_gradient(tmp_path, whole_batch_gradients, max_tokens):
+    options = {"max_tokens_per_micro_batch": max_tokens, "max_length": 20}
+    trainer = make_trainer((1, 1, 8), tmp_path, **CASES["dapo"], **options)
+    ((*micro_batches,),) = deal_by_tokens(ragged_rollouts(), max_tokens=max_tokens, layout="tree", world_size=1)
+    assert (len(micro_batches) == 1) == (max_tokens == 200)
+    gradient, loss = gradient_of_items(trainer, [micro_batches], 1)
+    assert_same_gradient(gradient, whole_batch_gradients["dapo"][0])
+    assert loss == pytest.approx(whole_batch_gradients["dapo"][1], rel=1e-5)
 
 
 def test_the_order_of_the_rollouts_does_not_matter(tmp_path):
@@ -216,8 +294,11 @@ class TestAgainstTheModelsOwnLoss:
         ours, loss = step_gradient(make_trainer((1, 4, 2), tmp_path, **options), (1, 4, 2), rollouts)
 
         model = tiny_llama()
-        batch = RolloutCollator(pad_token_id=0, temperature=1.0)(rollouts)
-        expected = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
+        input_ids, labels = (
+            pad_sequence([getattr(r, name) for r in rollouts], batch_first=True, padding_value=padding)
+            for name, padding in (("input_ids", 0), ("labels", -100))
+        )
+        expected = model(input_ids=input_ids, labels=labels).loss
         expected.backward()
 
         assert loss == pytest.approx(expected.item(), rel=1e-6)
@@ -248,7 +329,7 @@ class TestSetAdvantageToZero:
         rollouts = [replace(r, advantages=None, set_advantage_to_zero=False) for r in ragged_rollouts()[:4]]
         if flagged:
             rollouts[0] = replace(rollouts[0], set_advantage_to_zero=True)
-        return with_advantages(RolloutGroup(tuple(rollouts)), "none")
+        return with_advantages([RolloutGroup(tuple(rollouts))], "none")
 
     def gradient(self, tmp_path, rollouts: Sequence[Rollout], **options: Any) -> Gradient:
         options = {"loss_type": "weighted_sft", "advantage_clipping": None, **options}
@@ -273,20 +354,16 @@ class TestSetAdvantageToZero:
 
     def test_it_counts_in_the_statistics_and_is_set_to_0_after_them(self, tmp_path):
         trainer = make_trainer((1, 1, 4), tmp_path, advantage_normalization="global", advantage_clipping=None)
-        collated = RolloutCollator(pad_token_id=0, temperature=1.0)(self.group(flagged=True))
-        unflagged = collated["advantages"].clone()
-        trained = unflagged[collated["labels"] != -100].double()
-        ((batch,), num_items) = trainer.get_batch_samples(iter([collated]), 1, torch.device("cpu"))
+        group = self.group(flagged=True)
+        advantages = torch.cat([rollout.advantages[rollout.labels != -100] for rollout in group]).double()
+        (((batch,),), num_items) = trainer.get_batch_samples(iter([[group]]), 1, torch.device("cpu"))
 
-        assert num_items == trained.numel()
-        assert not batch["advantages"][0].any()
+        assert num_items == advantages.numel()
+        # The first rollout trains one token.
+        assert batch["advantages"][0] == 0.0
         # Normalised with the mean and the unbiased standard deviation of all trained tokens, its own included.
-        expected = (unflagged.double() - trained.mean()) / (trained.std() + 1e-8)
-        others = (batch["labels"] != -100)[1:]
-        torch.testing.assert_close(
-            batch["advantages"][1:][others].double(), expected[1:][others], rtol=1e-5, atol=1e-6
-        )
-        assert "zero_advantage" not in batch
+        expected = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        torch.testing.assert_close(batch["advantages"][1:].double(), expected[1:], rtol=1e-5, atol=1e-6)
 
 
 class WeightsAfterEachStep(TrainerCallback):
@@ -301,6 +378,81 @@ class WeightsAfterEachStep(TrainerCallback):
     on_step_end = on_train_begin
 
 
+def endless_data(items: list[Any]) -> DataLoader:
+    """What `AtroposTrainer.get_train_dataloader` returns, without servers: one item per call of `training_step`."""
+    return DataLoader(items, batch_size=None, collate_fn=lambda item: item)
+
+
+class TestNonFiniteLoss:
+    @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+    def test_it_stops_before_any_weight_changes_and_names_the_rollout(self, tmp_path, max_grad_norm):
+        def diverging_loss(inputs: LossInputs) -> LossOutputs:
+            is_bad = inputs.rollout_index == 6
+            return LossOutputs(torch.where(is_bad, math.inf, 1.0) * inputs.trainer_logprobs, {})
+
+        options = {"max_grad_norm": max_grad_norm, "learning_rate": 0.01, "max_steps": 5, "save_strategy": "no"}
+        trainer = make_trainer((1, 1, 8), tmp_path, loss_fn=diverging_loss, **options)
+        trainer.pop_callback(PublishPolicyCallback)
+        trainer.get_train_dataloader = lambda: endless_data([[ragged_rollouts()]] * 5)
+        before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        with pytest.raises(NonFiniteGradientError) as caught:
+            Trainer.train(trainer)
+        assert "step 1 is not finite, because of environment 0, group 1, rollout 2." in caught.value.what
+        assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_a_loss_function_of_ones_own_replaces_the_loss(tmp_path, whole_batch_gradients):
+    def weighted_sft(inputs: LossInputs) -> LossOutputs:
+        return LossOutputs(-inputs.advantages * inputs.trainer_logprobs, {})
+
+    trainer = make_trainer((1, 4, 2), tmp_path, loss_fn=weighted_sft)
+    gradient, _ = step_gradient(trainer, (1, 4, 2), ragged_rollouts())
+    assert_same_gradient(gradient, whole_batch_gradients["weighted_sft"][0])
+
+
+class TestReference:
+    def test_a_frozen_copy_is_the_starting_policy(self, tmp_path):
+        # At the start KL and its gradient are 0; after the policy moved they are not.
+        options = {"loss_type": "dapo", "beta": 0.5}
+        trainer = make_trainer((1, 1, 8), tmp_path, **options)
+        at_start, _ = step_gradient(trainer, (1, 1, 8), ragged_rollouts())
+        without, _ = step_gradient(make_trainer((1, 1, 8), tmp_path), (1, 1, 8), ragged_rollouts())
+        assert_same_gradient(at_start, without, 1e-5)
+        with torch.no_grad():
+            trainer.model.lm_head.weight.mul_(1.5)
+        moved = tiny_llama()
+        moved.load_state_dict(trainer.model.state_dict())
+        after, _ = step_gradient(trainer, (1, 1, 8), ragged_rollouts())
+        without, _ = step_gradient(make_trainer((1, 1, 8), tmp_path, moved), (1, 1, 8), ragged_rollouts())
+        with pytest.raises(AssertionError):
+            assert_same_gradient(after, without, 1e-2)
+
+    def test_a_disabled_adapter_and_a_frozen_copy_are_the_same_reference(self, tmp_path):
+        def adapted(base: torch.nn.Module) -> torch.nn.Module:
+            torch.manual_seed(3)
+            # Initial weights of the adapter that are not 0: the policy is not the reference.
+            return get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+
+        options = {"loss_type": "grpo", "beta": 0.5}
+        with_adapter = make_trainer((1, 2, 4), tmp_path, adapted(tiny_llama()), **options)
+        # The same policy, its reference given by the wire: that of the base model, computed here.
+        base = tiny_llama().eval()
+        rollouts = []
+        for rollout in ragged_rollouts():
+            with torch.no_grad():
+                logits = base(rollout.input_ids[None]).logits[0] / (rollout.temperature or 1.0)
+            logprobs = logits.log_softmax(-1)[:-1].gather(-1, rollout.input_ids[1:, None])[:, 0]
+            rollouts.append(replace(rollout, ref_logprobs=torch.cat([torch.zeros(1), logprobs])))
+        from_wire = make_trainer((1, 2, 4), tmp_path, adapted(tiny_llama()), ref_logprobs="require", **options)
+        gradients = []
+        for trainer in (with_adapter, from_wire):
+            batches, num_items = trainer.get_batch_samples(iter([[rollouts]]), 1, torch.device("cpu"))
+            trainer.training_step(trainer.model, batches[0], num_items)
+            named = trainer.model.named_parameters()
+            gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+        assert_same_gradient(*gradients, relative_error=1e-5)
+
+
 class TestNonFiniteGradient:
     @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
     @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -312,8 +464,7 @@ class TestNonFiniteGradient:
         trainer.add_callback(weights)
         # No servers here: nothing to publish to, and the rollouts are at hand.
         trainer.pop_callback(PublishPolicyCallback)
-        collate = RolloutCollator(pad_token_id=0, temperature=1.0)
-        trainer.get_train_dataloader = lambda: DataLoader([ragged_rollouts()] * 5, batch_size=None, collate_fn=collate)
+        trainer.get_train_dataloader = lambda: endless_data([[ragged_rollouts()]] * 5)
         trainer.model.lm_head.weight.register_hook(
             lambda gradient: gradient * (value if trainer.state.global_step == 1 else 1)
         )
@@ -345,9 +496,25 @@ def test_micro_batches_are_not_averaged_for_a_model_that_takes_no_loss_arguments
 
 
 def test_logits_are_computed_at_trained_positions_only(tmp_path):
-    trainer = make_trainer((1, 2, 4), tmp_path)
+    trainer = make_trainer((1, 2, 4), tmp_path, sequence_layout="padded")
+    trainer._get_forward()
     shapes: list[tuple[int, ...]] = []
     trainer.model.lm_head.register_forward_hook(lambda head, args, logits: shapes.append(tuple(logits.shape)))
     step_gradient(trainer, (1, 2, 4), ragged_rollouts())
-    # Trained tokens, length - prompt: 1 + 7 + 12 + 3 = 23, and 7 + 4 + 6 + 9 = 26.
-    assert shapes == [(1, 23, VOCAB_SIZE), (1, 26, VOCAB_SIZE)]
+    # In the model's own forward none: 4 rows of no position. Then the trained tokens, length - prompt: 1 + 7 + 12 + 3
+    # = 23, and 7 + 4 + 6 + 9 = 26.
+    assert shapes == [(4, 0, VOCAB_SIZE), (23, VOCAB_SIZE), (4, 0, VOCAB_SIZE), (26, VOCAB_SIZE)]
+
+
+def test_tokens_that_rollouts_share_are_computed_and_projected_once(tmp_path):
+    trainer = make_trainer((1, 1, 8), tmp_path, sequence_layout="tree")
+    trainer._get_forward()
+    rollout = replace(ragged_rollouts()[2], teacher_token_ids=None, teacher_logprobs=None)
+    twins = [rollout, replace(rollout, origin=RolloutOrigin(0, 0, 3))]
+    shapes: list[tuple[int, ...]] = []
+    trainer.model.lm_head.register_forward_hook(lambda head, args, logits: shapes.append(tuple(logits.shape)))
+    (((batch,),), num_items) = trainer.get_batch_samples(iter([[twins]]), 1, torch.device("cpu"))
+    trainer.training_step(trainer.model, [batch], num_items)
+    # 18 tokens of which the last predicts nothing; 12 trained tokens in each of the two.
+    assert batch["input_ids"].shape == (1, 17)
+    assert (num_items, shapes) == (24, [(1, 0, VOCAB_SIZE), (12, VOCAB_SIZE)])

@@ -29,7 +29,7 @@ class Setting:
             "world_size": 1,
             "limits": WireLimits(vocab_size=100, max_length=32),
             "scale_rewards": "none",
-            "needs_inference_logprobs": True,
+            "required_logprobs": ("inference_logprobs",),
             "max_dropped_fraction": 0.0,
             "batch_timeout_s": 10.0,
             "refresh_interval_s": 0.1,
@@ -41,6 +41,7 @@ class Setting:
             register=lambda: self.registrations.append(client.register(make_registration(batch_size=4))),
             policy_version=lambda: 0,
             lookup_policy_versions=None,
+            layout=lambda: "padded",
         )
 
     def journaled(self) -> list[dict]:
@@ -78,7 +79,7 @@ def test_a_batch_arrives_journaled_validated_and_dealt_with_its_exact_tokens(api
     register_and_post(api, client, make_group(), longer(20))
 
     iterator = iter(setting.stream)
-    first, second = next(iterator), next(iterator)
+    (first,), (second,) = next(iterator), next(iterator)
 
     # Longest first: 5 and 4 tokens, then 3 and 3 tokens (rewards 0, 1 in both groups, so advantages -0.5, +0.5).
     assert [r.input_ids.tolist() for r in first] == [[20, 21, 22, 23, 24], [20, 21, 22, 23]]
@@ -126,7 +127,7 @@ def test_a_bad_group_is_dropped_and_counted_where_that_is_allowed(api, client, p
     register_and_post(api, client, make_group(), BAD)
 
     iterator = iter(setting.stream)
-    first, second = next(iterator), next(iterator)
+    (first,), (second,) = next(iterator), next(iterator)
 
     # The slots of the dropped group stay empty: the step does not shrink on one rank only.
     assert [len(first), len(second)] == [2, 0]

@@ -1,8 +1,10 @@
-"""Advantages, dealing, metrics and collation of rollouts. The stream over the real API: tests/protocol/test_stream.py."""
+"""Advantages, dealing and metrics of rollouts. The stream over the real API: tests/protocol/test_stream.py."""
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_atropos.data import RolloutCollator, RolloutStream, StreamSettings, with_advantages
+from trl_atropos.data import RolloutStream, StreamSettings, with_advantages
 from trl_atropos.errors import AtroposProtocolError
 from trl_atropos.metrics import METRICS, MetricAccumulator
+from trl_atropos.micro_batches import MicroBatch
 from trl_atropos.rollout_key import rollout_key
 from trl_atropos.types import Rollout, RolloutGroup
 from trl_atropos.validation import WireLimits
@@ -26,7 +29,7 @@ SETTINGS = StreamSettings(
     world_size=1,
     limits=WireLimits(vocab_size=100, max_length=32),
     scale_rewards="none",
-    needs_inference_logprobs=False,
+    required_logprobs=(),
     max_dropped_fraction=0.0,
     batch_timeout_s=1.0,
     refresh_interval_s=0.1,
@@ -61,7 +64,13 @@ def wire_group(lengths: list[int], first_id: int = 10, **fields: Any) -> dict[st
     }
 
 
-def make_stream(batches: list[list[dict]], lookup: Any = None, policy_version: int = 0, **changes: Any):
+def make_stream(
+    batches: list[list[dict]],
+    lookup: Any = None,
+    policy_version: int = 0,
+    layout: Callable[[], str] = lambda: "padded",
+    **changes: Any,
+) -> RolloutStream:
     return RolloutStream(
         client=FetchedBatches(batches),
         journal=None,
@@ -69,15 +78,18 @@ def make_stream(batches: list[list[dict]], lookup: Any = None, policy_version: i
         register=lambda: None,
         policy_version=lambda: policy_version,
         lookup_policy_versions=lookup,
+        layout=layout,
     )
 
 
-def take_step(stream: RolloutStream) -> list[list[Rollout]]:
-    """This rank's micro-batches of the first step."""
+def take_step(stream: RolloutStream) -> list[MicroBatch]:
+    """This rank's micro-batches of the first step, without a token budget: each is an item of the stream."""
     settings = stream.settings
     per_rank = settings.batch_size // settings.micro_batch_size // settings.world_size
     iterator = iter(stream)
-    return [next(iterator) for _ in range(per_rank)]
+    items = [next(iterator) for _ in range(per_rank)]
+    assert [len(item) for item in items] == [1] * per_rank
+    return [item[0] for item in items]
 
 
 def reported(stream: RolloutStream) -> dict[str, float]:
@@ -90,110 +102,76 @@ class TestWithAdvantages:
     def test_rewards_become_advantages_at_trained_tokens_only(self):
         group = RolloutGroup((rollout(4, reward=1.0), rollout(6, reward=4.0)))
         # mean (1 + 4) / 2 = 2.5; scale none: 1 - 2.5 and 4 - 2.5
-        first, second = with_advantages(group, "none")
+        first, second = with_advantages([group], "none")
         assert first.advantages.tolist() == [0.0, 0.0, -1.5, -1.5]
         assert second.advantages.tolist() == [0.0, 0.0, 0.0, 1.5, 1.5, 1.5]
 
-    def test_scale_group_divides_by_the_unbiased_standard_deviation(self):
-        group = RolloutGroup((rollout(2, reward=1.0), rollout(2, reward=4.0)))
-        # std of (1, 4) = sqrt(((-1.5)^2 + 1.5^2) / 1) = sqrt(4.5), plus 1e-4 as in TRL
-        first, second = with_advantages(group, "group")
-        expected = 1.5 / (math.sqrt(4.5) + 1e-4)
-        assert first.advantages[1].item() == pytest.approx(-expected, rel=1e-6)
-        assert second.advantages[1].item() == pytest.approx(expected, rel=1e-6)
+    def test_scale_group_divides_by_the_unbiased_standard_deviation_of_each_group(self):
+        groups = [
+            RolloutGroup((rollout(2, reward=1.0), rollout(2, reward=4.0))),
+            RolloutGroup((rollout(2, reward=10.0), rollout(2, reward=20.0))),
+        ]
+        advantages = [r.advantages[1].item() for r in with_advantages(groups, "group")]
+        # std of (1, 4) = sqrt(((-1.5)^2 + 1.5^2) / 1) = sqrt(4.5), of (10, 20) = sqrt(50); plus 1e-4 as in TRL
+        narrow, wide = 1.5 / (math.sqrt(4.5) + 1e-4), 5 / (math.sqrt(50) + 1e-4)
+        assert advantages == pytest.approx([-narrow, narrow, -wide, wide], rel=1e-6)
+
+    def test_scale_batch_centres_in_the_group_and_divides_by_the_standard_deviation_of_all_rewards(self):
+        groups = [
+            RolloutGroup((rollout(2, reward=0.0), rollout(2, reward=2.0))),
+            RolloutGroup((rollout(2, reward=4.0), rollout(2, reward=10.0))),
+        ]
+        advantages = [r.advantages[1].item() for r in with_advantages(groups, "batch")]
+        # Group means 1 and 7. All rewards: mean 4, squared deviations 16 + 4 + 0 + 36 = 56, std sqrt(56 / 3).
+        divisor = math.sqrt(56 / 3) + 1e-4
+        assert advantages == pytest.approx([-1 / divisor, 1 / divisor, -3 / divisor, 3 / divisor], rel=1e-6)
+
+    def test_scale_batch_counts_the_rewards_of_rollouts_that_brought_advantages(self):
+        sent = torch.tensor([0.0, 0.0, 7.0, -3.0])
+        group = RolloutGroup((rollout(reward=9.0, advantages=sent), rollout(reward=1.0)))
+        first, second = with_advantages([group], "batch")
+        assert first.advantages is sent
+        # mean 5; std of (9, 1) = sqrt(16 + 16)
+        assert second.advantages[2].item() == pytest.approx(-4 / (math.sqrt(32) + 1e-4), rel=1e-6)
+
+    def test_scale_batch_of_a_single_rollout_and_of_equal_rewards_is_0(self):
+        assert with_advantages([RolloutGroup((rollout(reward=5.0),))], "batch")[0].advantages.tolist() == [0.0] * 4
+        equal = RolloutGroup((rollout(reward=0.1), rollout(reward=0.1), rollout(reward=0.1)))
+        assert not any(r.advantages.any() for r in with_advantages([equal, equal], "batch"))
 
     def test_advantages_of_the_wire_win_and_count_no_reward(self):
         sent = torch.tensor([0.0, 0.0, 7.0, -3.0])
         group = RolloutGroup((rollout(reward=9.0, advantages=sent), rollout(reward=1.0)))
-        first, second = with_advantages(group, "none")
+        first, second = with_advantages([group], "none")
         assert first.advantages is sent
         # Its reward still counts in the mean of its group: (9 + 1) / 2 = 5, and 1 - 5 = -4.
         assert second.advantages.tolist() == [0.0, 0.0, -4.0, -4.0]
 
     def test_set_advantage_to_zero_counts_in_the_mean_of_its_group(self):
         group = RolloutGroup((rollout(reward=8.0, set_advantage_to_zero=True), rollout(reward=0.0)))
-        # The collator hands the flag on; here the rollout still has the advantage 8 - 4.
-        first, second = with_advantages(group, "none")
+        # The step sets it to 0 after normalisation; here the rollout still has the advantage 8 - 4.
+        first, second = with_advantages([group], "none")
         assert first.set_advantage_to_zero
         assert first.advantages.tolist() == [0.0, 0.0, 4.0, 4.0]
         assert second.advantages.tolist() == [0.0, 0.0, -4.0, -4.0]
 
     def test_a_group_of_one_pushes_nowhere(self):
-        (only,) = with_advantages(RolloutGroup((rollout(reward=5.0),)), "group")
+        (only,) = with_advantages([RolloutGroup((rollout(reward=5.0),))], "group")
         assert only.advantages.tolist() == [0.0] * 4
 
-
-class TestRolloutCollator:
-    collate = RolloutCollator(pad_token_id=3, temperature=0.7)
-
-    def test_shapes_dtypes_and_padding_on_the_right(self):
-        first = rollout(2, advantages=torch.tensor([0.0, 2.0]), inference_logprobs=torch.tensor([math.nan, -0.5]))
-        second = rollout(4, first_id=50, advantages=torch.tensor([0.0, 0.0, -1.0, -1.0]))
-        batch = self.collate([first, second])
-
-        assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in batch.items()} == {
-            "input_ids": ((2, 4), torch.int64),
-            "attention_mask": ((2, 4), torch.int64),
-            "labels": ((2, 4), torch.int64),
-            "advantages": ((2, 4), torch.float32),
-            "inference_logprobs": ((2, 4), torch.float32),
-            "temperature": ((2,), torch.float32),
-            "zero_advantage": ((2,), torch.bool),
-        }
-        assert batch["input_ids"].tolist() == [[10, 11, 3, 3], [50, 51, 52, 53]]
-        assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-        assert batch["labels"].tolist() == [[-100, 11, -100, -100], [-100, -100, 52, 53]]
-        assert batch["advantages"].tolist() == [[0.0, 2.0, 0.0, 0.0], [0.0, 0.0, -1.0, -1.0]]
-
-    def test_unknown_inference_logprobs_are_nan_and_not_a_number(self):
-        known = rollout(2, advantages=torch.zeros(2), inference_logprobs=torch.tensor([math.nan, -0.5]))
-        unknown = rollout(3, advantages=torch.zeros(3))
-        logprobs = self.collate([known, unknown])["inference_logprobs"]
-        assert logprobs[0, 1].item() == -0.5
-        assert logprobs.isnan().tolist() == [[True, False, True], [True, True, True]]
-
-    def test_temperature_of_the_wire_wins_over_the_configured_one(self):
-        batch = self.collate([rollout(advantages=torch.zeros(4), temperature=1.3), rollout(advantages=torch.zeros(4))])
-        assert batch["temperature"].tolist() == pytest.approx([1.3, 0.7])
-
-    def test_zero_advantage_is_handed_on_and_not_yet_applied(self):
-        ones = torch.tensor([0.0, 0.0, 1.0, 1.0])
-        batch = self.collate([rollout(advantages=ones, set_advantage_to_zero=True), rollout(advantages=ones)])
-        assert batch["zero_advantage"].tolist() == [True, False]
-        assert batch["advantages"].tolist() == [ones.tolist()] * 2
-
-    def test_an_empty_micro_batch_trains_nothing_but_can_be_forwarded(self):
-        batch = self.collate([])
-        assert batch["input_ids"].tolist() == [[3, 3]]
-        # A row that attends to nothing makes NaN in a softmax.
-        assert batch["attention_mask"].tolist() == [[1, 1]]
-        assert batch["labels"].tolist() == [[-100, -100]]
-        assert batch["advantages"].tolist() == [[0.0, 0.0]]
-        assert batch["temperature"].item() == pytest.approx(0.7)
-        assert batch["zero_advantage"].tolist() == [False]
-
-    def test_the_pad_token_may_be_a_trained_token(self):
-        # Padding is known by the attention mask, never by its id: many models pad with EOS.
-        eos = torch.tensor([3, 3])
-        batch = self.collate(
-            [
-                Rollout(input_ids=eos, labels=torch.tensor([-100, 3]), reward=0.0, advantages=torch.ones(2)),
-                rollout(3, advantages=torch.zeros(3)),
-            ]
-        )
-        assert batch["labels"][0].tolist() == [-100, 3, -100]
-        assert batch["attention_mask"][0].tolist() == [1, 1, 0]
+    def test_rollouts_come_group_after_group(self):
+        groups = [RolloutGroup((rollout(2), rollout(3))), RolloutGroup((rollout(5), rollout(4), rollout(6)))]
+        assert [r.num_tokens for r in with_advantages(groups, "group")] == [2, 3, 5, 4, 6]
 
 
 class TestDealing:
-    def test_longest_first_and_neighbours_on_different_ranks(self):
-        lengths = [3, 9, 5, 2, 8, 4, 7, 6]
-        batches = [[wire_group(lengths[:4]), wire_group(lengths[4:], first_id=40)]]
+    def test_groups_stay_together_longest_first_and_neighbours_on_different_ranks(self):
+        batches = [[wire_group([3, 9, 5, 2]), wire_group([8, 4, 7, 6], first_id=40)]]
         dealt = [take_step(make_stream(batches, batch_size=8, rank=rank, world_size=2)) for rank in range(2)]
-        # Sorted: 9 8 | 7 6 | 5 4 | 3 2; micro-batches go to ranks 0 1 0 1, so both work on like lengths together.
+        # 9 5 | 3 2 of the first group, then 8 7 | 6 4; micro-batches go to ranks 0 1 0 1.
         assert [[[r.num_tokens for r in batch] for batch in batches_of_rank] for batches_of_rank in dealt] == [
-            [[9, 8], [5, 4]],
-            [[7, 6], [3, 2]],
+            [[9, 5], [8, 7]],
+            [[3, 2], [6, 4]],
         ]
 
     @settings(max_examples=50, deadline=None)
@@ -227,9 +205,47 @@ class TestDealing:
     def test_the_next_step_follows_on_the_last_micro_batch(self):
         stream = make_stream([[wire_group([4, 3, 3, 2])], [wire_group([9, 8, 7, 6])]])
         iterator = iter(stream)
-        assert [[r.num_tokens for r in next(iterator)] for _ in range(4)] == [[4, 3], [3, 2], [9, 8], [7, 6]]
+        lengths = [[[r.num_tokens for r in micro_batch] for micro_batch in next(iterator)] for _ in range(4)]
+        assert lengths == [[[4, 3]], [[3, 2]], [[9, 8]], [[7, 6]]]
         # 4 + 3 + 3 + 2 + 9 + 8 + 7 + 6 tokens
         assert (stream.num_tokens, stream.num_rollouts_trained, stream.num_rollouts_dropped) == (42, 8, 0)
+
+    def test_with_a_token_budget_an_item_is_the_whole_step(self):
+        stream = make_stream(
+            [[wire_group([9, 8, 7, 6])], [wire_group([5, 4, 3, 2])]],
+            layout=lambda: "packed",
+            max_tokens_per_micro_batch=16,
+        )
+        iterator = iter(stream)
+        first, second = next(iterator), next(iterator)
+        # 9 + 8 + 7 + 6 = 30 > 16, so two forward passes of 15: 9 + 6 and 8 + 7. 5 + 4 + 3 + 2 = 14 fits into one.
+        assert [sorted(r.num_tokens for r in micro_batch) for micro_batch in first] == [[6, 9], [7, 8]]
+        assert [[r.num_tokens for r in micro_batch] for micro_batch in second] == [[5, 4, 3, 2]]
+        assert (stream.num_tokens, stream.num_rollouts_trained) == (44, 8)
+
+    def test_every_rank_gets_as_many_micro_batches_under_a_token_budget(self):
+        batches = [[wire_group([20, 2, 2, 2])]]
+        options = {"layout": lambda: "packed", "max_tokens_per_micro_batch": 20, "world_size": 2}
+        dealt = [next(iter(make_stream(batches, rank=rank, **options))) for rank in range(2)]
+        assert [[[r.num_tokens for r in batch] for batch in batches] for batches in dealt] == [[[20]], [[2, 2, 2]]]
+
+    @pytest.mark.parametrize(("layout", "num_micro_batches"), [("tree", 1), ("packed", 4), ("padded", 4)])
+    def test_the_layout_decides_what_a_group_costs_of_the_budget(self, layout, num_micro_batches):
+        # One chain: each rollout is a prefix of the longest, 10 positions in a tree, 10 + 9 + 8 + 7 otherwise.
+        stream = make_stream([[wire_group([10, 9, 8, 7])]], layout=lambda: layout, max_tokens_per_micro_batch=10)
+        assert len(next(iter(stream))) == num_micro_batches
+
+    def test_the_layout_is_asked_when_a_batch_is_dealt_not_before(self):
+        asked: list[str] = []
+
+        def layout() -> str:
+            asked.append("tree")
+            return "tree"
+
+        iterator = iter(make_stream([[wire_group([4, 3])]] * 2, layout=layout, max_tokens_per_micro_batch=10))
+        assert asked == []
+        next(iterator)
+        assert asked == ["tree"]
 
 
 class TestMetrics:
@@ -284,15 +300,15 @@ class TestMetrics:
         assert not {"staleness/mean", "staleness/max"} & metrics.keys()
 
 
-class TestMissingInferenceLogprobs:
+class TestMissingLogprobs:
     BATCH = (wire_group([2, 2]), wire_group([2, 3], env_id=7, inference_logprobs=[[1.0, -0.5], [1.0, -0.5, 1.0]]))
 
     def test_the_error_names_group_environment_and_rollout_and_the_ways_out(self):
-        stream = make_stream([list(self.BATCH)], needs_inference_logprobs=True)
+        stream = make_stream([list(self.BATCH)], required_logprobs=("inference_logprobs",))
         with pytest.raises(AtroposProtocolError) as caught:
             take_step(stream)
         assert caught.value.what == (
-            "Group 1 (environment 7), rollout 1: `inference_logprobs` is missing or incomplete."
+            "The rollout of environment 7, group 1, rollout 1 has no complete `inference_logprobs`."
         )
         assert "every trained token" in caught.value.why
         for way_out in ("ManagedServer", "--inference_logprobs use", "--loss_type weighted_sft"):
@@ -302,3 +318,60 @@ class TestMissingInferenceLogprobs:
         first, _ = take_step(make_stream([list(self.BATCH)]))
         assert first[0].inference_logprobs is None
         assert first[0].num_tokens == 3
+
+    def test_required_ref_logprobs_are_asked_for_after_the_inference_logprobs_of_all_groups(self):
+        stream = make_stream(
+            [[wire_group([2, 3], env_id=4)]], required_logprobs=("inference_logprobs", "ref_logprobs")
+        )
+        with pytest.raises(AtroposProtocolError) as caught:
+            take_step(stream)
+        assert caught.value.what == "The rollout of environment 4, group 0, rollout 0 has no complete `ref_logprobs`."
+        assert "ref_logprobs=require" in caught.value.why
+        assert "--ref_logprobs recompute" in caught.value.fix
+
+    def test_ref_logprobs_of_the_wire_satisfy_the_requirement(self):
+        group = wire_group([2, 3], ref_logprobs=[[0.0, -1.0], [0.0, -2.0, -3.0]])
+        first, _ = take_step(make_stream([[group]], required_logprobs=("ref_logprobs",)))
+        assert [r.ref_logprobs[1:].tolist() for r in first] == [[-2.0, -3.0], [-1.0]]
+
+
+class TestTruncatedCompletions:
+    # Tokens 10, 11, ...: a rollout of 4 ends with 13, one of 5 with 14.
+    WARNING = "no rollout of this batch ends with an end-of-sequence token"
+
+    def test_rollouts_that_end_without_eos_are_not_trained(self, caplog):
+        stream = make_stream([[wire_group([4, 5, 6, 3])]], eos_token_ids=frozenset({13, 12}))
+        dealt = {r.num_tokens: r for micro_batch in take_step(stream) for r in micro_batch}
+        assert {length: r.num_trained_tokens for length, r in dealt.items()} == {6: 0, 5: 0, 4: 3, 3: 2}
+        assert dealt[5].labels.tolist() == [-100] * 5
+        assert dealt[4].labels.tolist() == [-100, 11, 12, 13]
+        assert reported(stream)["completions/clipped_ratio"] == 0.5
+        assert self.WARNING not in caplog.text
+
+    def test_their_reward_still_counts_in_the_mean_of_the_group(self):
+        stream = make_stream([[wire_group([4, 5], scores=[0.0, 8.0])]], eos_token_ids=frozenset({13}))
+        dealt = {r.num_tokens: r for micro_batch in take_step(stream) for r in micro_batch}
+        # 0 - (0 + 8) / 2
+        assert dealt[4].advantages.tolist() == [0.0, -4.0, -4.0, -4.0]
+
+    def test_a_rollout_that_ends_with_an_untrained_turn_is_not_truncated(self):
+        group = wire_group([4, 4])
+        group["masks"] = [[-100, 11, 12, -100], [-100, 11, 12, 13]]
+        stream = make_stream([[group]], eos_token_ids=frozenset({99}))
+        trained = sorted(r.num_trained_tokens for micro_batch in take_step(stream) for r in micro_batch)
+        assert trained == [0, 2]
+        assert reported(stream)["completions/clipped_ratio"] == 0.5
+
+    def test_a_batch_of_truncated_rollouts_only_says_what_the_usual_cause_is(self, caplog):
+        stream = make_stream([[wire_group([4, 5])]], eos_token_ids=frozenset({2}))
+        with caplog.at_level(logging.WARNING):
+            dealt = take_step(stream)
+        assert [r.num_trained_tokens for micro_batch in dealt for r in micro_batch] == [0, 0]
+        assert self.WARNING in caplog.text
+        assert "--mask_truncated_completions false" in caplog.text
+        assert reported(stream)["completions/clipped_ratio"] == 1.0
+
+    def test_without_the_option_all_are_trained_and_nothing_is_reported(self):
+        stream = make_stream([[wire_group([4, 5])]])
+        assert [r.num_trained_tokens for micro_batch in take_step(stream) for r in micro_batch] == [4, 3]
+        assert "completions/clipped_ratio" not in reported(stream)

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_atropos.errors import AtroposProtocolError
-from trl_atropos.types import IGNORE_INDEX
+from trl_atropos.types import IGNORE_INDEX, RolloutOrigin
 from trl_atropos.validation import WireLimits, parse_batch, parse_group
 
 
@@ -78,6 +78,13 @@ def test_tokens_labels_rewards_and_env_id_arrive():
     assert (first.reward, second.reward) == (1.0, -1.0)
     assert isinstance(second.reward, float)
     assert (first.num_trained_tokens, second.num_trained_tokens) == (2, 2)
+
+
+def test_every_rollout_knows_where_it_came_from():
+    first, second = parse_group(GOOD, LIMITS, index=7).rollouts
+
+    assert first.origin == RolloutOrigin(env_id=3, group=7, rollout=0)
+    assert str(second.origin) == "environment 3, group 7, rollout 1"
 
 
 def test_advantages_are_zero_where_untrained():

@@ -1,0 +1,226 @@
+"""A training step against TRL's: the same model, rollouts and machine; forward, loss and backward.
+
+    python benchmarks/train_step.py [--model DIR] [--repeats N] [--cases 128/32/8 ...] [--layout auto]
+
+A case is prompt tokens / completion tokens / rollouts of the group; `ragged` has completions of 8 to 64 tokens behind a
+prompt of 128. Each side runs in a process of its own, in turns. One JSON line per case, times are medians over the
+repeats after one step to warm up:
+
+    ours_s, trl_s            one step: AtroposTrainer.training_step; GRPOTrainer._compute_loss and backward
+    speedup_vs_trl           trl_s / ours_s
+    ours_rss_bytes, trl_rss_bytes
+                             largest growth of resident memory over the loaded model, gradients included
+    peak_rss_ratio_vs_trl    ours / TRL's
+    gradient_bytes           what of both the gradients are: no layout can save them
+    max_abs_logprob_diff     largest difference of the logprob of a completion token, in nats
+    grad_rel_diff            norm of the difference of the gradients / norm of TRL's
+    layout                   the layout that was used
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = ("128/32/8", "48/24/8", "512/64/8", "ragged")
+
+# Both before torch is imported: no hub, and no DeepSpeed looking for an accelerator.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch  # noqa: E402
+
+
+def make_rollouts(case: str) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """Prompt ids, completions, and one advantage per completion; the same on both sides."""
+    generator = torch.Generator().manual_seed(0)
+    if case == "ragged":
+        num_prompt, lengths = 128, [8, 16, 20, 28, 36, 44, 52, 64]
+    else:
+        num_prompt, length, num_rollouts = map(int, case.split("/"))
+        lengths = [length] * num_rollouts
+    # Ordinary ids: the first ones of a vocabulary are special tokens.
+    prompt = torch.randint(100, 40_000, (num_prompt,), generator=generator)
+    completions = [torch.randint(100, 40_000, (length,), generator=generator) for length in lengths]
+    return prompt, completions, torch.randn(len(lengths), generator=generator)
+
+
+def resident_bytes(name: str = "VmRSS") -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(f"{name}:"))
+
+
+def measure(step: Callable[[], object], model: torch.nn.Module, repeats: int) -> dict[str, Any]:
+    """Run the step once to warm up and `repeats` times, as a trainer does: gradients are freed in between."""
+    base = resident_bytes()
+    # Forgets the peak of loading the model.
+    Path("/proc/self/clear_refs").write_text("5")
+    times = []
+    for _ in range(1 + repeats):
+        model.zero_grad()
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    rss_bytes = resident_bytes("VmHWM") - base
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return {"times": times[1:], "rss_bytes": rss_bytes, "gradient": gradient}
+
+
+def run_trl(model_dir: str, case: str, repeats: int) -> dict[str, Any]:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    prompt, completions, advantages = make_rollouts(case)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    num_rollouts, longest = len(completions), max(map(len, completions))
+    with tempfile.TemporaryDirectory() as directory:
+        args = GRPOConfig(
+            output_dir=directory,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            gradient_checkpointing=False,
+            per_device_train_batch_size=num_rollouts,
+            num_generations=num_rollouts,
+            max_completion_length=longest,
+            loss_type="dapo",
+            beta=0.0,
+            temperature=1.0,
+        )
+        trainer = GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32),
+            reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+            args=args,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"prompt": ["unused"] * num_rollouts}),
+        )
+    model = trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = {
+        "prompt_ids": prompt.repeat(num_rollouts, 1),
+        "prompt_mask": torch.ones(num_rollouts, prompt.numel(), dtype=torch.long),
+        "completion_ids": torch.nn.utils.rnn.pad_sequence(completions, batch_first=True),
+        "completion_mask": torch.tensor([[i < len(c) for i in range(longest)] for c in completions]).long(),
+        "advantages": advantages,
+        "num_items_in_batch": torch.tensor(sum(map(len, completions))),
+    }
+    result = measure(lambda: trainer._compute_loss(model, inputs).backward(), model, repeats)
+    with torch.no_grad():
+        logprobs, _, _ = trainer._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            longest,
+        )
+    return {**result, "logprobs": logprobs[inputs["completion_mask"].bool()], "layout": "padded"}
+
+
+def run_ours(model_dir: str, case: str, repeats: int, layout: str) -> dict[str, Any]:
+    from trl_atropos import AtroposConfig, AtroposTrainer
+    from trl_atropos.types import Rollout, RolloutOrigin
+
+    prompt, completions, advantages = make_rollouts(case)
+    with tempfile.TemporaryDirectory() as directory:
+        args = AtroposConfig(
+            output_dir=directory,
+            use_cpu=True,
+            report_to="none",
+            gradient_checkpointing=False,
+            per_device_train_batch_size=len(completions),
+            loss_type="dapo",
+            inference_logprobs="recompute",
+            sequence_layout=layout,
+        )
+        trainer = AtroposTrainer(model_dir, args)
+    model = trainer.model
+    rollouts = []
+    for number, completion in enumerate(completions):
+        input_ids = torch.cat([prompt, completion])
+        rollouts.append(
+            Rollout(
+                input_ids=input_ids,
+                labels=torch.cat([torch.full_like(prompt, -100), completion]),
+                reward=0.0,
+                advantages=advantages[number].expand(input_ids.shape),
+                origin=RolloutOrigin(0, 0, number),
+            )
+        )
+
+    def step() -> None:
+        # Laying out and weighing belong to the step: TRL's inputs come padded and counted.
+        (item,), num_items = trainer.get_batch_samples(iter([[rollouts]]), 1, torch.device("cpu"))
+        trainer.training_step(model, item, num_items)
+
+    trainer._get_forward()
+    result = measure(step, model, repeats)
+    with torch.no_grad():
+        (batch,) = trainer.get_batch_samples(iter([[rollouts]]), 1, torch.device("cpu"))[0][0]
+        scores, _ = trainer._get_forward().scorer(model, batch)
+    plan = trainer._get_forward().plan
+    return {**result, "logprobs": scores.logprobs[batch["token_index"]], "layout": plan.layout}
+
+
+def run_side(side: str, args: argparse.Namespace, case: str) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".pt") as result:
+        command = [sys.executable, __file__, "--side", side, "--result", result.name, "--cases", case]
+        command += ["--model", args.model, "--repeats", str(args.repeats), "--layout", args.layout]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        return torch.load(result.name, weights_only=True)
+
+
+def compare(args: argparse.Namespace, case: str) -> dict[str, Any]:
+    ours, trl = run_side("ours", args, case), run_side("trl", args, case)
+    ours_s, trl_s = (statistics.median(side["times"]) for side in (ours, trl))
+    gradient_bytes = trl["gradient"].numel() * trl["gradient"].element_size()
+    ours_bytes, trl_bytes = ours["rss_bytes"], trl["rss_bytes"]
+    difference = (ours["gradient"] - trl["gradient"]).norm() / trl["gradient"].norm()
+    return {
+        "case": case,
+        "speedup_vs_trl": round(trl_s / ours_s, 2),
+        "peak_rss_ratio_vs_trl": round(ours_bytes / trl_bytes, 3),
+        "max_abs_logprob_diff": float((ours["logprobs"] - trl["logprobs"]).abs().max()),
+        "grad_rel_diff": float(difference),
+        "layout": ours["layout"],
+        "ours_s": round(ours_s, 3),
+        "trl_s": round(trl_s, 3),
+        "ours_rss_bytes": ours_bytes,
+        "trl_rss_bytes": trl_bytes,
+        "gradient_bytes": gradient_bytes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / ".models" / "SmolLM2-135M-Instruct"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", default=list(CASES))
+    parser.add_argument("--layout", default="auto")
+    parser.add_argument("--side", choices=["ours", "trl"], help="internal: measure one side")
+    parser.add_argument("--result", help="internal: where to write what was measured")
+    args = parser.parse_args()
+    if args.side is None:
+        for case in args.cases:
+            print(json.dumps(compare(args, case)), flush=True)
+        return
+    (case,) = args.cases
+    if args.side == "ours":
+        result = run_ours(args.model, case, args.repeats, args.layout)
+    else:
+        result = run_trl(args.model, case, args.repeats)
+    torch.save(result, args.result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The forward passes of a run: those of the policy, and those of the reference of the KL term."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import use_adapter
+
+from .atropos_config import AtroposConfig
+from .modeling import disable_dropout, load_model
+from .scoring import ForwardPlan, PolicyScorer, plan_forward
+
+
+@dataclass(frozen=True)
+class PolicyForward:
+    """How the trainer scores tokens.
+
+    Args:
+        plan ([`~scoring.ForwardPlan`]):
+            Found out at start.
+        scorer ([`~scoring.PolicyScorer`]):
+            Of the policy.
+        reference ([`ReferencePolicy`], *optional*):
+            None if nothing needs a reference model.
+    """
+
+    plan: ForwardPlan
+    scorer: PolicyScorer
+    reference: ReferencePolicy | None
+
+
+def make_forward(
+    args: AtroposConfig,
+    model: PreTrainedModel,
+    wrapped: nn.Module,
+    reference_model: PreTrainedModel | None,
+    accelerator: Accelerator,
+) -> PolicyForward:
+    """Find out how forward passes are best made. A collective call: the model runs on every rank.
+
+    Args:
+        args ([`AtroposConfig`]):
+            Options of the run.
+        model (`PreTrainedModel` or `PeftModel`):
+            The unwrapped policy.
+        wrapped (`nn.Module`):
+            The policy as accelerate wrapped it.
+        reference_model (`PreTrainedModel`, *optional*):
+            From [`make_reference_model`], not yet wrapped.
+        accelerator (`Accelerator`):
+            Of the run.
+
+    Raises:
+        [`PreflightError`]: see [`~scoring.plan_forward`].
+    """
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    plan = plan_forward(
+        model,
+        wrapped,
+        args.sequence_layout,
+        max_length=args.max_length,
+        dtype=mixed or next(model.parameters()).dtype,
+        device=accelerator.device,
+        autocast=accelerator.autocast,
+    )
+    reference = None
+    if args.beta != 0.0 and args.ref_logprobs == "recompute":
+        reference = ReferencePolicy(model, reference_model, plan, accelerator)
+    return PolicyForward(plan, PolicyScorer(model, plan, accelerator.autocast), reference)
+
+
+def make_reference_model(model: str | PreTrainedModel | nn.Module, args: AtroposConfig) -> PreTrainedModel:
+    """Make the frozen copy of a model that has no adapter.
+
+    Args:
+        model (`str` or `PreTrainedModel`):
+            What the trainer was given. A path is loaded again, which is the only way under ZeRO-3.
+        args ([`AtroposConfig`]):
+            How it is loaded.
+
+    Raises:
+        ValueError: an instance, under ZeRO-3: there is no whole model in this process to copy.
+    """
+    if isinstance(model, str):
+        reference = load_model(model, args)
+    elif is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "beta is not 0, the model was given as an instance, and ZeRO-3 keeps only a piece of it in this process. It "
+            "cannot be copied for the reference. Pass the model as a path, or set --ref_logprobs require."
+        )
+    else:
+        reference = copy.deepcopy(model)
+    disable_dropout(reference)
+    reference.requires_grad_(False)
+    reference.eval()
+    return reference
+
+
+class ReferencePolicy:
+    """Scores tokens under the reference.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The unwrapped policy.
+        copy_of_start (`PreTrainedModel`, *optional*):
+            From [`make_reference_model`]; None if the policy has an adapter that can be disabled.
+        plan ([`~scoring.ForwardPlan`]):
+            How forward passes are made.
+        accelerator (`Accelerator`):
+            Places and shards the copy as it does the policy.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        copy_of_start: PreTrainedModel | None,
+        plan: ForwardPlan,
+        accelerator: Accelerator,
+    ):
+        self._model = model
+        self._wrapped_copy = None if copy_of_start is None else _prepare(copy_of_start, accelerator)
+        self._scorer = PolicyScorer(model if copy_of_start is None else copy_of_start, plan, accelerator.autocast)
+
+    @torch.no_grad()
+    def logprobs(self, wrapped: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logprobs (U,) in nats of the scored positions of a micro-batch.
+
+        Args:
+            wrapped (`nn.Module`):
+                The wrapped policy; runs without its adapter if there is no copy.
+            batch (`Mapping[str, torch.Tensor]`):
+                See [`~scoring.PolicyScorer`].
+        """
+        if self._wrapped_copy is not None:
+            return self._scorer(self._wrapped_copy, batch)[0].logprobs
+        with self._without_adapter():
+            return self._scorer(wrapped, batch)[0].logprobs
+
+    def _without_adapter(self) -> AbstractContextManager[Any]:
+        # A second adapter of that name is TRL's way to give a reference that is not the base model.
+        name = "ref" if "ref" in self._model.peft_config else None
+        return use_adapter(self._model, adapter_name=name)
+
+
+def _prepare(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    if accelerator.state.deepspeed_plugin is not None:
+        return prepare_deepspeed(model, accelerator)
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        return prepare_fsdp(model, accelerator)
+    return accelerator.prepare_model(model, evaluation_mode=True)
