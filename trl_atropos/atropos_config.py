@@ -185,6 +185,13 @@ class AtroposConfig(TrainingArguments):
     beta: float = field(
         default=0.0, metadata={"help": "Weight of the KL term to the reference policy. 0: there is no reference."}
     )
+    use_bias_correction_kl: bool = field(
+        default=True,
+        metadata={
+            "help": "Multiply the KL term of a token by its importance ratio, with gradient (DeepSeek-V3.2): without it the "
+            "gradient is that of another divergence off policy."
+        },
+    )
     ref_logprobs: str = field(
         default="recompute",
         metadata={

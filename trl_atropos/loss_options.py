@@ -38,6 +38,7 @@ class LossOptions:
     delta: float | None = None
     importance_sampling_level: str = "token"
     beta: float = 0.0
+    use_bias_correction_kl: bool = True
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
     vllm_importance_sampling_correction: bool = False
@@ -76,10 +77,10 @@ class LossOptions:
                 "importance_sampling_level is sequence and loss_type is weighted_sft. That loss has no importance ratio, "
                 "so the option would do nothing. Leave out `--importance_sampling_level`, or set `--loss_type grpo`."
             )
-        if not (self.sapo_temperature_pos > 0 and self.sapo_temperature_neg > 0):
+        if not (0 < self.sapo_temperature_pos < math.inf and 0 < self.sapo_temperature_neg < math.inf):
             raise ValueError(
                 f"sapo_temperature_pos is {self.sapo_temperature_pos} and sapo_temperature_neg is "
-                f"{self.sapo_temperature_neg}. The loss divides by them. Set both above 0."
+                f"{self.sapo_temperature_neg}. The loss divides by them. Set both above 0, and finite."
             )
 
     def _check_clipping(self) -> None:
@@ -90,9 +91,9 @@ class LossOptions:
                     f"{name} is {value}, it must be 0 or more, and finite. It is the distance of a bound from a ratio of "
                     f"1, so the interval would be empty. Set `--{name}`."
                 )
-        if self.loss_type == "cispo" and self.epsilon_high is None:
+        if self.loss_type == "cispo" and not self.epsilon_high:
             raise ValueError(
-                "loss_type is cispo and epsilon_high is not set. It caps the importance ratio itself there, not its "
+                f"loss_type is cispo and epsilon_high is {self.epsilon_high}. It caps the importance ratio itself there, not its "
                 "distance from 1: the default of epsilon (0.2) would shrink every token's weight. Set "
                 "`--epsilon_high 5.0`."
             )
@@ -111,6 +112,12 @@ class LossOptions:
             )
 
     def _check_correction(self) -> None:
+        threshold = self.off_policy_mask_threshold
+        if threshold is not None and not 0 < threshold < math.inf:
+            raise ValueError(
+                f"off_policy_mask_threshold is {threshold}. It is a KL divergence in nats: at 0 or below, on-policy rollouts "
+                "would be masked too. Set `--off_policy_mask_threshold 0.5`, or leave it out."
+            )
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if not self.vllm_importance_sampling_correction:
             return

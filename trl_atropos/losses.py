@@ -131,7 +131,8 @@ def policy_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     """
     metrics = {"entropy": mean_of(inputs.entropy), **_sampling_metrics(inputs)}
     sampling_difference = _difference_to_sampling(inputs)
-    token_losses, surrogate_metrics = _surrogate(inputs, options, sampling_difference)
+    importance_ratio = _importance_ratio(inputs, options, sampling_difference)
+    token_losses, surrogate_metrics = _surrogate(inputs, options, importance_ratio)
     metrics.update(surrogate_metrics)
 
     if options.off_policy_mask_threshold is not None:
@@ -145,6 +146,8 @@ def policy_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
         metrics["sampling/correction_weight/zero_frac"] = mean_of(weights == 0)
     if options.beta != 0.0:
         kl = _kl_to_reference(inputs)
+        if options.use_bias_correction_kl:
+            kl = kl * importance_ratio
         token_losses = token_losses + options.beta * kl
         metrics["kl"] = mean_of(kl)
     return LossOutputs(token_losses, metrics)
@@ -305,20 +308,21 @@ def expand_advantages(advantages: Tensor, shape: torch.Size) -> Tensor:
     return advantages.to(torch.float32).expand(shape)
 
 
-def _surrogate(
-    inputs: LossInputs, options: LossOptions, sampling_difference: Tensor
-) -> tuple[Tensor, dict[str, Metric]]:
-    advantages, trainer_logprobs = inputs.advantages, inputs.trainer_logprobs
-    if options.loss_type == "weighted_sft":
-        return -advantages * trainer_logprobs, {}
+def _importance_ratio(inputs: LossInputs, options: LossOptions, sampling_difference: Tensor) -> Tensor:
+    """Ratio (N,) of the surrogate, with gradient. Capped at exp(20), where it has none."""
     # The value is that of current - denominator; the gradient goes through the current policy only.
-    log_ratio = trainer_logprobs - trainer_logprobs.detach()
+    log_ratio = inputs.trainer_logprobs - inputs.trainer_logprobs.detach()
     if not options.vllm_importance_sampling_correction:
         log_ratio = log_ratio + sampling_difference
     if options.importance_sampling_level == "sequence":
         log_ratio = inputs.mean_per_rollout(log_ratio)[inputs.rollout_index]
-    importance_ratio = log_ratio.clamp(max=MAX_LOG_IMPORTANCE_RATIO).exp()
+    return log_ratio.clamp(max=MAX_LOG_IMPORTANCE_RATIO).exp()
 
+
+def _surrogate(inputs: LossInputs, options: LossOptions, importance_ratio: Tensor) -> tuple[Tensor, dict[str, Metric]]:
+    advantages, trainer_logprobs = inputs.advantages, inputs.trainer_logprobs
+    if options.loss_type == "weighted_sft":
+        return -advantages * trainer_logprobs, {}
     if options.loss_type == "cispo":
         cap = options.upper_epsilon
         token_losses = -importance_ratio.clamp(max=cap).detach() * advantages * trainer_logprobs
@@ -372,7 +376,7 @@ def _kl_to_reference(inputs: LossInputs) -> Tensor:
             "beta is not 0 and the loss got no ref_logprobs. The KL term needs the logprobs of the reference policy. "
             "Give them, or set `--beta 0`."
         )
-    log_ratio = (inputs.ref_logprobs - inputs.trainer_logprobs).clamp(max=MAX_LOG_IMPORTANCE_RATIO)
+    log_ratio = inputs.ref_logprobs - inputs.trainer_logprobs
     return log_ratio.exp() - log_ratio - 1
 
 

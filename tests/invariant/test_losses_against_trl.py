@@ -6,8 +6,6 @@ advantages, the reference logprobs and the weights of the importance sampling co
 
 Compared at one split: all rollouts in one micro-batch of one process. Several of TRL's denominators (bnpo: trained
 tokens of the micro-batch) depend on the split; ours do not, see test_split_invariance.py.
-
-With beta, TRL is compared with `use_bias_correction_kl=False`. Its default multiplies the KL term by the importance ratio.
 """
 
 from __future__ import annotations
@@ -74,6 +72,7 @@ CASES = {
     "grpo-delta": LossOptions(loss_type="grpo", delta=1.3),
     "luspo-delta": LossOptions(loss_type="luspo", delta=1.3),
     "dapo-beta": LossOptions(loss_type="dapo", beta=0.3),
+    "dapo-beta-plain": LossOptions(loss_type="dapo", beta=0.3, use_bias_correction_kl=False),
     "dr_grpo-beta": LossOptions(loss_type="dr_grpo", beta=0.3),
     "cispo-beta": LossOptions(loss_type="cispo", epsilon_high=1.2, beta=0.3),
     "luspo-sequence-beta": LossOptions(loss_type="luspo", **SEQUENCE_RATIO, beta=0.3),
@@ -214,8 +213,7 @@ def make_trainer(
             num_generations=NUM_GENERATIONS,
             max_completion_length=MAX_COMPLETION_LENGTH,
             temperature=1.0,
-            # Ours is the plain estimator.
-            **{"use_bias_correction_kl": False, **asdict(options)},
+            **asdict(options),
         )
         trainer = GRPOTrainer(
             model=model,

@@ -39,8 +39,13 @@ def bounds(low: float | None, high: float | None) -> dict[str, float | None]:
         *(
             ({name: value}, [f"{name} is {value}", "sapo_temperature_pos", "sapo_temperature_neg"])
             for name in ("sapo_temperature_pos", "sapo_temperature_neg")
-            for value in (0.0, -1.0, math.nan)
+            for value in (0.0, -1.0, math.nan, math.inf)
         ),
+        *(
+            ({"off_policy_mask_threshold": value}, [f"off_policy_mask_threshold is {value}", "0.5"])
+            for value in (0.0, -1.0, math.nan, math.inf)
+        ),
+        ({"loss_type": "cispo", "epsilon_high": 0.0}, ["epsilon_high is 0.0", "--epsilon_high 5.0"]),
     ],
 )
 def test_value_out_of_range_is_refused(options, named):
@@ -52,7 +57,7 @@ def test_value_out_of_range_is_refused(options, named):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"loss_type": "cispo"}, ["loss_type is cispo", "epsilon_high is not set", "--epsilon_high 5.0"]),
+        ({"loss_type": "cispo"}, ["loss_type is cispo", "epsilon_high is None", "--epsilon_high 5.0"]),
         (
             {"loss_type": "weighted_sft", "importance_sampling_level": "sequence"},
             ["importance_sampling_level is sequence", "loss_type is weighted_sft", "--loss_type grpo"],
@@ -127,7 +132,7 @@ def test_upper_epsilon(epsilon_high, upper):
     [
         ({"loss_type": "weighted_sft"}, False),
         ({"loss_type": "weighted_sft", "beta": 0.1}, False),
-        ({"loss_type": "weighted_sft", "off_policy_mask_threshold": 0.0}, True),
+        ({"loss_type": "weighted_sft", "off_policy_mask_threshold": 0.1}, True),
         ({"loss_type": "weighted_sft", **CORRECTION}, True),
         *(
             ({"loss_type": loss_type, "epsilon_high": 0.3}, True)

@@ -227,18 +227,27 @@ class TestKlToReference:
         # d = ref - trainer = ln 2, 0, -ln 2: e^d - d - 1 = 1 - ln 2, 0, ln 2 - 1/2; its gradient is 1 - e^d = -1, 0, 1/2.
         ref_logprobs = [-2.0 + math.log(2), -2.0, -2.0 - math.log(2)]
         inputs = loss_inputs([-2.0] * 3, [0.0] * 3, ref_logprobs=ref_logprobs)
-        options = LossOptions(loss_type="grpo", beta=0.5)
+        options = LossOptions(loss_type="grpo", beta=0.5, use_bias_correction_kl=False)
         losses, gradient = losses_and_gradient(inputs, options)
         kl = [1 - math.log(2), 0.0, math.log(2) - 0.5]
         assert losses == pytest.approx([0.5 * value for value in kl])
         assert gradient == pytest.approx([-0.5, 0.0, 0.25])
         assert reported(policy_loss(inputs, options))["kl"] == pytest.approx(0.5 / 3)
 
+    def test_the_bias_correction_makes_its_gradient_that_of_the_reverse_kl(self):
+        # On policy r = 1 and d r = d logprob, so the gradient of r (e^d - d - 1) is (e^d - d - 1) + (1 - e^d) = -d.
+        ref_logprobs = [-2.0 + math.log(2), -2.0, -2.0 - math.log(2)]
+        inputs = loss_inputs([-2.0] * 3, [0.0] * 3, ref_logprobs=ref_logprobs)
+        losses, gradient = losses_and_gradient(inputs, LossOptions(loss_type="grpo", beta=0.5))
+        assert losses == pytest.approx([0.5 * (1 - math.log(2)), 0.0, 0.5 * (math.log(2) - 0.5)])
+        assert gradient == pytest.approx([-0.5 * math.log(2), 0.0, 0.5 * math.log(2)])
+
     def test_masks_and_weights_leave_it_alone(self):
         # Both the off-policy mask (KL 1) and the correction (ratio e^-1 < 0.5) take this token's surrogate away.
         inputs = loss_inputs([-3.0], [-1.0], [-2.0], ref_logprobs=[-3.0 + math.log(2)])
         options = LossOptions(
             beta=0.5,
+            use_bias_correction_kl=False,
             off_policy_mask_threshold=0.5,
             vllm_importance_sampling_correction=True,
             vllm_importance_sampling_mode="token_mask",

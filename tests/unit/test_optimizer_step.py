@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -129,16 +130,20 @@ class TestClipping:
 
 
 class TestZeroAdvantage:
-    def test_it_acts_after_the_statistics_and_on_its_own_rollout_only(self):
-        left, right = rollout(EXAMPLE[:2], 0), rollout(EXAMPLE[2:], 1, set_advantage_to_zero=True)
-        batches = micro_batches([left, right, rollout([], 2)])
+    def test_it_pushes_nothing_and_the_others_as_before(self):
+        flagged = rollout(EXAMPLE[2:], 1, set_advantage_to_zero=True)
+        for normalization, expected in {"none": [1.0, 1.0], "global": [0.0, 0.0]}.items():
+            batches = micro_batches([flagged, rollout(EXAMPLE[:2], 0)])
+            prepare_step(batches, options(normalization), CPU)
+            assert advantages_of(batches) == pytest.approx([0.0, 0.0, *expected])
+
+    def test_its_tokens_count_in_the_statistics_and_in_the_denominator(self):
+        batches = micro_batches([rollout(EXAMPLE[:2], 0, set_advantage_to_zero=True), rollout(EXAMPLE[2:], 1)])
         num_trained_tokens, _ = prepare_step(batches, options("global"), CPU)
-        # Its tokens count in mean, deviation and denominator: the others are what they are in the example.
-        assert advantages_of(batches) == pytest.approx([0.0, 0.0, 0.0, 0.0])
+        # With all four tokens -+sqrt(3 / 2); over the last two alone it would be -+sqrt(1 / 2).
+        assert advantages_of(batches) == pytest.approx(NORMALIZED)
         assert num_trained_tokens == 4
-        batches = micro_batches([rollout(EXAMPLE[:2], 0, set_advantage_to_zero=True), right.__class__(**vars(left))])
-        prepare_step(batches, options("none"), CPU)
-        assert advantages_of(batches) == [0.0, 0.0, 1.0, 1.0]
+        assert batches[0]["token_weights"].tolist() == [0.25] * 4
 
     def test_bounds_that_leave_out_0_do_not_lift_it(self):
         batches = micro_batches([rollout([3.0], 0, set_advantage_to_zero=True), rollout([3.0], 1)])
@@ -146,28 +151,29 @@ class TestZeroAdvantage:
         assert advantages_of(batches) == [0.0, 2.0]
 
 
+# Three rollouts with 1, 3 and no trained tokens, over two micro-batches.
+WEIGHTS = {
+    # 1 / trained tokens of the step
+    "token": [1 / 4, 1 / 4, 1 / 4, 1 / 4],
+    # 1 / (rollouts of the step x trained tokens of the rollout)
+    "rollout": [1 / 3, 1 / 9, 1 / 9, 1 / 9],
+    # 1 / (rollouts of the step x max_completion_length of 10)
+    "constant": [1 / 30] * 4,
+    # 1 / rollouts of the step
+    "rollout_sum": [1 / 3] * 4,
+}
+
+
 class TestTokenWeights:
-    # Three rollouts with 1, 3 and no trained tokens, over two micro-batches.
-    EXPECTED = {
-        # 1 / trained tokens of the step
-        "token": [1 / 4, 1 / 4, 1 / 4, 1 / 4],
-        # 1 / (rollouts of the step x trained tokens of the rollout)
-        "rollout": [1 / 3, 1 / 9, 1 / 9, 1 / 9],
-        # 1 / (rollouts of the step x max_completion_length of 10)
-        "constant": [1 / 30] * 4,
-        # 1 / rollouts of the step
-        "rollout_sum": [1 / 3] * 4,
-    }
-
     def test_every_aggregation_is_covered(self):
-        assert set(AGGREGATIONS.values()) == self.EXPECTED.keys()
+        assert set(AGGREGATIONS.values()) == WEIGHTS.keys()
 
-    @pytest.mark.parametrize("aggregation", EXPECTED)
+    @pytest.mark.parametrize("aggregation", WEIGHTS)
     def test_of_each_aggregation(self, aggregation):
         batches = micro_batches([rollout([1.0], 0)], [rollout([1.0, 2.0, 3.0], 1), rollout([], 2)])
         prepare_step(batches, options(aggregation=aggregation), CPU)
         weights = torch.cat([batch["token_weights"] for batch in batches])
-        assert weights.tolist() == pytest.approx(self.EXPECTED[aggregation])
+        assert weights.tolist() == pytest.approx(WEIGHTS[aggregation])
         assert [batch["token_mean_weight"].item() for batch in batches] == [0.25, 0.25]
 
     def test_means_over_tokens_with_a_teacher_divide_by_those_of_the_step(self):
@@ -213,7 +219,7 @@ class TestMetrics:
     )  # fmt: skip
     def test_computed_tokens_frac_counts_padding(self, layout, fraction):
         rollouts = [
-            Rollout(**{**vars(rollout(advantages, number)), "origin": RolloutOrigin(0, number, 0)})
+            replace(rollout(advantages, number), origin=RolloutOrigin(0, number, 0))
             for number, advantages in enumerate([[1.0], [1.0], [1.0, 1.0, 1.0]])
         ]
         batch = RolloutCollator(layout, temperature=1.0)(rollouts)
@@ -221,7 +227,7 @@ class TestMetrics:
         assert reduced(metrics)["perf/computed_tokens_frac"] == pytest.approx(fraction)
 
     def test_computed_tokens_frac_counts_shared_prefixes_once(self):
-        twins = [Rollout(**{**vars(rollout([1.0, 1.0])), "origin": RolloutOrigin(0, 0, n)}) for n in range(2)]
+        twins = [replace(rollout([1.0, 1.0]), origin=RolloutOrigin(0, 0, n)) for n in range(2)]
         batch = RolloutCollator("tree", temperature=1.0)(twins)
         _, metrics = prepare_step([batch], options(), CPU)
         # 2 positions for 2 + 2 tokens
@@ -269,10 +275,10 @@ class TestLossWatch:
         watch = LossWatch()
         watch.add(["a", "b"], torch.tensor([1.0, -2.0]))
         watch.add([], torch.zeros(0))
-        watch.check(1)
+        watch.check(1, CPU)
 
     def test_nothing_seen_passes(self):
-        LossWatch().check(1)
+        LossWatch().check(1, CPU)
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_the_error_names_step_and_rollout(self, value):
@@ -280,7 +286,7 @@ class TestLossWatch:
         watch.add(["group 0, rollout 0", "group 0, rollout 1"], torch.tensor([1.0, 2.0]))
         watch.add(["group 1, rollout 0", "group 1, rollout 1"], torch.tensor([1.0, value], requires_grad=True))
         with pytest.raises(NonFiniteGradientError) as caught:
-            watch.check(7)
+            watch.check(7, CPU)
         assert caught.value.what == "The loss of step 7 is not finite, because of group 1, rollout 1."
         assert "not taken" in caught.value.why
         assert "rollouts.jsonl" in caught.value.fix
@@ -290,23 +296,15 @@ class TestLossWatch:
         watch.add(["a", "b"], torch.tensor([math.nan, math.nan]))
         watch.add(["c", "d", "e"], torch.tensor([math.nan, math.inf, math.nan]))
         with pytest.raises(NonFiniteGradientError) as caught:
-            watch.check(1)
+            watch.check(1, CPU)
         assert caught.value.what == "The loss of step 1 is not finite, because of a; b; c; and 2 more."
 
     def test_a_check_forgets_what_was_seen(self):
         watch = LossWatch()
         watch.add(["a"], torch.tensor([math.nan]))
         with pytest.raises(NonFiniteGradientError):
-            watch.check(1)
-        watch.check(2)
-
-    def test_on_all_ranks_is_the_same_for_a_single_process(self):
-        watch = LossWatch()
-        watch.add(["a"], torch.tensor([math.nan]))
-        with pytest.raises(NonFiniteGradientError, match="because of a"):
-            watch.check(1, on_all_ranks=True)
-        watch.add(["a"], torch.tensor([0.0]))
-        watch.check(2, on_all_ranks=True)
+            watch.check(1, CPU)
+        watch.check(2, CPU)
 
     def test_it_holds_no_graph(self):
         parameter = torch.ones(1, requires_grad=True)
