@@ -323,10 +323,8 @@ class AtroposConfig(TrainingArguments):
 
             self.bf16 = not self.fp16 and torch.cuda.is_available() and not self.use_cpu
         super().__post_init__()
-        # TRL takes both spellings.
-        self.scale_rewards = {True: "group", False: "none", "True": "group", "False": "none"}.get(
-            self.scale_rewards, self.scale_rewards
-        )
+        # TRL takes booleans, too.
+        self.scale_rewards = {"True": "group", "False": "none"}.get(str(self.scale_rewards), self.scale_rewards)
         self._check_choices()
         check_loss(self)
         check_batch_size(self)

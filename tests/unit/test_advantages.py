@@ -35,9 +35,26 @@ class TestGroupAdvantages:
         advantages = group_advantages(torch.tensor([0.0, 1.0, 5.0]), "none")
         assert advantages.tolist() == [-2.0, -1.0, 3.0]
 
+    def test_batch_centres_in_the_group_and_divides_by_the_std_of_the_batch_plus_1e_4(self):
+        # mean 2; the std is that of the caller, whatever the group's own is
+        expected = torch.tensor([-2.0, -1.0, 3.0]) / 4.0001
+        torch.testing.assert_close(group_advantages(torch.tensor([0.0, 1.0, 5.0]), "batch", 4.0), expected)
+
+    def test_batch_without_spread_gives_zero_not_nan(self):
+        assert group_advantages(torch.tensor([0.1, 0.1, 0.1]), "batch", 0.0).tolist() == [0.0] * 3
+
+    def test_batch_needs_the_std_of_the_batch(self):
+        with pytest.raises(ValueError, match="scale_rewards is 'batch' and batch_std is None"):
+            group_advantages(torch.tensor([0.0, 1.0]), "batch")
+
     @pytest.mark.parametrize("scale_rewards", ["group", "none"])
-    def test_single_rollout_gives_zero(self, scale_rewards):
-        assert group_advantages(torch.tensor([7.0]), scale_rewards).tolist() == [0.0]
+    def test_the_std_of_the_batch_plays_no_role_otherwise(self, scale_rewards):
+        rewards = torch.tensor([0.0, 1.0, 5.0])
+        assert torch.equal(group_advantages(rewards, scale_rewards, 9.0), group_advantages(rewards, scale_rewards))
+
+    @pytest.mark.parametrize(("scale_rewards", "batch_std"), [("group", None), ("batch", 3.0), ("none", None)])
+    def test_single_rollout_gives_zero(self, scale_rewards, batch_std):
+        assert group_advantages(torch.tensor([7.0]), scale_rewards, batch_std).tolist() == [0.0]
 
     @pytest.mark.parametrize("num_rollouts", [2, 3, 7, 16])
     def test_equal_rewards_give_exactly_zero(self, num_rollouts):
@@ -51,8 +68,8 @@ class TestGroupAdvantages:
         assert advantages.tolist() == [-0.5, 0.5]
 
     def test_unknown_scale_lists_choices(self):
-        with pytest.raises(ValueError, match=r"'batch'.*--scale_rewards.*group, none"):
-            group_advantages(torch.tensor([0.0, 1.0]), "batch")
+        with pytest.raises(ValueError, match=r"'global'.*--scale_rewards.*group, batch, none"):
+            group_advantages(torch.tensor([0.0, 1.0]), "global")
 
     def test_matrix_is_refused(self):
         with pytest.raises(ValueError, match=r"\(2, 3\), expected \(G,\)"):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 from trl import ModelConfig, TrlParser
 
 from trl_atropos import AtroposConfig
+from trl_atropos.loss_options import LossOptions
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -45,6 +48,30 @@ class TestDefaults:
         assert args.ignore_data_skip is True
         assert args.logging_nan_inf_filter is False
 
+    def test_of_the_loss_are_plain_dapo_against_the_policy_that_sampled(self):
+        args = config()
+        assert args.loss_options == LossOptions()
+        assert (args.loss_type, args.importance_sampling_level) == ("dapo", "token")
+        assert (args.epsilon, args.epsilon_high, args.delta) == (0.2, None, None)
+        assert (args.beta, args.ref_logprobs, args.entropy_coef, args.distillation_coef) == (
+            0.0,
+            "recompute",
+            0.0,
+            0.0,
+        )
+        assert (args.vllm_importance_sampling_correction, args.off_policy_mask_threshold) == (False, None)
+        assert (args.mask_truncated_completions, args.max_completion_length) == (False, None)
+        assert (args.scale_rewards, args.advantage_normalization, args.advantage_clipping) == ("group", "none", None)
+        assert (args.inference_logprobs, args.needs_inference_logprobs) == ("require", True)
+
+    def test_of_the_forward_pass_find_the_best_layout_and_form_no_batches_by_tokens(self):
+        args = config()
+        assert (args.sequence_layout, args.max_tokens_per_micro_batch, args.activation_offloading) == (
+            "auto",
+            None,
+            False,
+        )
+
     def test_no_half_precision_on_a_cpu(self):
         assert config().bf16 is False
 
@@ -70,10 +97,53 @@ CONTRADICTIONS = {
     "label_smoothing": ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor is 0.1", "at 0.0"]),
     "probe_tolerance": ({"logprob_probe_tolerance": float("nan")}, ["logprob_probe_tolerance is nan", "positive"]),
     "publish_deadline": ({"weight_sync_timeout": -1.0}, ["weight_sync_timeout is -1.0", "positive"]),
-    "epsilon": ({"epsilon": -1.0}, ["epsilon is -1.0", "0 or more"]),
-    "epsilon_high": ({"epsilon_high": float("nan")}, ["epsilon_high is nan", "0 or more"]),
+    "epsilon": ({"epsilon": -1.0}, ["epsilon is -1.0", "0 or more", "--epsilon"]),
+    "epsilon_high": ({"epsilon_high": float("nan")}, ["epsilon_high is nan", "0 or more", "--epsilon_high"]),
+    "cap_of_cispo": ({"loss_type": "cispo"}, ["loss_type is cispo", "epsilon_high is None", "--epsilon_high 5.0"]),
+    "delta_without_clipping": ({"loss_type": "sapo", "delta": 2.0}, ["delta is 2.0", "loss_type is sapo", "--loss_type"]),
+    "delta_of_cispo": ({"loss_type": "cispo", "epsilon_high": 5.0, "delta": 9.0}, ["delta is 9.0", "loss_type is cispo"]),
+    "delta_inside_of_the_interval": ({"epsilon_high": 0.5, "delta": 1.5}, ["delta is 1.5", "1 + epsilon_high is 1.5"]),
+    "sequence_level_without_ratio": ({"loss_type": "weighted_sft", "importance_sampling_level": "sequence"},
+                                     ["importance_sampling_level is sequence", "loss_type is weighted_sft"]),
+    "beta": ({"beta": -0.1}, ["beta is -0.1", "0 or more", "--beta"]),
+    "beta_nan": ({"beta": float("nan")}, ["beta is nan", "--beta"]),
+    "sapo_temperatures": ({"loss_type": "sapo", "sapo_temperature_neg": 0.0},
+                          ["sapo_temperature_pos is 1.0", "sapo_temperature_neg is 0.0", "above 0"]),
+    "correction_bounds": ({"vllm_importance_sampling_correction": True, "vllm_importance_sampling_clip_min": 4.0},
+                          ["vllm_importance_sampling_clip_min is 4.0", "vllm_importance_sampling_clip_max is 3.0"]),
+    "mask_without_bounds": ({"vllm_importance_sampling_correction": True, "vllm_importance_sampling_clip_max": None},
+                            ["vllm_importance_sampling_mode is sequence_mask", "clip bounds are unset",
+                             "--vllm_importance_sampling_clip_max 3.0"]),
+    "correction_without_logprobs": (
+        {"vllm_importance_sampling_correction": True, "inference_logprobs": "recompute"},
+        ["vllm_importance_sampling_correction is on", "inference_logprobs is recompute", "--inference_logprobs require"]),
+    "off_policy_mask_without_logprobs": (
+        {"off_policy_mask_threshold": 0.1, "inference_logprobs": "recompute"},
+        ["off_policy_mask_threshold is 0.1", "inference_logprobs is recompute", "--off_policy_mask_threshold"]),
+    "reference_without_kl": ({"ref_logprobs": "require"}, ["ref_logprobs is require", "beta is 0", "--beta"]),
+    "entropy_coef": ({"entropy_coef": float("inf")}, ["entropy_coef is inf", "--entropy_coef"]),
+    "distillation_coef": ({"distillation_coef": -1.0}, ["distillation_coef is -1.0", "--distillation_coef"]),
+    "distillation_coef_nan": ({"distillation_coef": float("nan")}, ["distillation_coef is nan"]),
+    "constant_that_is_not_used": ({"max_completion_length": 512},
+                                  ["max_completion_length is 512", "loss_type is dapo", "--loss_type dr_grpo"]),
+    "constant_of_0": ({"loss_type": "dr_grpo", "max_completion_length": 0}, ["max_completion_length is 0", "above 0"]),
+    "budget_below_a_rollout": ({"max_length": 4096, "max_tokens_per_micro_batch": 4095},
+                               ["max_tokens_per_micro_batch is 4095", "max_length is 4096", "--max_length"]),
+    "budget_and_accumulation": ({"max_tokens_per_micro_batch": 8192, "gradient_accumulation_steps": 2},
+                                ["max_tokens_per_micro_batch is 8192", "gradient_accumulation_steps is 2",
+                                 "--per_device_train_batch_size"]),
     "bf16_and_fp16": ({"bf16": True, "fp16": True}, ["bf16", "fp16"]),
 }  # fmt: skip
+
+
+CHOICES = (
+    "loss_type", "importance_sampling_level", "vllm_importance_sampling_mode", "scale_rewards", "advantage_normalization",
+    "inference_logprobs", "ref_logprobs", "sequence_layout",
+)  # fmt: skip
+
+
+def choices_of(name: str) -> list[str]:
+    return next(field for field in fields(AtroposConfig) if field.name == name).metadata["choices"]
 
 
 class TestContradictions:
@@ -84,18 +154,21 @@ class TestContradictions:
             config(**options)
         assert [word for word in words if word not in str(caught.value)] == []
 
-    @pytest.mark.parametrize("name", ["loss_type", "scale_rewards", "advantage_normalization", "inference_logprobs"])
+    @pytest.mark.parametrize("name", CHOICES)
     def test_an_unknown_choice_is_refused_with_the_known_ones(self, name):
-        choices = next(field for field in fields(AtroposConfig) if field.name == name).metadata["choices"]
         with pytest.raises(ValueError) as caught:
             config(**{name: "sometimes"})
-        assert f"{name} is 'sometimes'" in str(caught.value)
-        assert all(choice in str(caught.value) for choice in choices)
+        assert name in str(caught.value)
+        assert "'sometimes'" in str(caught.value)
+        assert all(choice in str(caught.value) for choice in choices_of(name))
 
-    @pytest.mark.parametrize("name", ["loss_type", "scale_rewards", "advantage_normalization", "inference_logprobs"])
+    @pytest.mark.parametrize("name", CHOICES)
     def test_every_offered_choice_is_accepted(self, name):
-        for choice in next(field for field in fields(AtroposConfig) if field.name == name).metadata["choices"]:
-            assert getattr(config(**{name: choice}), name) == choice
+        # What some of the choices need.
+        needed = {"cispo": {"epsilon_high": 5.0}}
+        for choice in choices_of(name):
+            options = {"beta": 0.1} if name == "ref_logprobs" else needed.get(choice, {})
+            assert getattr(config(**{name: choice, **options}), name) == choice
 
     @pytest.mark.parametrize("value", [0, -1])
     @pytest.mark.parametrize(
@@ -114,6 +187,93 @@ class TestContradictions:
     def test_clipping_takes_two_finite_ascending_numbers(self, bounds):
         with pytest.raises(ValueError, match=r"advantage_clipping is .*--advantage_clipping -5 5"):
             config(advantage_clipping=bounds)
+
+
+class TestAccepted:
+    """Neighbours of the contradictions, which are none."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"loss_type": "dr_grpo", "max_completion_length": 1},
+            {"epsilon_high": 0.28, "delta": 1.3},
+            {"beta": 0.1, "ref_logprobs": "require"},
+            {"entropy_coef": -0.01},
+            {"max_length": 4096, "max_tokens_per_micro_batch": 4096},
+            {"vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": "token_truncate",
+             "vllm_importance_sampling_clip_max": None},
+            {"vllm_importance_sampling_correction": True, "vllm_importance_sampling_clip_min": 0.5},
+            {"off_policy_mask_threshold": 0.1, "inference_logprobs": "use"},
+        ],
+        ids=lambda options: "-".join(options),
+    )  # fmt: skip
+    def test_it_is_taken_as_it_is(self, options):
+        args = config(**options)
+        assert {name: getattr(args, name) for name in options} == options
+
+    @pytest.mark.parametrize(
+        ("options", "needs"),
+        [
+            ({}, True),
+            ({"loss_type": "weighted_sft"}, False),
+            ({"loss_type": "weighted_sft", "off_policy_mask_threshold": 0.1}, True),
+            ({"loss_type": "weighted_sft", "vllm_importance_sampling_correction": True}, True),
+            ({"inference_logprobs": "use"}, False),
+            ({"inference_logprobs": "recompute"}, False),
+        ],
+    )
+    def test_which_losses_stop_at_a_rollout_without_logprobs(self, options, needs):
+        assert config(**options).needs_inference_logprobs is needs
+
+    @pytest.mark.parametrize(
+        ("spelling", "meaning"),
+        [(True, "group"), (False, "none"), ("True", "group"), ("False", "none"), ("batch", "batch")],
+    )
+    def test_scale_rewards_takes_the_booleans_of_trl(self, spelling, meaning):
+        assert config(scale_rewards=spelling).scale_rewards == meaning
+
+    @pytest.mark.parametrize("bounds", [[0.5, 5.0], [-5.0, -0.5]])
+    def test_clipping_that_leaves_out_0_is_taken_with_a_warning(self, bounds):
+        with pytest.warns(UserWarning, match=r"advantage_clipping is \[.*\], which leaves out 0") as caught:
+            assert config(advantage_clipping=bounds).advantage_clipping == bounds
+        assert any("such as -5 5" in str(warning.message) for warning in caught)
+
+    @pytest.mark.parametrize("bounds", [[-5.0, 5.0], [0.0, 5.0], [-5.0, 0.0]])
+    def test_clipping_that_holds_0_warns_of_nothing(self, bounds):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            config(advantage_clipping=bounds)
+
+
+class TestRoundTrip:
+    OPTIONS: ClassVar[dict[str, Any]] = {
+        "loss_type": "grpo", "epsilon_high": 0.28, "delta": 4.0, "importance_sampling_level": "sequence", "beta": 0.04,
+        "ref_logprobs": "require", "entropy_coef": 0.01, "distillation_coef": 0.5, "scale_rewards": "batch",
+        "vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": "token_mask",
+        "vllm_importance_sampling_clip_max": 2.0, "vllm_importance_sampling_clip_min": 0.5,
+        "off_policy_mask_threshold": 0.2, "mask_truncated_completions": True, "advantage_clipping": [-5.0, 5.0],
+        "max_tokens_per_micro_batch": 4096, "sequence_layout": "packed",
+    }  # fmt: skip
+
+    def test_what_goes_into_a_dictionary_comes_out_of_it(self):
+        args = config(**self.OPTIONS)
+        saved = args.to_dict()
+        assert {name: saved[name] for name in self.OPTIONS} == self.OPTIONS
+        names = {field.name for field in fields(AtroposConfig) if field.init}
+        again = AtroposConfig(**{name: value for name, value in saved.items() if name in names})
+        assert {name: getattr(again, name) for name in declared_options()} == {
+            name: getattr(args, name) for name in declared_options()
+        }
+        assert again.loss_options == args.loss_options
+
+    def test_the_dictionary_is_json(self):
+        assert json.loads(config(**self.OPTIONS).to_json_string())["advantage_clipping"] == [-5.0, 5.0]
+
+    def test_the_api_key_does_not_leave(self):
+        args = config(vllm_api_key="secret")
+        assert args.to_dict()["vllm_api_key"] == "<VLLM_API_KEY>"
+        assert "secret" not in args.to_json_string()
+        assert args.vllm_api_key == "secret"
 
 
 class TestParser:
@@ -143,6 +303,19 @@ class TestParser:
 
     def test_negative_bounds_need_no_quoting(self, tmp_path):
         assert self.parse(tmp_path, "{}\n", "--advantage_clipping", "-5", "5").advantage_clipping == [-5.0, 5.0]
+
+    def test_options_of_the_loss_and_of_the_forward_pass(self, tmp_path):
+        args = self.parse(
+            tmp_path,
+            "loss_type: cispo\nepsilon_high: 5.0\nscale_rewards: batch\nsequence_layout: tree\n",
+            "--max_tokens_per_micro_batch", "4096", "--entropy_coef", "-0.01", "--vllm_importance_sampling_clip_min", "0.5",
+        )  # fmt: skip
+        assert (args.loss_type, args.epsilon_high, args.scale_rewards) == ("cispo", 5.0, "batch")
+        assert (args.sequence_layout, args.max_tokens_per_micro_batch) == ("tree", 4096)
+        assert (args.entropy_coef, args.vllm_importance_sampling_clip_min) == (-0.01, 0.5)
+
+    def test_a_bare_boolean_in_yaml_is_trls_other_spelling(self, tmp_path):
+        assert self.parse(tmp_path, "scale_rewards: false\n").scale_rewards == "none"
 
     def test_dictionaries_are_json_on_the_command_line(self, tmp_path):
         args = self.parse(tmp_path, "{}\n", "--model_init_kwargs", '{"attn_implementation": "sdpa"}')

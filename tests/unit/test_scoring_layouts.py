@@ -1,0 +1,200 @@
+"""Which layout real models can take: found out by comparing with each sequence run alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from scoring_cases import (
+    MAX_LENGTH,
+    assert_scores_are_the_models_own,
+    own_logprobs,
+    plan,
+    rollouts,
+    scored_logprobs,
+    tiny,
+    tiny_llama,
+)
+from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from trl_atropos.errors import PreflightError
+from trl_atropos.layouts import LAYOUTS
+from trl_atropos.scoring import ForwardPlan
+
+
+class TestLayout:
+    @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+    def test_a_plain_transformer_takes_trees(self, attn_implementation, caplog):
+        model = tiny_llama(attn_implementation)
+        found = plan(model)
+        assert found == ForwardPlan("tree", projects_in_pieces=True)
+        assert "slower" not in caplog.text
+        assert_scores_are_the_models_own(model, found)
+
+    def test_flex_attention_takes_trees_in_the_forward_pass(self):
+        # Forward only: flex attention has no backward on a CPU. Not compiled, which takes a minute and a C++ compiler.
+        model = tiny_llama("flex_attention")
+        with torch.compiler.set_stance("force_eager"):
+            found = plan(model)
+            assert found == ForwardPlan("tree", projects_in_pieces=True)
+            with torch.no_grad():
+                scored = scored_logprobs(model, found)
+        with torch.no_grad():
+            torch.testing.assert_close(scored, own_logprobs(tiny_llama("sdpa"), rollouts()), rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_the_layout_that_was_asked_for_is_taken(self, layout, attn_implementation):
+        model = tiny_llama(attn_implementation)
+        found = plan(model, layout)
+        assert found == ForwardPlan(layout, projects_in_pieces=True)
+        assert_scores_are_the_models_own(model, found)
+
+    @pytest.mark.parametrize("max_length", [2, 3, 10])
+    def test_rollouts_may_be_shorter_than_the_sequences_of_the_check(self, max_length):
+        assert plan(tiny_llama(), max_length=max_length) == ForwardPlan("tree", projects_in_pieces=True)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_learned_positions_follow_the_layout(self, layout):
+        model = tiny(OPTForCausalLM, OPTConfig, ffn_dim=64, word_embed_proj_dim=32, init_std=0.2)
+        if layout == "packed":
+            # OPT makes its mask before it knows the positions, so nothing keeps packed rows apart.
+            with pytest.raises(PreflightError, match="sequence_layout is packed, and it gives other logprobs"):
+                plan(model, layout)
+        else:
+            assert_scores_are_the_models_own(model, plan(model, layout))
+
+
+# model class, config class, options that make a window of 16 tokens
+WINDOWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 16}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config,
+              {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"sliding_window": 16, "head_dim": 8}),
+}  # fmt: skip
+
+
+class TestSlidingWindow:
+    @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+    @pytest.mark.parametrize("name", WINDOWS)
+    def test_a_window_shorter_than_rollouts_takes_packed_rows_and_says_why(self, name, attn_implementation, caplog):
+        model_class, config_class, options = WINDOWS[name]
+        model = tiny(model_class, config_class, attn_implementation, **options)
+        found = plan(model)
+        assert (found.layout, found.projects_in_pieces) == ("packed", True)
+        (reason,) = found.fallbacks
+        assert reason == (
+            "the tree layout is not used: the model's sliding window of 16 tokens is shorter than max_length (64)"
+        )
+        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert warnings == [f"Forward passes are slower than they could be: {reason}."]
+        assert_scores_are_the_models_own(model, found)
+
+    @pytest.mark.parametrize("name", WINDOWS)
+    def test_a_window_that_covers_rollouts_takes_trees(self, name):
+        model_class, config_class, options = WINDOWS[name]
+        model = tiny(model_class, config_class, **{**options, "sliding_window": MAX_LENGTH})
+        found = plan(model)
+        assert found == ForwardPlan("tree", projects_in_pieces=True)
+        assert_scores_are_the_models_own(model, found)
+
+    def test_a_window_that_is_switched_off_does_not_count(self):
+        model = tiny(Qwen2ForCausalLM, Qwen2Config, use_sliding_window=False, sliding_window=16)
+        assert plan(model).layout == "tree"
+
+    def test_a_tree_that_was_asked_for_stops_the_run(self):
+        model_class, config_class, options = WINDOWS["mistral"]
+        with pytest.raises(PreflightError) as caught:
+            plan(tiny(model_class, config_class, **options), "tree")
+        assert caught.value.what == (
+            "sequence_layout is tree, and the model's sliding window of 16 tokens is shorter than max_length (64)."
+        )
+        assert "--sequence_layout auto" in caught.value.fix
+
+    def test_a_window_under_another_name_is_found_too(self):
+        # GPT-Neo's is window_size. Longer than the sequences of the check, shorter than max_length: the comparison alone
+        # cannot see it.
+        model = tiny(
+            GPTNeoForCausalLM, GPTNeoConfig, "eager", num_layers=2, num_heads=4, window_size=36,
+            attention_types=[[["global", "local"], 1]],
+        )  # fmt: skip
+        assert_scores_are_the_models_own(model, plan(model))
+
+
+# Layers that carry a state from token to token. Both use the mask of no layout but padding.
+RECURRENT: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "lfm2": (Lfm2ForCausalLM, Lfm2Config, {"layer_types": ["conv", "full_attention"], "block_ff_dim": 64}),
+    "falcon_h1": (FalconH1ForCausalLM, FalconH1Config,
+                  {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8,
+                   "lm_head_multiplier": 0.5}),
+    "bamba": (BambaForCausalLM, BambaConfig,
+              {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8,
+               "mamba_chunk_size": 8}),
+}  # fmt: skip
+
+
+class TestRecurrentLayers:
+    @pytest.mark.parametrize("name", RECURRENT)
+    def test_only_padded_rows_are_right(self, name, caplog):
+        model_class, config_class, options = RECURRENT[name]
+        model = tiny(model_class, config_class, **options)
+        found = plan(model)
+        assert (found.layout, found.projects_in_pieces) == ("padded", True)
+        assert [reason.split(":")[0] for reason in found.fallbacks] == [
+            "the tree layout is not used", "the packed layout is not used",
+        ]  # fmt: skip
+        assert all("gives other logprobs on this model" in reason for reason in found.fallbacks)
+        assert all(reason in caplog.text for reason in found.fallbacks)
+        assert_scores_are_the_models_own(model, found)
+
+    @pytest.mark.parametrize("layout", ["tree", "packed"])
+    def test_a_layout_that_was_asked_for_and_is_wrong_stops_the_run(self, layout):
+        model_class, config_class, options = RECURRENT["bamba"]
+        with pytest.raises(PreflightError) as caught:
+            plan(tiny(model_class, config_class, **options), layout)
+        assert f"sequence_layout is {layout}, and it gives other logprobs on this model" in caught.value.what
+        assert "--sequence_layout auto" in caught.value.fix
+
+    @pytest.mark.parametrize("name", RECURRENT)
+    def test_they_are_refused_in_bfloat16_as_well(self, name):
+        # Rounding moves padded rows of these models by less than 0.001 nats, a wrong layout by 0.01 to 0.3.
+        model_class, config_class, options = RECURRENT[name]
+        model = tiny(model_class, config_class, **options).to(torch.bfloat16)
+        assert plan(model, dtype=torch.bfloat16).layout == "padded"
+
+    def test_a_purely_recurrent_model_that_cannot_take_a_tree_falls_back(self):
+        # Its forward raises on a four-dimensional mask: that is a no to the layout, not the end of the run.
+        model = tiny(MambaForCausalLM, MambaConfig, "eager", state_size=8)
+        found = plan(model)
+        assert found.layout == "padded"
+        assert_scores_are_the_models_own(model, found)
+
+
+def test_position_biases_made_of_the_mask_fall_back_from_trees():
+    # ALiBi: the forward unpacks the mask as (B, T) and raises on another.
+    model = tiny(BloomForCausalLM, BloomConfig, "eager", n_layer=2, n_head=4)
+    found = plan(model)
+    assert found.layout == "padded"
+    assert_scores_are_the_models_own(model, found)
