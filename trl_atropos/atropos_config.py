@@ -189,7 +189,7 @@ class AtroposConfig(TrainingArguments):
         default=True,
         metadata={
             "help": "Multiply the KL term of a token by its importance ratio, with gradient (DeepSeek-V3.2): without it the "
-            "gradient is that of another divergence off policy."
+            "gradient is not that of the KL divergence from the policy to the reference."
         },
     )
     ref_logprobs: str = field(

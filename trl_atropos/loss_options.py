@@ -59,6 +59,7 @@ class LossOptions:
             self.loss_type != "weighted_sft"
             or self.vllm_importance_sampling_correction
             or self.off_policy_mask_threshold is not None
+            or (self.beta != 0.0 and self.use_bias_correction_kl)
         )
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ METRICS: dict[str, str] = {
     "num_trained_tokens": "Trained tokens of the step, the denominator of its loss. Count. 0: nothing was learned.",
     "num_rollouts_trained": "Rollouts trained since the start. Count.",
     "num_rollouts_dropped": (
-        "Rollouts dropped since the start: refused by validation, too stale or too long. Count. Growing as fast as "
+        "Rollouts dropped since the start: refused by validation, or too long. Count. Growing as fast as "
         "num_rollouts_trained: half of the generation is lost."
     ),
     "completions/mean_length": "Mean number of trained tokens of a rollout. Falling to 0: the policy stops at once.",
@@ -39,7 +39,7 @@ METRICS: dict[str, str] = {
         "completions are cut off, or stopped at strings."
     ),
     "advantages/zero_std": (
-        "1 if all advantages of the step were equal under normalisation, else 0. 1: the step had no gradient."
+        "1 if all advantages of the step were equal before normalisation, else 0. 1: nothing tells good from bad."
     ),
     "advantages/clipped_frac_low": (
         "Fraction of trained tokens below the lower bound of advantage_clipping, 0 to 1. Above a few percent: the "
@@ -71,8 +71,8 @@ METRICS: dict[str, str] = {
         "data is too old."
     ),
     "kl": (
-        "Mean KL divergence of the policy from the reference at trained tokens (k3 estimator), in nats. Above about 0.1: the "
-        "policy has left the reference."
+        "Mean KL term at trained tokens (k3 estimator, times the importance ratio unless use_bias_correction_kl is off), in "
+        "nats. Above about 0.1: the policy has left the reference."
     ),
     "off_policy_mask/masked_frac": (
         "Fraction of trained tokens that off_policy_mask_threshold takes out of the loss, 0 to 1. High: the data is too old."
@@ -100,7 +100,7 @@ METRICS: dict[str, str] = {
         "Largest importance ratio, capped at exp(20). At the cap: an inference logprob that cannot be right."
     ),
     "staleness/mean": "Mean of the trainer's policy_version minus the rollout's, in versions, where it is known.",
-    "staleness/max": "Largest staleness, in versions. Above max_staleness: dropping does not work.",
+    "staleness/max": "Largest staleness, in versions. Above 2 or 3: old batches wait in the API.",
     "staleness/unknown_frac": "Fraction of rollouts without a policy_version, 0 to 1. 1: staleness is not bounded.",
     "policy_version": "Weight sets published so far; 0 is the starting checkpoint. Standing still: no publish.",
     "logprob_probe/mean_abs_diff": (

@@ -22,6 +22,7 @@ from .distributed import largest_over_ranks
 from .errors import PreflightError
 from .layouts import lay_out, layout_inputs, tree_attention_mask
 from .logprobs import TokenScores, capture_hidden_states, score_hidden_states, select_positions_before
+from .tree_attention import TREE_SDPA, register_tree_attention
 
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TREE_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+TREE_IMPLEMENTATIONS = ("sdpa", TREE_SDPA, "eager", "flex_attention")
 """Attention implementations that take an arbitrary mask."""
 
 CHECK_LENGTH = 24
@@ -234,7 +235,14 @@ def plan_forward(
         for layout in ("tree", "packed", "padded") if requested == "auto" else (requested,):
             reason = _cannot(layout, config, max_length)
             if reason is None and layout != "padded":
+                implementation = config._attn_implementation
+                if layout == "tree" and implementation == "sdpa" and device.type == "cpu":
+                    # For good: gradient checkpointing runs the layers again in the backward pass.
+                    register_tree_attention()
+                    model.set_attn_implementation(TREE_SDPA)
                 reason = _refused(difference, ForwardPlan(layout, in_pieces), tolerance)
+                if reason is not None and implementation != config._attn_implementation:
+                    model.set_attn_implementation(implementation)
             if reason is None:
                 break
             if requested != "auto":

@@ -36,7 +36,7 @@ L1 = {
 }
 L2 = {"atropos_client", "journal", "weight_sync"}
 SERVING = {"serving"}
-L3 = {"distributed", "data", "optimizer_step", "scoring"}
+L3 = {"distributed", "data", "optimizer_step", "scoring", "tree_attention"}
 L4 = {
     "modeling",
     "preflight",
@@ -58,7 +58,8 @@ ALLOWED = {
     "data": L0 | L1 | {"atropos_client", "journal", "distributed"},
     "distributed": L0,
     "optimizer_step": L0 | L1 | {"distributed"},
-    "scoring": L0 | L1 | {"distributed"},
+    "scoring": L0 | L1 | {"distributed", "tree_attention"},
+    "tree_attention": set(),
     **dict.fromkeys(L4, L0 | L1 | L2 | SERVING | L3 | L4),
     "cli": CLI | {"errors"},
 }
@@ -76,6 +77,7 @@ THIRD_PARTY = {
     "distributed": {"torch", "accelerate"},
     "optimizer_step": {"torch"},
     "scoring": {"torch", "transformers"},
+    "tree_attention": {"torch", "transformers"},
 }
 """Top-level module or subpackage -> packages outside of the standard library that it may import; absent: any."""
 

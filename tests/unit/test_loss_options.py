@@ -131,7 +131,8 @@ def test_upper_epsilon(epsilon_high, upper):
     ("options", "is_needed"),
     [
         ({"loss_type": "weighted_sft"}, False),
-        ({"loss_type": "weighted_sft", "beta": 0.1}, False),
+        ({"loss_type": "weighted_sft", "beta": 0.1}, True),
+        ({"loss_type": "weighted_sft", "beta": 0.1, "use_bias_correction_kl": False}, False),
         ({"loss_type": "weighted_sft", "off_policy_mask_threshold": 0.1}, True),
         ({"loss_type": "weighted_sft", **CORRECTION}, True),
         *(
