@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from .advantages import ADVANTAGE_NORMALIZATIONS, SCALE_REWARDS, validate_clipping
-from .config_checks import check_batch_size, check_loss, check_parallelism, check_unsupported
+from .config_checks import check_batch_size, check_loss, check_offloading, check_parallelism, check_unsupported
 from .layouts import LAYOUTS
 from .loss_options import CORRECTION_MODES, IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES, LossOptions
 
@@ -335,6 +335,7 @@ class AtroposConfig(TrainingArguments):
             )
         check_unsupported(self)
         check_parallelism(self)
+        check_offloading(self)
         if self.batch_timeout_s >= self.ddp_timeout:
             raise ValueError(
                 f"batch_timeout_s ({self.batch_timeout_s}) is not below ddp_timeout ({self.ddp_timeout}). The other "

@@ -111,8 +111,7 @@ class AtroposTrainer(Trainer):
     _tag_names: ClassVar[list[str]] = ["trl", "atropos"]
     _name = "Atropos"
 
-    # The loss is divided by the trained tokens of the whole optimizer step: dividing it again by the number of
-    # micro-batches would be wrong.
+    # The weights of the tokens hold every denominator: dividing again by the number of micro-batches would be wrong.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -219,12 +218,11 @@ class AtroposTrainer(Trainer):
         assert self._server_facts is not None, "train() connects before it asks for data"
         eos_ids = eos_token_ids(self.model, self.processing_class) if args.mask_truncated_completions else None
         settings = stream_settings(args, vocab_size=self._vocab_size, eos_token_ids=eos_ids)
-        is_main = self.is_world_process_zero()
         connections = self._connections
         lookup = connections.vllm_client.get_policy_versions if connections is not None else None
         self._stream = RolloutStream(
             client=None if connections is None else connections.atropos_client,
-            journal=Journal(Path(args.output_dir) / JOURNAL_NAME) if is_main else None,
+            journal=Journal(Path(args.output_dir) / JOURNAL_NAME) if self.is_world_process_zero() else None,
             settings=settings,
             register=self._register,
             policy_version=lambda: self.policy_version,
@@ -284,6 +282,9 @@ class AtroposTrainer(Trainer):
                 with without_gradient_sync(self.accelerator, model):
                     loss += super().training_step(model, batch, num_items_in_batch)
             return loss + super().training_step(model, inputs[-1], num_items_in_batch)
+
+    def floating_point_ops(self, inputs: list[dict[str, Any]]) -> int:
+        return sum(super(AtroposTrainer, self).floating_point_ops(batch) for batch in inputs)
 
     def compute_loss(
         self,

@@ -90,6 +90,15 @@ def check_unsupported(args: AtroposConfig) -> None:
             raise ValueError(f"{name} is {getattr(args, name)}: {reason}. Leave --{name} at {accepted}.")
 
 
+def check_offloading(args: AtroposConfig) -> None:
+    """Refuse to move activations from host memory to host memory."""
+    if args.activation_offloading and args.device.type == "cpu":
+        raise ValueError(
+            "activation_offloading is on and the trainer runs on a CPU. Activations are in host memory already. Leave "
+            "--activation_offloading out; --gradient_checkpointing true saves memory on a CPU."
+        )
+
+
 def check_parallelism(args: AtroposConfig) -> None:
     """Refuse ranks that are not data-parallel: each is dealt rollouts of its own."""
     parallelism = args.parallelism_config

@@ -1,8 +1,8 @@
 """From batches of the Atropos API to this rank's micro-batches.
 
-    fetch (rank 0) -> journal -> validate -> policy versions -> advantages -> deal -> this rank's share -> collate
+    fetch (rank 0) -> journal -> validate -> policy versions -> advantages -> deal -> this rank's share
 
-Shape letters: B rollouts of a micro-batch, T tokens of the longest of them.
+Shape letters: B rollouts of a batch.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class _Step:
 
 
 class RolloutStream(IterableDataset):
-    """An endless stream of what this rank trains between two calls of its model's `zero_grad`, in pieces.
+    """An endless stream of this rank's micro-batches.
 
     Per optimizer step, rank 0 fetches one batch of the API and deals it (`micro_batches.py`). Every rank gets the same
     number of micro-batches; some may be empty. An item of the stream is a list of micro-batches: one, or with a token

@@ -518,3 +518,12 @@ def test_tokens_that_rollouts_share_are_computed_and_projected_once(tmp_path):
     # 18 tokens of which the last predicts nothing; 12 trained tokens in each of the two.
     assert batch["input_ids"].shape == (1, 17)
     assert (num_items, shapes) == (24, [(1, 0, VOCAB_SIZE), (12, VOCAB_SIZE)])
+
+
+def test_floating_point_operations_are_those_of_all_micro_batches(tmp_path):
+    trainer = make_trainer((1, 1, 8), tmp_path)
+    micro_batches = [ragged_rollouts()[:4], ragged_rollouts()[4:]]
+    ((item,), _) = trainer.get_batch_samples(iter([micro_batches]), 1, torch.device("cpu"))
+    num_tokens = sum(batch["input_ids"].numel() for batch in item)
+    # transformers' estimate: 6 for each token and each parameter that is not an embedding.
+    assert trainer.floating_point_ops(item) == 6 * num_tokens * trainer.model.num_parameters(exclude_embeddings=True)

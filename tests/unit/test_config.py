@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 import yaml
+from accelerate.parallelism_config import ParallelismConfig
 from trl import ModelConfig, TrlParser
 
 from trl_atropos import AtroposConfig
@@ -362,3 +363,15 @@ class TestExample:
         assert args.max_steps == written["max_steps"]
         assert args.atropos_batch_size == written["per_device_train_batch_size"]
         assert model_args.model_name_or_path == written["model_name_or_path"]
+
+
+def test_offloading_activations_of_a_cpu_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"activation_offloading is on.*on a CPU.*--gradient_checkpointing true"):
+        AtroposConfig(output_dir=str(tmp_path), use_cpu=True, activation_offloading=True)
+
+
+def test_ranks_that_are_not_data_parallel_are_refused(tmp_path):
+    # Built, not launched: a mesh of two sequence-parallel ranks.
+    parallelism = ParallelismConfig(sp_size=2, sp_backend="deepspeed")
+    with pytest.raises(ValueError, match=r"parallelism_config has 2 .*counted several times in the loss"):
+        AtroposConfig(output_dir=str(tmp_path), use_cpu=True, parallelism_config=parallelism)
