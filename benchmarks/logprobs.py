@@ -28,10 +28,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from resident_memory import watch_peak
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -58,11 +58,6 @@ def score_in_full(hidden_states: Tensor, head: Tensor, targets: Tensor) -> tuple
 SIDES: dict[str, Score] = {"ours": score_in_pieces, "full": score_in_full}
 
 
-def resident_bytes(name: str = "VmRSS") -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(f"{name}:"))
-
-
 def measure(score: Score, vocab_size: int, hidden_size: int, num_tokens: int, repeats: int) -> dict[str, Any]:
     """Run forward and backward once to warm up and `repeats` times; gradients are freed in between."""
     generator = torch.Generator().manual_seed(0)
@@ -70,9 +65,7 @@ def measure(score: Score, vocab_size: int, hidden_size: int, num_tokens: int, re
     # Logits of variance 1, as those of an untrained model.
     head = (torch.randn(vocab_size, hidden_size, generator=generator) / hidden_size**0.5).requires_grad_()
     targets = torch.randint(vocab_size, (num_tokens,), generator=generator)
-    base = resident_bytes()
-    # Forgets the peak of making the head.
-    Path("/proc/self/clear_refs").write_text("5")
+    peak_growth = watch_peak()
     times, cpu_times = [], []
     for _ in range(1 + repeats):
         hidden_states.grad = head.grad = None
@@ -84,7 +77,7 @@ def measure(score: Score, vocab_size: int, hidden_size: int, num_tokens: int, re
     return {
         "times": times[1:],
         "cpu_times": cpu_times[1:],
-        "peak_rss_bytes": resident_bytes("VmHWM") - base,
+        "peak_rss_bytes": peak_growth(),
         "logprobs": logprobs.detach(),
         "entropy": entropy.detach(),
         "gradient": torch.cat([hidden_states.grad.flatten(), head.grad.flatten()]),

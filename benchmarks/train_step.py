@@ -40,6 +40,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch  # noqa: E402
+from resident_memory import watch_peak  # noqa: E402
 
 
 def make_rollouts(case: str) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
@@ -56,23 +57,16 @@ def make_rollouts(case: str) -> tuple[torch.Tensor, list[torch.Tensor], torch.Te
     return prompt, completions, torch.randn(len(lengths), generator=generator)
 
 
-def resident_bytes(name: str = "VmRSS") -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(f"{name}:"))
-
-
 def measure(step: Callable[[], object], model: torch.nn.Module, repeats: int) -> dict[str, Any]:
     """Run the step once to warm up and `repeats` times, as a trainer does: gradients are freed in between."""
-    base = resident_bytes()
-    # Forgets the peak of loading the model.
-    Path("/proc/self/clear_refs").write_text("5")
+    peak_growth = watch_peak()
     times = []
     for _ in range(1 + repeats):
         model.zero_grad()
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    rss_bytes = resident_bytes("VmHWM") - base
+    rss_bytes = peak_growth()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     return {"times": times[1:], "rss_bytes": rss_bytes, "gradient": gradient}
 
@@ -168,7 +162,7 @@ def run_ours(model_dir: str, case: str, repeats: int, layout: str) -> dict[str, 
     with torch.no_grad():
         (batch,) = trainer.get_batch_samples(iter([[rollouts]]), 1, torch.device("cpu"))[0][0]
         scores, _ = trainer._get_forward().scorer(model, batch)
-    plan = trainer._get_forward().plan
+    plan = trainer._get_forward().scorer.plan
     return {**result, "logprobs": scores.logprobs[batch["token_index"]], "layout": plan.layout}
 
 

@@ -227,7 +227,7 @@ class AtroposTrainer(Trainer):
             register=self._register,
             policy_version=lambda: self.policy_version,
             lookup_policy_versions=lookup if self._server_facts.knows_policy_versions else None,
-            layout=lambda: self._get_forward().plan.layout,
+            layout=lambda: self._get_forward().scorer.plan.layout,
         )
         # Collated in get_batch_samples: the layout is found out with the wrapped model, which does not exist yet.
         return DataLoader(self._stream, batch_size=None, collate_fn=_unchanged)
@@ -248,7 +248,7 @@ class AtroposTrainer(Trainer):
         items = [[collate(rollouts) for rollouts in next(epoch_iterator)] for _ in range(num_batches)]
         micro_batches = [batch for item in items for batch in item]
         num_trained_tokens, metrics = prepare_step(micro_batches, self._step_options, device)
-        metrics["perf/has_layout_fallback"] = mean_of(bool(self._get_forward().plan.fallbacks))
+        metrics["perf/has_layout_fallback"] = mean_of(bool(self._get_forward().scorer.plan.fallbacks))
         self._metrics.update({**(self._stream.pop_metrics() if self._stream else {}), **metrics})
         return items, torch.tensor(num_trained_tokens, device=device)
 
@@ -261,7 +261,7 @@ class AtroposTrainer(Trainer):
     def _get_collator(self) -> RolloutCollator:
         facts = self._server_facts
         return RolloutCollator(
-            layout=self._get_forward().plan.layout,
+            layout=self._get_forward().scorer.plan.layout,
             temperature=self.args.temperature,
             applies_temperature=facts is None or facts.has_processed_logprobs,
             pad_token_id=getattr(self.processing_class, "pad_token_id", None) or 0,

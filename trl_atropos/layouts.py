@@ -93,7 +93,7 @@ def prefix_tree(sequences: Sequence[Tensor]) -> PrefixTree:
     length = 0
     for number in order:
         sequence = sequences[number]
-        num_shared = _common_prefix_length(previous, sequence)
+        num_shared = common_prefix_length(previous, sequence)
         end = length + sequence.numel() - num_shared
         input_ids[length:end] = sequence[num_shared:]
         position_ids[length:end] = torch.arange(num_shared, sequence.numel())
@@ -263,7 +263,8 @@ def pack_first_fit(sizes: Sequence[int], capacity: int | None = None) -> list[li
     return bins
 
 
-def _common_prefix_length(left: Tensor, right: Tensor) -> int:
+def common_prefix_length(left: Tensor, right: Tensor) -> int:
+    """Number of tokens with which two sequences (T,) begin alike."""
     length = min(left.numel(), right.numel())
     differs = (left[:length] != right[:length]).nonzero()
     return int(differs[0]) if differs.numel() else length

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layouts import lay_out, layout_inputs, num_computed_tokens, pack_first_fit
+from .layouts import common_prefix_length, lay_out, layout_inputs, num_computed_tokens, pack_first_fit
 from .logprobs import align_with_targets, next_token_targets
 from .types import IGNORE_INDEX, NO_TOKEN, Rollout
 
@@ -214,12 +214,16 @@ def _split(group: list[Rollout], layout: str, max_tokens: int) -> list[MicroBatc
     if layout != "tree":
         return [[rollout] for rollout in group]
     bundles: list[MicroBatch] = []
-    # In lexicographic order neighbours share the longest prefixes.
+    cost = 0
+    # In lexicographic order each rollout shares the longest prefix with the one before it: that is all it saves.
     for rollout in sorted(group, key=lambda rollout: rollout.input_ids.tolist()):
-        if bundles and _cost([*bundles[-1], rollout], layout) <= max_tokens:
+        if bundles:
+            cost += rollout.num_tokens - common_prefix_length(bundles[-1][-1].input_ids, rollout.input_ids)
+        if bundles and cost <= max_tokens:
             bundles[-1].append(rollout)
         else:
             bundles.append([rollout])
+            cost = rollout.num_tokens
     return bundles
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .advantages import advantage_statistics, clip_advantages, standardize_advantages
+from .advantages import advantage_statistics, clip_advantages, normalize_advantages, standardize_advantages
 from .distributed import is_distributed, sum_over_ranks
 from .errors import NonFiniteGradientError
 from .losses import token_weights
@@ -64,8 +64,7 @@ def prepare_step(
     """
     advantages = [batch["advantages"] for batch in micro_batches]
     masks = [torch.ones_like(values, dtype=torch.bool) for values in advantages]
-    distributed = is_distributed()
-    statistics = advantage_statistics(advantages, masks, distributed=distributed, device=device)
+    statistics = advantage_statistics(advantages, masks, distributed=is_distributed(), device=device)
     for batch in micro_batches:
         batch["num_with_teacher"] = _num_with_teacher(batch)
     num_with_teacher = sum(batch["num_with_teacher"] for batch in micro_batches)
@@ -79,11 +78,10 @@ def prepare_step(
     }
     clipped_low, clipped_high = [], []
     for batch, mask in zip(micro_batches, masks, strict=True):
-        normalized = batch["advantages"]
-        if options.advantage_normalization != "none":
-            of_micro_batch = advantage_statistics([normalized], [mask])
-            is_global = options.advantage_normalization == "global"
-            normalized = standardize_advantages(normalized, mask, statistics if is_global else of_micro_batch)
+        if options.advantage_normalization == "global":
+            normalized = standardize_advantages(batch["advantages"], mask, statistics)
+        else:
+            normalized = normalize_advantages(batch["advantages"], mask, options.advantage_normalization)
         if options.advantage_clipping is not None:
             clipped_low.append(normalized < options.advantage_clipping[0])
             clipped_high.append(normalized > options.advantage_clipping[1])

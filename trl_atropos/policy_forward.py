@@ -26,15 +26,12 @@ class PolicyForward:
     """How the trainer scores tokens.
 
     Args:
-        plan ([`~scoring.ForwardPlan`]):
-            Found out at start.
         scorer ([`~scoring.PolicyScorer`]):
-            Of the policy.
+            Of the policy, with the plan that was found out at start.
         reference ([`ReferencePolicy`], *optional*):
             None if nothing needs a reference model.
     """
 
-    plan: ForwardPlan
     scorer: PolicyScorer
     reference: ReferencePolicy | None
 
@@ -76,7 +73,7 @@ def make_forward(
     reference = None
     if args.beta != 0.0 and args.ref_logprobs == "recompute":
         reference = ReferencePolicy(model, reference_model, plan, accelerator)
-    return PolicyForward(plan, PolicyScorer(model, plan, accelerator.autocast), reference)
+    return PolicyForward(PolicyScorer(model, plan, accelerator.autocast), reference)
 
 
 def make_reference_model(model: str | PreTrainedModel | nn.Module, args: AtroposConfig) -> PreTrainedModel:
