@@ -32,6 +32,8 @@ extras = {
     "atropos": [requirements["atroposlib"]],
     # `trl-atropos model fetch` unpacks a GGUF file.
     "model": ["gguf>=0.19"],
+    # Quantised base models (QLoRA).
+    "quantization": ["bitsandbytes>=0.50"],
     "docs": ["hf-doc-builder>=0.5"],
 }
 extras["dev"] = [

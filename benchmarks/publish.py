@@ -1,16 +1,21 @@
 """How long a publish takes, against what its bytes cost.
 
-    python benchmarks/publish.py [--model DIR] [--repeats N]
+    python benchmarks/publish.py [--model DIR] [--repeats N] [--synthetic_gib 1 2 4] [--only PREFIX]
 
-Starts a real `trl vllm-serve` on the model (default: the quickstart's), publishes to it, and prints one JSON line per
-case, all measured in one run, medians over the repeats:
+Starts real `trl vllm-serve` servers on the model (default: the quickstart's) and on made-up ones of 1, 2 and 4 GiB,
+publishes to them, and prints one JSON line per case, all measured in one run, medians over the repeats:
 
     transport, mode   how the policy travels and what is sent
-    total_s           the whole publish: stage, pause, transfer, finish, resume, verify
+    total_s           the whole publish: gather, merge, stage, pause, transfer, finish, resume, verify
     paused_s          the part during which the server does not generate
-    bytes             size of the policy on the wire
-    floor_s           cast_s + memcpy_s + load_s: the same bytes cast from fp32 by one pass, copied by one pass, and loaded by
-                      the worker (its own clock around `model.load_weights`, of the same publishes)
+    bytes             what travelled
+    floor_s           cast_s + memcpy_s + load_s: the same bytes cast from the trainer's dtype by one pass, copied by one pass,
+                      and loaded by the worker (its own clock around `model.load_weights`, of the same publishes)
+    peak_rss_bytes    largest growth of the trainer's resident memory during these publishes, over the staging memory of
+                      `bytes` that is there from the first one on
+
+Ratios: total_vs_floor = total_s / floor_s, paused_vs_copy = paused_s / (memcpy_s + load_s), and for the adapter total_vs_full,
+against the full publish over shared memory of the same run.
 """
 
 from __future__ import annotations
@@ -22,26 +27,45 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "e2e"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "e2e")]
 # As in the quickstart: server and trainer share the cores, a waiting thread must sleep, not spin. Read by torch's import.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
+from resident_memory import watch_peak  # noqa: E402
 from servers import serve  # noqa: E402
 from torch import nn  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig  # noqa: E402
 
 from trl_atropos.preflight import inspect_server  # noqa: E402
+from trl_atropos.weight_sync.adapter import take_adapter  # noqa: E402
+from trl_atropos.weight_sync.adapter_publisher import AdapterPublisher  # noqa: E402
 from trl_atropos.weight_sync.probe import LogprobProbe  # noqa: E402
-from trl_atropos.weight_sync.publisher import PolicyPublisher  # noqa: E402
+from trl_atropos.weight_sync.publisher import PolicyPublisher, PublishOptions  # noqa: E402
+from trl_atropos.weight_sync.report import PublishReport  # noqa: E402
+from trl_atropos.weight_sync.server_link import ServerLink  # noqa: E402
+from trl_atropos.weight_sync.session import WeightSync  # noqa: E402
 from trl_atropos.weight_sync.shm import SharedMemoryTransport  # noqa: E402
+from trl_atropos.weight_sync.transports import make_transport  # noqa: E402
 from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient  # noqa: E402
+
+
+WARM_UPS = 2
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds of one pass each over the bytes of a policy."""
+
+    cast_s: float
+    memcpy_s: float
 
 
 def timed(function: Callable[[], object]) -> float:
@@ -50,9 +74,9 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def copy_floor_s(model: nn.Module, dtype: torch.dtype) -> float:
-    """Seconds to cast every parameter to `dtype` and to copy the result once more, in one pass each."""
-    sources = [parameter.detach().float() for parameter in model.parameters()]
+def copy_floor(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> Floor:
+    """Cast every tensor to `dtype` and copy the result once more, in one pass each, into memory that is there already."""
+    sources = [tensor.detach() for tensor in tensors]
     casts = [torch.empty(source.shape, dtype=dtype) for source in sources]
     copies = [torch.empty_like(cast) for cast in casts]
 
@@ -66,55 +90,164 @@ def copy_floor_s(model: nn.Module, dtype: torch.dtype) -> float:
 
     for warm_up in (cast, copy):
         warm_up()
-    return timed(cast) + timed(copy)
+    return Floor(timed(cast), timed(copy))
 
 
-def measure(mode: str, model: nn.Module, client: AtroposVLLMClient, tokenizer: object, repeats: int) -> dict:
-    """Publish `repeats` times after two warm-ups, and return the medians."""
-    config = model.config.get_text_config()
+def measure(transport_name: str, mode: str, model: nn.Module, url: str, tokenizer: object, repeats: int) -> dict:
+    """Publish `repeats` times after the warm-ups, and return the medians."""
+    client = AtroposVLLMClient(url)
     facts = inspect_server(client, model.config, max_length=10**9)
-    transport = SharedMemoryTransport()
-    publisher = PolicyPublisher(client, transport, LogprobProbe(tokenizer, config.vocab_size), facts.dtype, 4.0)
-    reports, loads, floors = [], [], []
-    for version in range(repeats + 2):
-        report = publisher.publish(model, version)
-        if version >= 2:
-            reports.append(report)
-            loads.append(transport.load_s)
-            floors.append(copy_floor_s(model.get_base_model() if mode == "merged" else model, facts.dtype))
+    transport = make_transport(facts.backend, client, torch.device("cpu"), timeout_s=300)
+    options = PublishOptions(sends_everything=mode == "full")
+    publisher = PolicyPublisher([ServerLink(client, transport, facts.dtype)], options)
+    probe = LogprobProbe(tokenizer, model.config.get_text_config().vocab_size)
+    reports: list[PublishReport] = []
+    floors: list[Floor] = []
+    peak = watch_peak()
+    for version in range(repeats + WARM_UPS):
+        if version == WARM_UPS:
+            peak = watch_peak()
+        sync = WeightSync(publisher, version, facts.dtype, lambda model: probe)
+        sync.push(model)
+        reports.append(sync.deliver())
+    peak_rss_bytes = peak()
+    reports = reports[WARM_UPS:]
+    published = [parameter for name, parameter in model.named_parameters() if "lora_" not in name]
+    if mode == "merged":
+        published = [
+            parameter for name, parameter in model.named_parameters() if ".layers." in name and "lora_" not in name
+        ]
+    floors = [copy_floor(published, facts.dtype) for _ in range(repeats)]
     publisher.close()
     median = statistics.median
+    load_s = median(report.phase_s["load"] for report in reports)
+    memcpy_s = median(floor.memcpy_s for floor in floors)
+    floor_s = median(floor.cast_s for floor in floors) + memcpy_s + load_s
+    total_s, paused_s = (median(values) for values in zip(*((r.total_s, r.paused_s) for r in reports), strict=True))
     return {
-        "transport": "shm",
+        "transport": transport_name,
         "mode": mode,
-        "total_s": round(median(report.total_s for report in reports), 4),
-        "paused_s": round(median(report.paused_s for report in reports), 4),
-        "bytes": reports[0].num_bytes,
-        "floor_s": round(median(load + floor for load, floor in zip(loads, floors, strict=True)), 4),
-        "phases_s": {
-            name: round(median(report.phase_s[name] for report in reports), 4) for name in reports[0].phase_s
-        },
-        "load_s": round(median(loads), 4),
+        "total_s": round(total_s, 4),
+        "paused_s": round(paused_s, 4),
+        "bytes": reports[-1].num_bytes,
+        "floor_s": round(floor_s, 4),
+        "peak_rss_bytes": peak_rss_bytes,
+        "total_vs_floor": round(total_s / floor_s, 3),
+        "paused_vs_copy": round(paused_s / (memcpy_s + load_s), 3),
+        "phases_s": {name: round(median(r.phase_s.get(name, 0.0) for r in reports), 4) for name in reports[0].phase_s},
         "repeats": repeats,
     }
+
+
+def measure_adapter(args: argparse.Namespace, model: nn.Module, full_shm_s: float, directory: Path) -> dict:
+    """Publish the adapter itself to a server with LoRA, and return the medians."""
+    flags = ("--enforce_eager", "True", "--enable-lora", "--max-lora-rank", "16", "--max-loras", "2")
+    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    print(f"starting trl vllm-serve on {args.model.name} for adapters", file=sys.stderr)
+    with serve(args.model, *flags, log_path=directory / "adapter.log", environment=environment) as url:
+        client = AtroposVLLMClient(url)
+        facts = inspect_server(client, model.config, max_length=10**9)
+        publisher = AdapterPublisher(
+            [ServerLink(client, SharedMemoryTransport(), facts.dtype)], directory / "adapters"
+        )
+        publisher.check(model)
+        probe = LogprobProbe(AutoTokenizer.from_pretrained(args.model), model.config.vocab_size)
+        reports = []
+        peak = watch_peak()
+        for version in range(args.repeats + WARM_UPS):
+            if version == WARM_UPS:
+                peak = watch_peak()
+            adapter = take_adapter(model, facts.dtype)
+            reports.append(publisher.deliver(adapter, version, lambda: probe.reference(model, facts.dtype)))
+        peak_rss_bytes = peak()
+    reports = reports[WARM_UPS:]
+    median = statistics.median
+    total_s = median(report.total_s for report in reports)
+    return {
+        "transport": "directory",
+        "mode": "adapter",
+        "total_s": round(total_s, 4),
+        "paused_s": 0.0,
+        "bytes": reports[-1].num_bytes,
+        "peak_rss_bytes": peak_rss_bytes,
+        "total_vs_full": round(total_s / full_shm_s, 3),
+        "phases_s": {name: round(median(r.phase_s.get(name, 0.0) for r in reports), 4) for name in reports[0].phase_s},
+        "repeats": args.repeats,
+    }
+
+
+def synthetic_llama(gib: float, directory: Path) -> Path:
+    """Save the config of an untied Llama of about this many GiB in bfloat16, with layers of about 100 MiB; no weights."""
+    hidden_size, intermediate_size, vocab_size = 2048, 5632, 32000
+    layer = 4 * hidden_size**2 + 3 * hidden_size * intermediate_size
+    num_layers = max(1, round((gib * 2**30 / 2 - 2 * vocab_size * hidden_size) / layer))
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(directory)
+    return directory
+
+
+def show(line: dict) -> None:
+    print(json.dumps(line), flush=True)
+
+
+def measure_model(args: argparse.Namespace, directory: Path) -> None:
+    """Full and merged publishes of the real model, over both transports, and its adapter."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+
+    def load() -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+
+    def load_lora() -> nn.Module:
+        return get_peft_model(load(), LoraConfig(r=16, target_modules="all-linear"))
+
+    full_shm_s = float("nan")
+    for name in ("shm", "gloo"):
+        print(f"starting trl vllm-serve on {args.model.name} for {name}", file=sys.stderr)
+        log_path = directory / f"{name}.log"
+        with serve(args.model, "--enforce_eager", "True", log_path=log_path, backend=f"trl_atropos_{name}") as url:
+            full = measure(name, "full", load(), url, tokenizer, args.repeats)
+            full_shm_s = full["total_s"] if name == "shm" else full_shm_s
+            show(full)
+            show(measure(name, "merged", load_lora(), url, tokenizer, args.repeats))
+    show(measure_adapter(args, load_lora(), full_shm_s, directory))
+
+
+def measure_synthetic(args: argparse.Namespace, directory: Path) -> None:
+    """Full publishes of made-up models in bfloat16: cost against bytes, and memory against bytes."""
+    for gib in args.synthetic_gib:
+        model_dir = synthetic_llama(gib, directory / f"{gib}gib")
+        flags = ("--load-format", "dummy", "--skip-tokenizer-init", "--enforce_eager", "True")
+        for name in ("shm", "gloo"):
+            print(f"starting trl vllm-serve on a model of {gib} GiB for {name}", file=sys.stderr)
+            log_path = directory / f"{gib}{name}.log"
+            with serve(model_dir, *flags, log_path=log_path, backend=f"trl_atropos_{name}") as url:
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir), dtype=torch.bfloat16)
+                show({"synthetic_gib": gib, **measure(name, "full", model, url, None, max(2, args.repeats // 3))})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / ".models" / "SmolLM2-135M-Instruct")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--synthetic_gib", type=float, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--only", choices=("model", "synthetic"), help="Measure a part.")
     args = parser.parse_args()
     if not args.model.is_dir():
         parser.error(f"{args.model} does not exist: run `trl-atropos model fetch smollm2 --output_dir {args.model}`")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    with tempfile.TemporaryDirectory() as directory:
-        print(f"starting trl vllm-serve on {args.model}", file=sys.stderr)
-        with serve(args.model, "--enforce_eager", "True", log_path=Path(directory) / "server.log") as url:
-            client = AtroposVLLMClient(url)
-            model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-            print(json.dumps(measure("full", model, client, tokenizer, args.repeats)), flush=True)
-            lora = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
-            print(json.dumps(measure("merged", lora, client, tokenizer, args.repeats)), flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        if args.only != "synthetic":
+            measure_model(args, Path(name))
+        if args.only != "model":
+            measure_synthetic(args, Path(name))
 
 
 if __name__ == "__main__":

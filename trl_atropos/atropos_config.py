@@ -12,6 +12,7 @@ from .advantages import ADVANTAGE_NORMALIZATIONS, SCALE_REWARDS, validate_clippi
 from .config_checks import check_batch_size, check_loss, check_offloading, check_parallelism, check_unsupported
 from .layouts import LAYOUTS
 from .loss_options import CORRECTION_MODES, IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES, LossOptions
+from .publish_config import PublishConfig, check_publish
 
 
 INFERENCE_LOGPROBS = ("require", "use", "recompute")
@@ -20,7 +21,7 @@ SEQUENCE_LAYOUTS = ("auto", *LAYOUTS)
 
 
 @dataclass
-class AtroposConfig(TrainingArguments):
+class AtroposConfig(PublishConfig, TrainingArguments):
     r"""
     Configuration class for the [`AtroposTrainer`].
 
@@ -108,32 +109,6 @@ class AtroposConfig(TrainingArguments):
         metadata={
             "help": "Share of a batch's groups, in [0, 1), that may fail validation. Those groups are dropped, counted "
             "in `num_rollouts_dropped` and stay in the journal; a larger share stops the run. 0: any stops it."
-        },
-    )
-
-    # Parameters that control the inference server
-    vllm_server_base_url: str = field(
-        default="http://localhost:8001", metadata={"help": "Root URL of the vLLM server that environments query."}
-    )
-    vllm_server_timeout: float = field(
-        default=240.0, metadata={"help": "Seconds to wait at start for the vLLM server to be healthy."}
-    )
-    vllm_group_port: int = field(
-        default=51216, metadata={"help": "TCP port of the trainer's rendezvous with the workers, for NCCL."}
-    )
-    vllm_api_key: str | None = field(
-        default=None, metadata={"help": "API key of the vLLM server. Defaults to VLLM_API_KEY of the environment."}
-    )
-    weight_sync_steps: int = field(default=1, metadata={"help": "Publish the policy every X optimizer steps."})
-    weight_sync_timeout: float = field(
-        default=300.0, metadata={"help": "Deadline in seconds of every single request of a publish."}
-    )
-    logprob_probe_tolerance: float = field(
-        default=4.0,
-        metadata={
-            "help": "Largest accepted mean absolute difference between trainer and server logprobs of the probe after a "
-            "publish, as a multiple of what rounding to the server's dtype explains. A larger one stops the run with "
-            "the server paused."
         },
     )
 
@@ -326,6 +301,7 @@ class AtroposConfig(TrainingArguments):
         # TRL takes booleans, too.
         self.scale_rewards = {"True": "group", "False": "none"}.get(str(self.scale_rewards), self.scale_rewards)
         self._check_choices()
+        check_publish(self)
         check_loss(self)
         check_batch_size(self)
         if self.max_steps <= 0:
@@ -370,14 +346,10 @@ class AtroposConfig(TrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)!r}. Choose one of: {', '.join(choices)}.")
         for name in (
             "max_length",
-            "weight_sync_steps",
             "temperature",
             "batch_timeout_s",
             "refresh_interval",
             "api_timeout_s",
-            "vllm_server_timeout",
-            "weight_sync_timeout",
-            "logprob_probe_tolerance",
         ):
             # Written so that NaN is refused too.
             if not getattr(self, name) > 0:

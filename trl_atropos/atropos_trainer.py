@@ -17,7 +17,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -54,10 +54,10 @@ from .modeling import add_adapter, disable_dropout, eos_token_ids, load_model, u
 from .optimizer_step import LossWatch, StepOptions, prepare_step, teacher_cross_entropy
 from .policy_forward import PolicyForward, make_forward, make_reference_model
 from .preflight import ServerFacts, check_launch
+from .publishing import TrainerPublishing
 from .weight_sync.base import WeightTransport
 from .weight_sync.probe import LogprobProbe
-from .weight_sync.publisher import PublishReport
-from .weight_sync.vllm_client import AtroposVLLMClient
+from .weight_sync.session import WeightSync
 
 
 if TYPE_CHECKING:
@@ -162,13 +162,12 @@ class AtroposTrainer(Trainer):
         self._activation_offloading = (
             get_act_offloading_ctx_manager(self.model) if args.activation_offloading else nullcontext()
         )
-        self.policy_version = 0
         self._weight_transport = weight_transport
         self._connections: Connections | None = None
         self._server_facts: ServerFacts | None = None
         self._stream: RolloutStream | None = None
         self._metrics = MetricAccumulator()
-        self._has_published = False
+        self._publishing: TrainerPublishing | None = None
         self._last_log: tuple[float, int] | None = None
         if self.accelerator.distributed_type == DistributedType.NO:
             use_sparse_embedding_gradient(self.model)
@@ -187,22 +186,22 @@ class AtroposTrainer(Trainer):
                 or a publish fails. The server is left paused if it does not hold a complete policy.
         """
         check_launch(self.accelerator)
-        self._server_facts = run_on_main_process(self._connect)
-        self._has_published = False
+        self._connect()
         try:
             return super().train(*args, **kwargs)
         finally:
             if self._connections is not None:
                 self._connections.close()
 
-    def _connect(self) -> ServerFacts:
-        self._connections = connect(
-            self.args,
-            self.model.config,
-            LogprobProbe(self.processing_class, self._vocab_size),
-            self.accelerator.device,
-            self._weight_transport,
-        )
+    def _connect(self) -> None:
+        """Reach the servers and check them; collective."""
+        self._server_facts = run_on_main_process(self._connect_main_process)
+        probe = LogprobProbe(self.processing_class, self._vocab_size)
+        self._publishing = TrainerPublishing(self.args, self._connections, probe, self._server_facts.dtype)
+
+    def _connect_main_process(self) -> ServerFacts:
+        device = self.accelerator.device
+        self._connections = connect(self.args, self.model.config, device, self._weight_transport)
         return self._connections.facts
 
     def _register(self) -> None:
@@ -219,7 +218,7 @@ class AtroposTrainer(Trainer):
         eos_ids = eos_token_ids(self.model, self.processing_class) if args.mask_truncated_completions else None
         settings = stream_settings(args, vocab_size=self._vocab_size, eos_token_ids=eos_ids)
         connections = self._connections
-        lookup = connections.vllm_client.get_policy_versions if connections is not None else None
+        lookup = connections.get_policy_versions if connections is not None else None
         self._stream = RolloutStream(
             client=None if connections is None else connections.atropos_client,
             journal=Journal(Path(args.output_dir) / JOURNAL_NAME) if self.is_world_process_zero() else None,
@@ -246,6 +245,8 @@ class AtroposTrainer(Trainer):
         """
         collate = self._get_collator()
         items = [[collate(rollouts) for rollouts in next(epoch_iterator)] for _ in range(num_batches)]
+        if self._publishing is not None:
+            self._publishing.sleep()
         micro_batches = [batch for item in items for batch in item]
         num_trained_tokens, metrics = prepare_step(micro_batches, self._step_options, device)
         metrics["perf/has_layout_fallback"] = mean_of(bool(self._get_forward().scorer.plan.fallbacks))
@@ -390,26 +391,24 @@ class AtroposTrainer(Trainer):
 
     def publish_policy(self) -> None:
         """Publish the current weights. Collective: call it on every rank, after an optimizer step."""
-        if self._has_published:
-            version = self.policy_version + 1
-        else:
-            # 0 at the start; after a resume, the publishes that led to the checkpoint.
-            version = math.ceil(self.state.global_step / self.args.weight_sync_steps)
-        report = run_on_main_process(lambda: self._publish(version))
-        self.policy_version = version
-        if not self._has_published:
-            self._has_published = True
+        model = self.accelerator.unwrap_model(self.model)
+        metrics = self._require_publishing().publish(model, self.state.global_step)
+        if not metrics:
             self._last_log = (time.perf_counter(), self.state.global_step)
-            logger.info(
-                f"Published policy version {version} in {report.total_s:.2f} s: {report.num_bytes / 1e6:.0f} MB, "
-                f"mean |logprob difference| to the server {report.probe.mean_abs_diff:.4f}"
-            )
         elif self.is_world_process_zero():
-            self._metrics.update({name: mean_of(value) for name, value in report.metrics().items()})
+            self._metrics.update({name: mean_of(value) for name, value in metrics.items()})
 
-    def _publish(self, version: int) -> PublishReport:
-        assert self._connections is not None
-        return self._connections.publisher.publish(self.accelerator.unwrap_model(self.model), version)
+    def weight_sync(self, policy_version: int) -> AbstractContextManager[WeightSync]:
+        """`with trainer.weight_sync(version) as sync: sync.push(model)`, on every rank: pauses the servers, takes a model or
+        all (name, tensor) pairs, and ends with the servers resumed and the publish proven, or raises with them still
+        paused. The trainer publishes by itself after its steps."""
+        return self._require_publishing().weight_sync(policy_version)
+
+    def _require_publishing(self) -> TrainerPublishing:
+        if self._publishing is None:
+            self._connect()
+        assert self._publishing is not None
+        return self._publishing
 
     # Logging
 
@@ -437,9 +436,9 @@ class AtroposTrainer(Trainer):
         return metrics
 
     @property
-    def vllm_client(self) -> AtroposVLLMClient | None:
-        """Client of the server, on rank 0 while a run lasts and after it; None elsewhere."""
-        return None if self._connections is None else self._connections.vllm_client
+    def policy_version(self) -> int:
+        """Of the last publish; 0 before the first."""
+        return self._publishing.policy_version if self._publishing else 0
 
     @property
     def _vocab_size(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ import torch
 from .atropos_client import AtroposClient, Registration
 from .atropos_config import AtroposConfig
 from .data import StreamSettings
-from .preflight import ServerFacts, inspect_server, make_transport
+from .errors import PreflightError
+from .preflight import ServerFacts, inspect_server
 from .validation import WireLimits
+from .weight_sync.adapter_publisher import AdapterPublisher
 from .weight_sync.base import WeightTransport
-from .weight_sync.probe import LogprobProbe
-from .weight_sync.publisher import PolicyPublisher
+from .weight_sync.failures import FailurePolicy
+from .weight_sync.publisher import PolicyPublisher, PublishOptions
+from .weight_sync.server_link import LinkOptions, ServerLink
+from .weight_sync.transports import make_transport
 from .weight_sync.vllm_client import AtroposVLLMClient
 
 
@@ -27,17 +32,20 @@ class Connections:
     Args:
         atropos_client ([`~atropos_client.AtroposClient`]):
             The API.
-        vllm_client ([`~weight_sync.vllm_client.AtroposVLLMClient`]):
-            The server that environments query.
+        vllm_clients (`list[`[`~weight_sync.vllm_client.AtroposVLLMClient`]`]`):
+            The servers that environments query.
         publisher ([`~weight_sync.publisher.PolicyPublisher`]):
-            Keeps it on the newest policy.
+            Keeps them on the newest policy.
+        adapter_publisher ([`~weight_sync.adapter_publisher.AdapterPublisher`]):
+            The same by adapters.
         facts ([`~preflight.ServerFacts`]):
-            What the server reported.
+            What they reported.
     """
 
     atropos_client: AtroposClient
-    vllm_client: AtroposVLLMClient
+    vllm_clients: list[AtroposVLLMClient]
     publisher: PolicyPublisher
+    adapter_publisher: AdapterPublisher
     facts: ServerFacts
 
     def register(self, args: AtroposConfig, *, starting_step: int) -> None:
@@ -64,6 +72,14 @@ class Connections:
             )
         )
 
+    def get_policy_versions(self, rollout_keys: Sequence[str]) -> list[int | None]:
+        """Under which policy version each sequence was sampled, by whichever server knows it; None if none does."""
+        answers = [client.get_policy_versions(rollout_keys) for client in self.vllm_clients]
+        return [
+            next((version for version in versions if version is not None), None)
+            for versions in zip(*answers, strict=True)
+        ]
+
     def close(self) -> None:
         """Close transport and clients. The server keeps the policy that it has."""
         self.publisher.close()
@@ -73,7 +89,6 @@ class Connections:
 def connect(
     args: AtroposConfig,
     model_config: Any,
-    probe: LogprobProbe,
     device: torch.device,
     transport: WeightTransport | None = None,
 ) -> Connections:
@@ -84,8 +99,6 @@ def connect(
             Options of the run.
         model_config (`PretrainedConfig`):
             The trainer's model.
-        probe ([`~weight_sync.probe.LogprobProbe`]):
-            Proves each publish.
         device (`torch.device`):
             Of the trainer.
         transport ([`~weight_sync.base.WeightTransport`], *optional*):
@@ -96,17 +109,78 @@ def connect(
     """
     atropos_client = AtroposClient(args.atropos_api_url)
     atropos_client.wait_until_reachable(args.api_timeout_s)
-    vllm_client = AtroposVLLMClient(
-        args.vllm_server_base_url,
-        connection_timeout=args.vllm_server_timeout,
-        request_timeout=args.weight_sync_timeout,
-        group_port=args.vllm_group_port,
-        api_key=args.vllm_api_key or os.environ.get("VLLM_API_KEY"),
+    clients = [
+        AtroposVLLMClient(
+            url,
+            connection_timeout=args.vllm_server_timeout,
+            request_timeout=args.weight_sync_timeout,
+            api_key=args.vllm_api_key or os.environ.get("VLLM_API_KEY"),
+        )
+        for url in args.vllm_server_base_urls
+    ]
+    facts = [inspect_server(client, model_config, args.max_length) for client in clients]
+    if transport is not None and len(clients) > 1:
+        raise PreflightError(
+            f"One weight_transport was given for {len(clients)} servers.",
+            "A transport moves weights to one server.",
+            "Name one server in --vllm_server_base_url, or leave weight_transport out.",
+        )
+    links = [
+        ServerLink(
+            client,
+            transport or _make_transport(args, client, server.backend, device),
+            server.dtype,
+            LinkOptions(args.logprob_probe_tolerance, args.vllm_keep_kv_cache, args.vllm_enable_sleep_mode),
+        )
+        for client, server in zip(clients, facts, strict=True)
+    ]
+    options = PublishOptions(
+        sends_everything=args.weight_sync_mode == "full",
+        full_interval=args.weight_sync_full_interval,
+        failure_policy=FailurePolicy(args.on_publish_failure, args.max_publish_retries),
+        server_timeout_s=args.vllm_server_timeout,
     )
-    facts = inspect_server(vllm_client, model_config, args.max_length)
-    transport = transport or make_transport(facts, vllm_client, device)
-    publisher = PolicyPublisher(vllm_client, transport, probe, facts.dtype, args.logprob_probe_tolerance)
-    return Connections(atropos_client, vllm_client, publisher, facts)
+
+    def check_server(link: ServerLink) -> None:
+        inspect_server(link.client, model_config, args.max_length)
+
+    directory = Path(args.weight_sync_adapter_dir or Path(args.output_dir) / "adapters")
+    return Connections(
+        atropos_client,
+        clients,
+        PolicyPublisher(links, options, check_server),
+        AdapterPublisher(links, directory, options),
+        _agreed(facts),
+    )
+
+
+def _make_transport(
+    args: AtroposConfig, client: AtroposVLLMClient, backend: str, device: torch.device
+) -> WeightTransport:
+    return make_transport(
+        backend,
+        client,
+        device,
+        timeout_s=args.weight_sync_timeout,
+        group_host=args.vllm_group_host,
+        group_port=args.vllm_group_port,
+    )
+
+
+def _agreed(facts: Sequence[ServerFacts]) -> ServerFacts:
+    """What all servers have in common."""
+    dtypes = {server.dtype for server in facts}
+    if len(dtypes) > 1:
+        raise PreflightError(
+            f"The servers serve in different dtypes: {', '.join(sorted(str(dtype) for dtype in dtypes))}.",
+            "Rollouts of one batch would come from policies that are rounded differently.",
+            "Start them with the same --dtype.",
+        )
+    return replace(
+        facts[0],
+        has_processed_logprobs=all(server.has_processed_logprobs for server in facts),
+        knows_policy_versions=all(server.knows_policy_versions for server in facts),
+    )
 
 
 def stream_settings(args: AtroposConfig, *, vocab_size: int, eos_token_ids: frozenset[int] | None) -> StreamSettings:

@@ -68,7 +68,7 @@ def run_on_main_process(function: Callable[[], T]) -> T:
         except BaseException as exc:
             # Whatever it is, it must end the other ranks too; it may not be picklable, so they get its text.
             failure = exc
-            text = f"Rank 0 failed: {type(exc).__name__}: {exc}."
+            text = f"Rank 0 failed: {type(exc).__name__}: {str(exc).removesuffix('.')}."
             outcome = [None, TrlAtroposError(text, "The other ranks cannot go on without it.", "See rank 0's log.")]
     dist.broadcast_object_list(outcome, src=0)
     if failure is not None:

@@ -11,12 +11,17 @@
     +-- ProcessFailedError        (ChildProcessError) a process of `trl-atropos launch` ended (cli/processes.py)
     +-- WeightSyncError           (RuntimeError)      a publish failed; says in which state the server is
         +-- WeightSyncTimeout     (TimeoutError)      a phase of a publish exceeded its deadline
+        +-- PublishConflictError  (RuntimeError)      another trainer publishes to the same server
+        +-- VLLMServerError       (RuntimeError)      the vLLM server answered a request with an HTTP error
+        +-- VLLMServerUnreachable (ConnectionError)   the vLLM server is not there, or broke the connection
 
 Every exception also inherits from the standard exception that it specialises, so that `except ConnectionError` keeps
 its meaning.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class TrlAtroposError(Exception):
@@ -42,8 +47,9 @@ class TrlAtroposError(Exception):
     def __str__(self) -> str:
         return f"{self.what} {self.why} {self.fix}"
 
-    def __reduce__(self) -> tuple[type[TrlAtroposError], tuple[str, str, str]]:
-        return type(self), (self.what, self.why, self.fix)
+    def __reduce__(self) -> tuple[type[TrlAtroposError], tuple[str, str, str], dict[str, Any]]:
+        # With the attributes of the subclasses: errors travel between ranks.
+        return type(self), (self.what, self.why, self.fix), self.__dict__
 
 
 class AtroposConnectionError(TrlAtroposError, ConnectionError):
@@ -80,3 +86,33 @@ class WeightSyncError(TrlAtroposError, RuntimeError):
 
 class WeightSyncTimeout(WeightSyncError, TimeoutError):
     """A phase of a publish exceeded its deadline."""
+
+
+class PublishConflictError(WeightSyncError):
+    """Another trainer publishes to the same server. Sending again would fight with it, so it is never tried again."""
+
+
+class VLLMServerError(WeightSyncError):
+    """The vLLM server answered a request with an HTTP error.
+
+    Args:
+        what (`str`):
+            See [`TrlAtroposError`].
+        why (`str`):
+            See [`TrlAtroposError`].
+        fix (`str`):
+            See [`TrlAtroposError`].
+        status_code (`int`, *optional*, defaults to `500`):
+            HTTP status, 400 or more.
+        detail (`str`, *optional*, defaults to `""`):
+            What the server said, on one line.
+    """
+
+    def __init__(self, what: str, why: str, fix: str, status_code: int = 500, detail: str = ""):
+        super().__init__(what, why, fix)
+        self.status_code = status_code
+        self.detail = detail
+
+
+class VLLMServerUnreachable(WeightSyncError, ConnectionError):
+    """The vLLM server refused, closed or reset the connection. A request that was sent may have taken effect."""

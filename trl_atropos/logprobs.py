@@ -365,3 +365,15 @@ def _shift_left(values: Tensor, fill: float) -> Tensor:
     shifted = torch.full_like(values, fill)
     shifted[..., :-1] = values[..., 1:]
     return shifted
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module has the mode that it had."""
+    were_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in were_training.items():
+            module.training = was_training

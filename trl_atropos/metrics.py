@@ -118,11 +118,25 @@ METRICS: dict[str, str] = {
     ),
     "perf/has_layout_fallback": "1 if forward passes are not made in the best way, 0 else; the log says why.",
     "perf/weight_sync_s": "Wall time of the publish, in seconds. Large against step_time: publish less often.",
-    "perf/weight_sync_stage_s": "Part of the publish before the pause: gathering and merging weights, in seconds.",
-    "perf/weight_sync_pause_s": "Time for which the server was paused, in seconds: lost to generation.",
+    "perf/weight_sync_fraction": "Share of the time since the last publish that the publish took, 0 to 1. Large: publish less often.",
+    "perf/weight_sync_gather_s": "Part of the publish that gathers sharded weights over ranks, in seconds.",
+    "perf/weight_sync_merge_s": "Part of the publish that merges LoRA into the weights, in seconds.",
+    "perf/weight_sync_stage_s": "Part of the publish that casts and copies weights before the pause, in seconds.",
+    "perf/weight_sync_pause_s": "Part of the publish that freezes generation, in seconds.",
     "perf/weight_sync_transfer_s": "Part of the publish that moves and loads the weights, in seconds.",
+    "perf/weight_sync_load_s": "Part of the transfer that the slowest worker spends in loading, in seconds.",
+    "perf/weight_sync_finish_s": "Part of the publish that puts the weights in place, in seconds.",
+    "perf/weight_sync_resume_s": "Part of the publish that lets requests run again, in seconds.",
     "perf/weight_sync_verify_s": "Part of the publish that reads back version and logprob probe, in seconds.",
-    "perf/weight_sync_bytes": "Size of the published weights, in bytes.",
+    "perf/weight_sync_paused_s": "Time for which the server was paused, in seconds: lost to generation.",
+    "perf/weight_sync_bytes": "What travelled to one server, in bytes.",
+    "perf/weight_sync_mb_per_s": "Those bytes over the wall time of the publish, in MB per second.",
+    "perf/weight_sync_retries": "Attempts of the publish after the first, over all servers. Count. Above 0: see the log.",
+    "perf/weight_sync_failures": "Attempts of the publish that failed, over all servers. Count. Above 0: see the log.",
+    "weight_sync/swallowed_fraction": (
+        "Share of the weights that moved since the last publish and whose value in the server's dtype did not, on a "
+        "sample, 0 to 1. Near 1: the server does not see the training; raise the learning rate or serve in float32."
+    ),
     "memory/peak_rss_bytes": "Peak resident memory of the trainer process, in bytes. Growing: a leak.",
 }
 """Every metric that a training run logs: what it is, its unit, and what a bad value means."""

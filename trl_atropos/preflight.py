@@ -10,11 +10,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from .errors import PreflightError, WeightSyncError
+from .errors import PreflightError, VLLMServerError
 from .serving.plugin import SHARED_MEMORY_BACKEND
-from .weight_sync.base import WeightTransport
-from .weight_sync.nccl import NcclTransport
-from .weight_sync.shm import SharedMemoryTransport
 from .weight_sync.vllm_client import AtroposVLLMClient
 
 
@@ -101,25 +98,6 @@ def inspect_server(client: AtroposVLLMClient, model_config: Any, max_length: int
     )
 
 
-def make_transport(facts: ServerFacts, client: AtroposVLLMClient, device: torch.device) -> WeightTransport:
-    """Return the transport that the server's weight transfer backend needs.
-
-    Raises:
-        [`PreflightError`]: a backend without a transport here, or NCCL without CUDA.
-    """
-    if facts.backend == SHARED_MEMORY_BACKEND:
-        return SharedMemoryTransport()
-    if facts.backend == "nccl" and device.type == "cuda":
-        return NcclTransport(device, timeout_s=client.request_timeout)
-    known = f"nccl (CUDA), {SHARED_MEMORY_BACKEND} (same host)"
-    raise PreflightError(
-        f"The vLLM server at {client.base_url} receives weights over {facts.backend!r}, the trainer runs on {device}.",
-        f"This trainer sends over: {known}.",
-        f"""Start the server with --weight-transfer-config '{{"backend": "{SHARED_MEMORY_BACKEND}"}}', or pass """
-        "AtroposTrainer(weight_transport=...).",
-    )
-
-
 def _compare_models(client: AtroposVLLMClient, served_model: str, model_config: Any) -> None:
     from transformers import AutoConfig
 
@@ -144,8 +122,8 @@ def _compare_models(client: AtroposVLLMClient, served_model: str, model_config: 
     beyond = {"model": client.model, "prompt": [ours.vocab_size], "max_tokens": 1}
     try:
         client._post(f"{client.base_url}/v1/completions", json=beyond)
-    except WeightSyncError as exc:
-        if "out of vocabulary" in exc.what:
+    except VLLMServerError as exc:
+        if "out of vocabulary" in exc.detail:
             return
         raise
     raise PreflightError(
@@ -158,8 +136,8 @@ def _compare_models(client: AtroposVLLMClient, served_model: str, model_config: 
 def _knows_policy_versions(client: AtroposVLLMClient) -> bool:
     try:
         client.get_policy_versions([])
-    except WeightSyncError as exc:
-        if "answered 404" not in exc.what:
+    except VLLMServerError as exc:
+        if exc.status_code != 404:
             raise
         logger.warning(
             "The server does not say which policy sampled a rollout, so staleness is unknown. Start it with "

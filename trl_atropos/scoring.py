@@ -9,8 +9,8 @@ Shape letters: R rows, L positions of a row, U scored positions, V vocabulary, H
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,13 @@ from torch.distributed.tensor import DTensor
 from .distributed import largest_over_ranks
 from .errors import PreflightError
 from .layouts import lay_out, layout_inputs, tree_attention_mask
-from .logprobs import TokenScores, capture_hidden_states, score_hidden_states, select_positions_before
+from .logprobs import (
+    TokenScores,
+    capture_hidden_states,
+    evaluating,
+    score_hidden_states,
+    select_positions_before,
+)
 from .tree_attention import TREE_SDPA, register_tree_attention
 
 
@@ -227,7 +233,7 @@ def plan_forward(
     def difference(plan: ForwardPlan) -> float:
         return largest_over_ranks(_difference_to_alone(PolicyScorer(model, plan, autocast), wrapped, groups, device))
 
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         in_pieces, padded_difference = _check_padded(
             model, difference, max(CHECK_TOLERANCE, PADDED_TOLERANCE_EPS * eps), fallbacks
         )
@@ -361,15 +367,3 @@ def _tree_block_mask(subtree_end: Tensor) -> Any:
 
     num_rows, length = subtree_end.shape
     return create_block_mask(attends, num_rows, None, length, length, device=str(subtree_end.device))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module has the mode that it had."""
-    were_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in were_training.items():
-            module.training = was_training

@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import requests
 import torch
+from tiny_models import tiny_llama, tiny_qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 
 HOST = "127.0.0.1"
@@ -23,24 +25,21 @@ START_TIMEOUT_S = 240.0
 VOCAB_SIZE = 320
 
 
-def save_tiny_llama(directory: Path, *, tied: bool, seed: int) -> Path:
-    """Save a two-layer Llama with a byte-level tokenizer. Weights are large, so that wrong ones show."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+def save_tiny_model(directory: Path, *, tied: bool, seed: int, architecture: str = "llama") -> Path:
+    """Save a two-layer model in bfloat16 with a byte-level tokenizer. Weights are large, so that wrong ones show."""
+    make = {"llama": tiny_llama, "qwen3": tiny_qwen3}[architecture]
+    model = make(
+        seed=seed,
+        tied=tied,
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
         initializer_range=0.1,
+        max_position_embeddings=512,
         bos_token_id=None,
         eos_token_id=256,
         pad_token_id=256,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    model.to(torch.bfloat16).save_pretrained(directory)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: index for index, character in enumerate(alphabet)} | {"<eos>": 256}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -59,37 +58,74 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@contextmanager
-def serve(model: Path, *extra_args: str, log_path: Path, has_dev_mode: bool = True) -> Iterator[str]:
-    """Run `trl vllm-serve` (plain `vllm serve` without dev mode) with our engine and middleware; yield its URL once it
-    is healthy; leave no process behind."""
-    port = free_port()
-    bin_dir = Path(sys.executable).parent
-    program = [bin_dir / "trl", "vllm-serve", "--model", model] if has_dev_mode else [bin_dir / "vllm", "serve", model]
-    command = [
-        *map(str, program),
-        *("--host", HOST, "--port", str(port), "--max-model-len", "256"),
-        *("--weight-transfer-config", '{"backend": "trl_atropos_shm"}'),
-        *("--middleware", "trl_atropos.serving.generate_endpoint.GenerateEndpoint"),
-        *extra_args,
-    ]
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "OMP_WAIT_POLICY": "passive",
-    }
-    url = f"http://{HOST}:{port}"
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+class VLLMServer:
+    """A `trl vllm-serve` process (plain `vllm serve` without dev mode) with our middleware and one of our engines.
+
+    `start` returns when it is healthy, on the same port every time; `kill` ends it with all of its workers at once.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *extra_args: str,
+        log_path: Path,
+        backend: str = "trl_atropos_shm",
+        has_dev_mode: bool = True,
+        environment: dict[str, str] | None = None,
+    ):
+        port = free_port()
+        self.url = f"http://{HOST}:{port}"
+        self.log_path = log_path
+        self.process: subprocess.Popen | None = None
+        bin_dir = Path(sys.executable).parent
+        program = (
+            [bin_dir / "trl", "vllm-serve", "--model", model] if has_dev_mode else [bin_dir / "vllm", "serve", model]
         )
+        self.command = [
+            *map(str, program),
+            *("--host", HOST, "--port", str(port), "--max-model-len", "256"),
+            *("--weight-transfer-config", f'{{"backend": "{backend}"}}'),
+            *("--middleware", "trl_atropos.serving.generate_endpoint.GenerateEndpoint"),
+            *extra_args,
+        ]
+        self.environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "OMP_WAIT_POLICY": "passive",
+            **(environment or {}),
+        }
+
+    def start(self) -> None:
+        """Start the server and wait until it is healthy."""
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
+            )
+        _wait_until_healthy(self.url, self.process, self.log_path)
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the server."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> None:
+        """End the server and leave no process behind."""
+        if self.process is not None:
+            _end_session(self.process)
+
+
+@contextmanager
+def serve(model: Path, *extra_args: str, log_path: Path, **options: Any) -> Iterator[str]:
+    """Run a [`VLLMServer`] and yield its URL."""
+    server = VLLMServer(model, *extra_args, log_path=log_path, **options)
     try:
-        _wait_until_healthy(url, process, log_path)
-        yield url
+        server.start()
+        yield server.url
     finally:
-        _end_session(process)
+        server.stop()
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen, log_path: Path) -> None:

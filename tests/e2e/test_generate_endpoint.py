@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from servers import VOCAB_SIZE, save_tiny_llama, serve
+from servers import VOCAB_SIZE, save_tiny_model, serve
 from transformers import AutoConfig
 
 from trl_atropos.errors import PreflightError, WeightSyncError
@@ -22,7 +22,7 @@ PROMPT = [7, 11, 13, 17]
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     directory = tmp_path_factory.mktemp("generate")
-    model = save_tiny_llama(directory / "model", tied=True, seed=1)
+    model = save_tiny_model(directory / "model", tied=True, seed=1)
     with serve(model, "--enforce_eager", "True", "--api-key", KEY, log_path=directory / "server.log") as server_url:
         yield server_url
 
@@ -114,7 +114,7 @@ def test_other_routes_are_untouched(url: str) -> None:
 
 
 def test_server_without_dev_mode_is_refused_with_the_command_that_mends_it(tmp_path: Path) -> None:
-    model = save_tiny_llama(tmp_path / "model", tied=False, seed=1)
+    model = save_tiny_model(tmp_path / "model", tied=False, seed=1)
     with serve(model, "--enforce-eager", log_path=tmp_path / "server.log", has_dev_mode=False) as plain_url:
         client = AtroposVLLMClient(plain_url)
         with pytest.raises(PreflightError, match="VLLM_SERVER_DEV_MODE=1"):

@@ -1,14 +1,15 @@
 """A policy published into a running `trl vllm-serve` is the policy that a fresh server loads from the checkpoint.
 
-Both pitfalls of vLLM's CPU backend are real here: a tied output head that keeps its old weights after a reload, and
-parameters that do not exist between start and finish of an update.
+Two architectures, tied and untied, eager and compiled, over shared memory and gloo. Both pitfalls of vLLM's CPU backend
+are real here: a tied output head that keeps its old weights after a reload, and parameters that do not exist between
+start and finish of an update.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,24 +17,22 @@ from pathlib import Path
 import pytest
 import requests
 import torch
-from peft import LoraConfig, get_peft_model
-from servers import VOCAB_SIZE, save_tiny_llama, serve
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from publishing import BF16_NOISE, SEQUENCES, Publishing, load, max_abs_diff
+from servers import VLLMServer, save_tiny_model, serve
+from tiny_models import perturb
 
 from trl_atropos.errors import PreflightError, WeightSyncError
-from trl_atropos.preflight import inspect_server, make_transport
+from trl_atropos.preflight import inspect_server
 from trl_atropos.rollout_key import rollout_key
-from trl_atropos.weight_sync.probe import LogprobProbe
-from trl_atropos.weight_sync.publisher import PolicyPublisher
+from trl_atropos.weight_sync.session import NamedTensors
 from trl_atropos.weight_sync.shm import SharedMemoryTransport
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
 
 
-SEQUENCES = [[7, 11, 13, 17, 19, 23, 29, 31, 37, 41], [250, 3, 250, 3, 99, 98, 97, 96], [5, 5, 5, 5, 5, 5]]
+BEHAVIOUR = ["llama-untied-eager-shm", "llama-tied-eager-gloo"]
+"""One server per transport is enough for what does not depend on the architecture."""
 
-# Two vLLM processes on the same bf16 weights differ only by the order of sums; one bf16 step at a logprob of -6 is
-# 2^2 * 2^-8 = 0.016.
-BF16_NOISE = 0.02
+on_two_servers = pytest.mark.parametrize("setting", BEHAVIOUR, indirect=True, scope="module")
 
 
 @dataclass(frozen=True)
@@ -43,180 +42,264 @@ class Setting:
     url: str
     start: Path
     policy: Path
+    backend: str
     is_tied: bool
+    flags: tuple[str, ...]
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+SETTINGS = {
+    "llama-untied-eager-shm": ("llama", False, "--enforce_eager", "trl_atropos_shm"),
+    "qwen3-tied-compiled-shm": ("qwen3", True, None, "trl_atropos_shm"),
+    "llama-tied-eager-gloo": ("llama", True, "--enforce_eager", "trl_atropos_gloo"),
+    "qwen3-untied-eager-gloo": ("qwen3", False, "--enforce_eager", "trl_atropos_gloo"),
+}
+
+
+@pytest.fixture(scope="module", params=list(SETTINGS))
 def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
     directory = tmp_path_factory.mktemp(request.param)
-    is_tied = request.param == "tied"
-    start = save_tiny_llama(directory / "A", tied=is_tied, seed=1)
-    policy = save_tiny_llama(directory / "B", tied=is_tied, seed=2)
-    with serve(start, "--enforce_eager", "True", log_path=directory / "server.log") as url:
-        yield Setting(url, start, policy, is_tied)
+    architecture, is_tied, eager, backend = SETTINGS[request.param]
+    start = save_tiny_model(directory / "A", tied=is_tied, seed=1, architecture=architecture)
+    policy = save_tiny_model(directory / "B", tied=is_tied, seed=2, architecture=architecture)
+    flags = () if eager is None else (eager, "True")
+    with serve(start, *flags, log_path=directory / "server.log", backend=backend) as url:
+        yield Setting(url, start, policy, backend, is_tied, flags)
 
 
-def make_publisher(client: AtroposVLLMClient, model_dir: Path, tolerance: float = 4.0) -> PolicyPublisher:
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model_config = AutoModelForCausalLM.from_pretrained(model_dir).config
-    facts = inspect_server(client, model_config, max_length=256)
-    transport = make_transport(facts, client, torch.device("cpu"))
-    return PolicyPublisher(client, transport, LogprobProbe(tokenizer, VOCAB_SIZE), facts.dtype, tolerance)
+@pytest.fixture
+def publishing(setting: Setting) -> Iterator[Publishing]:
+    publishing = Publishing(setting.url, setting.policy)
+    yield publishing
+    publishing.publisher.close()
 
 
-def load(model_dir: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+def test_published_policy_equals_a_fresh_server_from_the_saved_checkpoint(
+    setting: Setting, publishing: Publishing, tmp_path: Path
+) -> None:
+    before = publishing.logprobs()
+    report = publishing.publish(load(setting.policy), policy_version=1)
+    published = publishing.logprobs()
 
-
-def max_abs_diff(left: list[list[float]], right: list[list[float]]) -> float:
-    return max(abs(a - b) for row, other in zip(left, right, strict=True) for a, b in zip(row, other, strict=True))
-
-
-def test_published_policy_equals_a_fresh_server_from_the_saved_checkpoint(setting: Setting, tmp_path: Path) -> None:
-    client = AtroposVLLMClient(setting.url)
-    before = client.get_prompt_logprobs(SEQUENCES)
-    report = make_publisher(client, setting.policy).publish(load(setting.policy), policy_version=1)
-    published = client.get_prompt_logprobs(SEQUENCES)
-
-    with serve(setting.policy, "--enforce_eager", "True", log_path=tmp_path / "fresh.log") as fresh_url:
-        fresh = AtroposVLLMClient(fresh_url).get_prompt_logprobs(SEQUENCES)
+    with serve(setting.policy, *setting.flags, log_path=tmp_path / "fresh.log") as fresh_url:
+        fresh = Publishing(fresh_url, setting.policy).logprobs()
 
     assert max_abs_diff(published, fresh) < BF16_NOISE
     # The check above can fail: the two checkpoints are far apart.
     assert max_abs_diff(published, before) > 1.0
-    assert client.get_weight_version() == "1"
-    assert not client.is_paused()
+    assert publishing.client.get_weight_version() == "1"
+    assert not publishing.client.is_paused()
     num_parameters = sum(parameter.numel() for parameter in load(setting.policy).parameters())
     assert report.num_bytes == 2 * num_parameters
 
 
-def test_merged_lora_is_what_the_server_answers_with_and_the_base_stays(setting: Setting) -> None:
-    client = AtroposVLLMClient(setting.url)
-    lora = LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
+def lora(model: torch.nn.Module, **options: object) -> PeftModel:
     torch.manual_seed(3)
-    model = get_peft_model(load(setting.policy), lora)
-    base = {name: value.clone() for name, value in model.state_dict().items() if "lora_" not in name}
-    publisher = make_publisher(client, setting.policy)
-    publisher.publish(model, policy_version=2)
-    published = client.get_prompt_logprobs(SEQUENCES)
-
-    merged = get_peft_model(load(setting.policy), lora)
-    merged.load_state_dict(model.state_dict())
-    publisher.publish(merged.merge_and_unload(), policy_version=3)
-    assert max_abs_diff(published, client.get_prompt_logprobs(SEQUENCES)) < BF16_NOISE
-
-    publisher.publish(load(setting.policy), policy_version=4)
-    assert max_abs_diff(published, client.get_prompt_logprobs(SEQUENCES)) > 0.5
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in base.items())
+    defaults = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "init_lora_weights": False}
+    return get_peft_model(model, LoraConfig(**{**defaults, **options}))
 
 
-def test_eight_clients_generate_without_an_error_through_twenty_publishes(setting: Setting) -> None:
-    client = AtroposVLLMClient(setting.url)
-    publisher = make_publisher(client, setting.policy)
+ADAPTED: dict[str, Callable[[torch.nn.Module], PeftModel]] = {
+    "lora": lora,
+    "rslora": lambda model: lora(model, use_rslora=True),
+    "dora": lambda model: lora(model, use_dora=True),
+    "q_and_v_only": lambda model: lora(model, target_modules=["q_proj", "v_proj"]),
+    "modules_to_save_norm": lambda model: lora(model, modules_to_save=["norm"]),
+}
+UNTIED_ONLY: dict[str, Callable[[torch.nn.Module], PeftModel]] = {
+    "embeddings": lambda model: lora(model, target_modules=["embed_tokens", "q_proj"]),
+    "modules_to_save_lm_head": lambda model: lora(model, modules_to_save=["lm_head"]),
+}
+
+
+def test_what_peft_merges_is_what_the_server_answers_with(setting: Setting, publishing: Publishing) -> None:
+    """Every adapter against a full publish of PEFT's own float32 merge, which the test above shows to be a fresh load."""
+    cases = ADAPTED if setting.is_tied else {**ADAPTED, **UNTIED_ONLY}
+    publishing.publish(load(setting.policy), policy_version=0)
+    base_logprobs = publishing.logprobs()
+    for version, (name, make) in enumerate(cases.items()):
+        model = make(load(setting.policy))
+        perturb(model, seed=version, scale=0.02)
+        first = publishing.publish(model, policy_version=10 * version)
+        perturb(model, seed=100 + version, scale=0.02)
+        # The second publish sends only what training can have changed.
+        changed = publishing.publish(model, policy_version=10 * version + 1)
+        published = publishing.logprobs()
+        assert (first.mode, changed.mode) == ("full", "merged"), name
+        assert changed.num_bytes < first.num_bytes, name
+
+        merged = model.merge_and_unload(safe_merge=True)
+        publishing.publish(merged, policy_version=10 * version + 2)
+        assert max_abs_diff(published, publishing.logprobs()) < BF16_NOISE, name
+        assert max_abs_diff(published, base_logprobs) > 0.2, name
+
+
+@pytest.mark.parametrize("setting", ["llama-tied-eager-gloo"], indirect=True, scope="module")
+def test_one_side_of_tied_embeddings_is_refused_by_name(setting: Setting, publishing: Publishing) -> None:
+    before = publishing.logprobs()
+    with pytest.raises(
+        PreflightError, match=r"lm_head\.weight` is tied to `model\.embed_tokens\.weight`.*ensure_weight_tying"
+    ):
+        publishing.publish(UNTIED_ONLY["embeddings"](load(setting.policy)), policy_version=1)
+    assert publishing.logprobs() == before
+
+
+@on_two_servers
+def test_a_prefix_that_was_cached_under_the_old_policy_is_computed_again(
+    setting: Setting, publishing: Publishing
+) -> None:
+    """vLLM does not forget cached prefixes by itself: a completion after a long prompt shows which policy computed it."""
+    prompt = list(range(2, 130))
+    body = {"prompt": {"prompt_token_ids": prompt}, "max_tokens": 1, "temperature": 1.0, "seed": 0}
+
+    def logprob_of_next_token() -> tuple[str, float]:
+        answer = requests.post(f"{setting.url}/generate", json=body, timeout=60).json()
+        ((token, logprob),) = answer["logprobs"][0][0][0].items()
+        return token, logprob
+
+    publishing.publish(load(setting.start), policy_version=1)
+    old = [logprob_of_next_token() for _ in range(2)]
+    publishing.publish(load(setting.policy), policy_version=2)
+    warm = logprob_of_next_token()
+    publishing.client.reset_prefix_cache()
+    cold = logprob_of_next_token()
+    assert old[0] == old[1] != warm
+    assert warm[0] == cold[0]
+    assert warm[1] == pytest.approx(cold[1], abs=BF16_NOISE)
+
+
+@on_two_servers
+def test_sixteen_clients_stream_without_an_error_through_fifty_publishes(
+    setting: Setting, publishing: Publishing
+) -> None:
     models = [load(setting.start), load(setting.policy)]
     stop = threading.Event()
 
     def generate(seed: int) -> list[int]:
-        statuses = []
+        counts = []
         while not stop.is_set():
-            body = {"prompt": {"prompt_token_ids": [seed, 7, 11]}, "n": 2, "max_tokens": 24, "ignore_eos": True}
-            answer = requests.post(f"{setting.url}/generate", json=body, timeout=120)
-            statuses.append(answer.status_code)
-            if answer.status_code == 200:
-                assert [len(choice) for choice in answer.json()["logprobs"]] == [24, 24]
-        return statuses
+            body = {"model": publishing.client.model, "prompt": [seed, 7, 11], "max_tokens": 24, "ignore_eos": True}
+            with requests.post(
+                f"{setting.url}/v1/completions", json={**body, "stream": True}, stream=True, timeout=120
+            ) as answer:
+                assert answer.status_code == 200
+                chunks = [line for line in answer.iter_lines() if line.startswith(b"data: {")]
+                assert not any(b'"abort"' in line or b'"error"' in line for line in chunks)
+                counts.append(len(chunks))
+        return counts
 
-    with ThreadPoolExecutor(max_workers=8) as executor:
-        futures = [executor.submit(generate, seed) for seed in range(8)]
+    with ThreadPoolExecutor(max_workers=16) as executor:
+        futures = [executor.submit(generate, seed) for seed in range(16)]
         try:
-            for version in range(10, 30):
-                publisher.publish(models[version % 2], version)
+            for version in range(50):
+                publishing.publish(models[version % 2], version)
         finally:
             stop.set()
-        statuses = [status for future in futures for status in future.result()]
+        counts = [count for future in futures for count in future.result()]
 
-    assert set(statuses) == {200}
-    assert len(statuses) >= 8
-    assert not client.is_paused()
-    assert client.get_weight_version() == "29"
+    assert len(counts) >= 16
+    assert min(counts) >= 1
+    assert not publishing.client.is_paused()
+    assert publishing.client.get_weight_version() == "49"
 
 
-def test_server_remembers_which_policy_sampled_a_rollout(setting: Setting) -> None:
-    client = AtroposVLLMClient(setting.url)
-    make_publisher(client, setting.policy).publish(load(setting.policy), policy_version=40)
+@on_two_servers
+def test_server_remembers_which_policy_sampled_a_rollout(setting: Setting, publishing: Publishing) -> None:
+    publishing.publish(load(setting.policy), policy_version=40)
     prompt = [1, 2, 3]
     body = {"prompt": {"prompt_token_ids": prompt}, "max_tokens": 5, "temperature": 1.0, "ignore_eos": True}
     answer = requests.post(f"{setting.url}/generate", json=body, timeout=60).json()
     completion = [int(token) for entry in answer["logprobs"][0] for token in entry[0]]
-    versions = client.get_policy_versions([rollout_key(prompt + completion), rollout_key(prompt)])
+    versions = publishing.client.get_policy_versions([rollout_key(prompt + completion), rollout_key(prompt)])
     assert versions == [40, None]
 
 
-def test_a_policy_that_did_not_arrive_leaves_the_server_paused(setting: Setting) -> None:
-    """The transport moves the start checkpoint while the trainer holds another: the probe must notice."""
-    client = AtroposVLLMClient(setting.url)
-    publisher = make_publisher(client, setting.policy)
+@on_two_servers
+def test_a_policy_that_did_not_arrive_leaves_the_server_paused(setting: Setting, publishing: Publishing) -> None:
+    """What is staged is the start checkpoint while the trainer holds another: the probe must notice."""
+    stage = publishing.publisher.stage
+    stale = load(setting.start)
 
-    class StaleTransport(SharedMemoryTransport):
-        def stage(self, source: object) -> None:
-            super().stage(type(source)(load(setting.start), publisher.dtype))
+    def stage_stale(source: object, specs: object) -> None:
+        del source
+        stage(NamedTensors(stale.named_parameters(), publishing.facts.dtype), specs)
 
-    publisher.transport = StaleTransport()
-    with pytest.raises(WeightSyncError, match=r"phase `verify`.*is accepted \(4\.0 x") as caught:
-        publisher.publish(load(setting.policy), policy_version=50)
+    publishing.publisher.stage = stage_stale
+    with pytest.raises(WeightSyncError, match=r"state `verified`.*is accepted \(4\.0 x") as caught:
+        publishing.publish(load(setting.policy), policy_version=50)
     assert "The server is paused" in str(caught.value)
-    assert client.is_paused()
+    assert publishing.client.is_paused()
 
     # The next good publish heals it.
-    make_publisher(client, setting.policy).publish(load(setting.policy), policy_version=51)
-    assert not client.is_paused()
+    Publishing(setting.url, setting.policy).publish(load(setting.policy), policy_version=51)
+    assert not publishing.client.is_paused()
 
 
-def test_an_update_that_a_dead_trainer_left_open_is_completed(setting: Setting) -> None:
-    client = AtroposVLLMClient(setting.url)
-    client.pause()
-    client.start_weight_update()
-    make_publisher(client, setting.policy).publish(load(setting.policy), policy_version=60)
-    assert not client.is_paused()
-    assert client.get_weight_version() == "60"
+@on_two_servers
+def test_incomplete_policy_is_refused_and_never_served(setting: Setting, publishing: Publishing) -> None:
+    publishing.publish(load(setting.policy), policy_version=70)
+    good = publishing.logprobs()
+    sync = publishing.client.weight_sync(policy_version=71)
+    with pytest.raises(WeightSyncError, match=r"state `finishing`.*were not sent.*layers\.1\.mlp"), sync as session:
+        tensors = load(setting.policy).named_parameters()
+        session.push((name, tensor) for name, tensor in tensors if "layers.1.mlp" not in name)
+    assert publishing.client.is_paused()
+
+    Publishing(setting.url, setting.policy).publish(load(setting.policy), policy_version=72)
+    assert max_abs_diff(good, publishing.logprobs()) == 0.0
 
 
-def test_incomplete_policy_is_refused_and_never_served(setting: Setting) -> None:
-    client = AtroposVLLMClient(setting.url)
-    publisher = make_publisher(client, setting.policy)
-    publisher.publish(load(setting.policy), policy_version=70)
-    good = client.get_prompt_logprobs(SEQUENCES)
-
-    class IncompleteTransport(SharedMemoryTransport):
-        def open(self, client: AtroposVLLMClient, manifest: list) -> None:
-            super().open(client, [spec for spec in manifest if "layers.1.mlp" not in spec.name])
-
-        def stage(self, source: object) -> None:
-            pairs = ((name, tensor) for name, tensor in source if "layers.1.mlp" not in name)
-            super().stage(pairs)
-
-    incomplete = make_publisher(client, setting.policy)
-    incomplete.transport = IncompleteTransport()
-    with pytest.raises(WeightSyncError, match=r"phase `finish`.*were not sent.*layers\.1\.mlp"):
-        incomplete.publish(load(setting.policy), policy_version=71)
-    assert client.is_paused()
-
-    make_publisher(client, setting.policy).publish(load(setting.policy), policy_version=72)
-    assert max_abs_diff(good, client.get_prompt_logprobs(SEQUENCES)) == 0.0
+@on_two_servers
+def test_the_client_publishes_on_its_own(setting: Setting, publishing: Publishing) -> None:
+    """The example of the class docstring."""
+    client, model = publishing.client, load(setting.policy)
+    with client.weight_sync(policy_version=75) as sync:
+        assert client.is_paused()
+        sync.push(model)
+    assert sync.report is not None
+    assert sync.report.probe.mean_abs_diff < 0.1
+    assert (client.get_weight_version(), client.is_paused()) == ("75", False)
 
 
-def test_shared_memory_has_no_name_while_the_transport_is_open(setting: Setting) -> None:
+@on_two_servers
+def test_shared_memory_has_no_name_while_the_transport_is_open(setting: Setting, publishing: Publishing) -> None:
     names = set(os.listdir("/dev/shm"))
-    client = AtroposVLLMClient(setting.url)
-    publisher = make_publisher(client, setting.policy)
-    publisher.publish(load(setting.policy), policy_version=80)
+    publishing.publish(load(setting.policy), policy_version=80)
     # Compared, because other trainers of this machine may be opening segments of their own.
     assert not [name for name in set(os.listdir("/dev/shm")) - names if name.startswith("trl_atropos-")]
+    assert isinstance(publishing.link.transport, SharedMemoryTransport) == (setting.backend == "trl_atropos_shm")
 
 
-def test_another_model_is_refused_before_anything_is_sent(setting: Setting) -> None:
-    client = AtroposVLLMClient(setting.url)
-    config = AutoModelForCausalLM.from_pretrained(setting.policy).config
+@on_two_servers
+def test_another_model_is_refused_before_anything_is_sent(setting: Setting, publishing: Publishing) -> None:
+    config = load(setting.policy).config
     config.num_hidden_layers = 3
     with pytest.raises(PreflightError, match=r"num_hidden_layers=2.*num_hidden_layers=3"):
-        inspect_server(client, config, max_length=256)
+        inspect_server(publishing.client, config, max_length=256)
+
+
+def test_two_servers_hold_the_same_policy_after_one_publish(tmp_path: Path) -> None:
+    """One over shared memory, one over gloo; a third party sees one publish."""
+    from trl_atropos.weight_sync.publisher import PolicyPublisher
+    from trl_atropos.weight_sync.session import WeightSync
+
+    start = save_tiny_model(tmp_path / "A", tied=True, seed=1)
+    policy = save_tiny_model(tmp_path / "B", tied=True, seed=2)
+    servers = [
+        VLLMServer(start, "--enforce_eager", "True", log_path=tmp_path / f"{backend}.log", backend=backend)
+        for backend in ("trl_atropos_shm", "trl_atropos_gloo")
+    ]
+    try:
+        for server in servers:
+            server.start()
+        both = [Publishing(server.url, policy) for server in servers]
+        publisher = PolicyPublisher([publishing.link for publishing in both], both[0].publisher.options)
+        sync = WeightSync(publisher, 5, both[0].facts.dtype, lambda model: both[0].probe)
+        sync.push(load(policy))
+        sync.deliver()
+        answers = [publishing.logprobs(SEQUENCES) for publishing in both]
+        assert answers[0] == answers[1]
+        assert [publishing.client.get_weight_version() for publishing in both] == ["5", "5"]
+        publisher.close()
+    finally:
+        for server in servers:
+            server.stop()

@@ -23,6 +23,7 @@ from trl_atropos.cli.model import fetch_smollm2
 from trl_atropos.errors import AtroposDataTimeout, PreflightError
 from trl_atropos.journal import read_journal
 from trl_atropos.metrics import METRICS
+from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -90,12 +91,20 @@ def digest(parameters: Iterator[tuple[str, torch.nn.Parameter]]) -> str:
     return state.hexdigest()
 
 
-def test_lora_training_moves_the_server_and_leaves_the_base_bit_identical(smollm2: Path, tmp_path: Path) -> None:
+LORA_SERVER = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2")
+
+
+@pytest.mark.parametrize(("mode", "flags"), [("auto", ()), ("adapter", LORA_SERVER)])
+def test_lora_training_moves_the_server_and_leaves_the_base_bit_identical(
+    smollm2: Path, tmp_path: Path, mode: str, flags: tuple[str, ...]
+) -> None:
+    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if mode == "adapter" else {}
+    log_path = tmp_path / "vllm.log"
     with (
-        serve(smollm2, "--enforce_eager", "True", log_path=tmp_path / "vllm.log") as vllm_url,
+        serve(smollm2, "--enforce_eager", "True", *flags, log_path=log_path, environment=environment) as vllm_url,
         api(tmp_path / "api.log") as api_url,
     ):
-        environment = [
+        environment_command = [
             *(sys.executable, "examples/envs/capitals.py", "serve"),
             *("--env.rollout_server_url", api_url, "--env.tokenizer_name", str(smollm2)),
             *("--openai.base_url", f"{vllm_url}/v1", "--openai.model_name", str(smollm2)),
@@ -113,13 +122,14 @@ def test_lora_training_moves_the_server_and_leaves_the_base_bit_identical(smollm
             gradient_accumulation_steps=4,
             advantage_normalization="global",
             advantage_clipping=[-5.0, 5.0],
+            weight_sync_mode=mode,
         )
         trainer = AtroposTrainer(model, args, peft_config=LoraConfig(target_modules="all-linear", lora_alpha=256))
-        with running(*environment, log_path=tmp_path / "env.log"):
+        with running(*environment_command, log_path=tmp_path / "env.log"):
             trainer.train()
-        assert trainer.vllm_client is not None
-        assert trainer.vllm_client.get_weight_version() == "3" == str(trainer.policy_version)
-        assert not trainer.vllm_client.is_paused()
+        client = AtroposVLLMClient(vllm_url)
+        assert client.get_weight_version() == "3" == str(trainer.policy_version)
+        assert not client.is_paused()
 
     assert digest(iter(base)) == before
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -127,6 +137,8 @@ def test_lora_training_moves_the_server_and_leaves_the_base_bit_identical(smollm
     assert steps[-1]["num_rollouts_trained"] == 96
     assert steps[-1]["staleness/unknown_frac"] == 0.0
     assert steps[0]["staleness/mean"] == 0.0
+    assert all(entry["logprob_probe/mean_abs_diff"] < 0.2 for entry in steps)
+    assert [entry["perf/weight_sync_paused_s"] > 0 for entry in steps] == [mode != "adapter"] * 3
     # On policy, the ratio only shows the rounding of the server's dtype.
     assert steps[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=0.05)
     undocumented = {name for entry in steps for name in entry} - set(METRICS) - TRANSFORMERS_METRICS

@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 launched_step.py MODEL OUTPUT PARALLELISM CASE...
 
-Each rank leaves its results in `OUTPUT/rank{rank}.pt`.
+Each rank leaves its results in `OUTPUT/rank{rank}.pt`. The policy of the first case is published to the server that
+`PUBLISH_URL` names.
 """
 
 from __future__ import annotations
@@ -18,14 +19,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
-from test_split_invariance import NUM_ROLLOUTS, Gradient, endless_data, make_trainer, ragged_rollouts, tiny_llama
+from test_split_invariance import NUM_ROLLOUTS, Gradient, endless_data, make_trainer, policy, ragged_rollouts
 from transformers import Trainer
 
 from trl_atropos.atropos_trainer import AtroposTrainer
 from trl_atropos.callbacks import PublishPolicyCallback
+from trl_atropos.distributed import run_on_main_process
 from trl_atropos.errors import NonFiniteGradientError
 from trl_atropos.losses import LossFunction, LossInputs, LossOutputs
 from trl_atropos.micro_batches import deal_by_count, deal_by_tokens
+from trl_atropos.weight_sync.failures import FailurePolicy
+from trl_atropos.weight_sync.probe import LogprobProbe
+from trl_atropos.weight_sync.publisher import PolicyPublisher, PublishOptions
+from trl_atropos.weight_sync.server_link import ServerLink
+from trl_atropos.weight_sync.session import WeightSync
+from trl_atropos.weight_sync.shm import SharedMemoryTransport
+from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
 
 
 # So large that what is rounded in `weights - learning_rate * gradient` is the gradient. A power of two divides exactly.
@@ -98,7 +107,13 @@ CASES = {
 
 
 def run_case(
-    case: Case, model: Path, output: Path, rank: int = 0, parallelism: str = "none", **options: Any
+    case: Case,
+    model: Path,
+    output: Path,
+    rank: int = 0,
+    parallelism: str = "none",
+    publish_url: str | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Train.
 
@@ -106,18 +121,20 @@ def run_case(
         case ([`Case`]):
             What.
         model (`Path`):
-            Directory of `tiny_llama()` with a tokenizer.
+            Directory of `policy()` with a tokenizer.
         output (`Path`):
             Directory that may be written to.
         rank (`int`, *optional*, defaults to `0`):
             Which share of the rollouts is trained here.
         parallelism (`str`, *optional*, defaults to `"none"`):
             `"none"`, `"ddp"`, `"zero2"` or `"zero3"`: what must have happened.
+        publish_url (`str`, *optional*):
+            Server that the trained policy is published to.
         options:
             More of `AtroposConfig`.
 
     Returns:
-        `dict[str, Any]`: `change`, weights before minus weights after, divided by the learning rate: after a single step
+        `dict[str, Any]`: `weights`, those after training; `published`, the metrics of the publish; `change`, weights before minus weights after, divided by the learning rate: after a single step
         the gradient; `loss`, mean of the steps; `error`, of a run that [`NonFiniteGradientError`] ended; `items`, for
         each call of `training_step` the number of rollouts of its micro-batches.
     """
@@ -140,13 +157,34 @@ def run_case(
     except NonFiniteGradientError as exc:
         error = exc.what
     check_parallelism(trainer, parallelism)
-    before, after = tiny_llama().state_dict(), whole_weights(trainer, parallelism)
+    published = None if publish_url is None else publish(trainer, publish_url)
+    # The publish left everything where it was.
+    check_parallelism(trainer, parallelism)
+    before, after = policy().state_dict(), whole_weights(trainer, parallelism)
     return {
+        "weights": after,
+        "published": published,
         "change": {name: (before[name] - weight) / case.learning_rate for name, weight in after.items()},
         "loss": loss,
         "error": error,
         "items": [[len(micro_batch) for micro_batch in item] for item in items],
     }
+
+
+def publish(trainer: AtroposTrainer, url: str) -> dict[str, float]:
+    """Publish as the trainer does, without an Atropos API, to a server of which rank 0 alone knows."""
+    publisher = None
+    if trainer.is_world_process_zero():
+        client = AtroposVLLMClient(url, connection_timeout=10, request_timeout=30)
+        link = ServerLink(client, SharedMemoryTransport(), torch.float32)
+        publisher = PolicyPublisher([link], PublishOptions(failure_policy=FailurePolicy("abort")))
+    probe = LogprobProbe(None, trainer.model.config.vocab_size)
+    sync = WeightSync(publisher, 1, torch.float32, lambda model: probe, on_main=run_on_main_process)
+    sync.push(trainer.accelerator.unwrap_model(trainer.model))
+    report = sync.deliver()
+    if publisher is not None:
+        publisher.close()
+    return report.metrics()
 
 
 def deal(case: Case, rank: int) -> list[Any]:
@@ -173,7 +211,7 @@ def check_parallelism(trainer: AtroposTrainer, parallelism: str) -> None:
         return
     assert kind == DistributedType.DEEPSPEED, kind
     assert wrapped.zero_optimization_stage() == int(parallelism.removeprefix("zero"))
-    num_parameters = sum(parameter.numel() for parameter in tiny_llama().parameters())
+    num_parameters = sum(parameter.numel() for parameter in policy().parameters())
     if parallelism == "zero2":
         # Half of the parameters with weight decay and half of those without, each padded for the collectives.
         pieces = [piece.numel() for piece in wrapped.optimizer.single_partition_of_fp32_groups]
@@ -207,7 +245,10 @@ def main(model: Path, output: Path, parallelism: str, names: list[str]) -> None:
         # accelerate knows no backend for DeepSpeed on a CPU and takes each process for the only one.
         options = {"use_cpu": False, "ddp_backend": "gloo"}
     rank = int(os.environ["RANK"])
-    results = {name: run_case(CASES[name], model, output, rank, parallelism, **options) for name in names}
+    results = {}
+    for name in names:
+        publish_url = os.environ["PUBLISH_URL"] if name == names[0] else None
+        results[name] = run_case(CASES[name], model, output, rank, parallelism, publish_url, **options)
     torch.save(results, output / f"rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -22,7 +22,9 @@ from typing import Any
 import pytest
 import torch
 from launched_step import CASES, TOKEN_BUDGET, run_case
-from test_split_invariance import VOCAB_SIZE, assert_same_gradient, tiny_llama
+from scripted_server import ScriptedServer
+from test_split_invariance import VOCAB_SIZE, assert_same_gradient, policy
+from tiny_models import tiny_llama
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -98,7 +100,7 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
 def directory(tmp_path_factory) -> Path:
     """The model as a checkpoint, and the configurations of DeepSpeed."""
     directory = tmp_path_factory.mktemp("launched")
-    tiny_llama().save_pretrained(directory / "model")
+    policy().save_pretrained(directory / "model")
     tokenizer = Tokenizer(models.WordLevel({str(token_id): token_id for token_id in range(VOCAB_SIZE)}, "0"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="0", eos_token="1").save_pretrained(
         directory / "model"
@@ -112,18 +114,23 @@ def directory(tmp_path_factory) -> Path:
 def results_of(directory) -> Callable[[str], list[Results]]:
     """Results of each rank of a launch, which is made once, also if it fails."""
     outcomes: dict[str, tuple[int, str]] = {}
+    served: dict[str, dict[str, torch.Tensor]] = {}
 
     def results_of(name: str) -> list[Results]:
         if name not in outcomes:
-            outcomes[name] = run_launch(LAUNCHES[name], directory, directory / name)
+            # Starts with other weights than the trainer, and without any engine.
+            with ScriptedServer(tiny_llama(seed=1, vocab_size=VOCAB_SIZE)) as server:
+                outcomes[name] = run_launch(LAUNCHES[name], directory, directory / name, server.base_url)
+                served[name] = {key: value.clone() for key, value in server.model.named_parameters()}
         exit_status, log = outcomes[name]
         assert exit_status == 0, log
-        return [torch.load(directory / name / f"rank{rank}.pt") for rank in range(2)]
+        results = [torch.load(directory / name / f"rank{rank}.pt") for rank in range(2)]
+        return [{**result, "served": served[name]} for result in results]
 
     return results_of
 
 
-def run_launch(launch: Launch, directory: Path, output: Path) -> tuple[int, str]:
+def run_launch(launch: Launch, directory: Path, output: Path, publish_url: str) -> tuple[int, str]:
     """Exit status of the launcher, and what it and its processes printed."""
     output.mkdir()
     environment = {
@@ -132,6 +139,8 @@ def run_launch(launch: Launch, directory: Path, output: Path) -> tuple[int, str]
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "CUDA_VISIBLE_DEVICES": "",
+        "PUBLISH_URL": publish_url,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH")])),
         # No configuration of accelerate from outside of the test.
         "HF_HOME": str(output / "home"),
         **launch.environment,
@@ -224,3 +233,15 @@ def test_a_loss_that_is_not_finite_stops_every_rank_before_any_weight_changes(re
         "The loss of step 1 is not finite, because of a rollout of another rank.",
         "The loss of step 1 is not finite, because of environment 0, group 0, rollout 2.",
     ]
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_the_trained_policy_is_published_whole_and_proven(results_of, launch):
+    """From DDP, ZeRO-2 and ZeRO-3 after real optimizer steps. In float32, so that equal means every bit."""
+    for result in results_of(launch):
+        first = LAUNCHES[launch].cases[0]
+        weights = result[first]["weights"]
+        assert result["served"].keys() == weights.keys()
+        assert all(torch.equal(result["served"][name], weight) for name, weight in weights.items())
+        # Logprobs of the trainer against those of the served copy of it.
+        assert result[first]["published"]["logprob_probe/mean_abs_diff"] < 1e-5

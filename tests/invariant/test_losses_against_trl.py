@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from tiny_models import tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_atropos.loss_options import AGGREGATIONS, CLIPPED_LOSS_TYPES, LossOptions
@@ -120,21 +121,17 @@ class SampledRollouts:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference policy. TRL loads it by its path when beta is not 0."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    # Logits that differ between tokens, where the default range leaves all tokens nearly equally likely.
+    model = tiny_llama(
         vocab_size=VOCAB_SIZE,
         hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        # Logits that differ between tokens, where the default leaves all tokens nearly equally likely.
         initializer_range=0.3,
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
     )
     path = tmp_path_factory.mktemp("reference")
-    LlamaForCausalLM(config).save_pretrained(path)
+    model.save_pretrained(path)
     return path
 
 

@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_llama
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from trl_atropos.atropos_config import AtroposConfig
 from trl_atropos.atropos_trainer import AtroposTrainer
@@ -61,18 +62,9 @@ RELATIVE_ERROR = 1e-6
 Gradient = dict[str, torch.Tensor]
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-    )
-    return LlamaForCausalLM(config)
+def policy() -> LlamaForCausalLM:
+    """The model of these tests."""
+    return tiny_llama(vocab_size=VOCAB_SIZE, initializer_range=0.1)
 
 
 def ragged_rollouts() -> list[Rollout]:
@@ -132,7 +124,7 @@ def make_trainer(
             **options,
         }
     )
-    trainer = AtroposTrainer(model or tiny_llama(), args, loss_fn=loss_fn)
+    trainer = AtroposTrainer(model or policy(), args, loss_fn=loss_fn)
     trainer._server_facts = ServerFacts(
         backend="trl_atropos_shm", dtype=torch.float32, has_processed_logprobs=True, knows_policy_versions=False
     )
@@ -293,7 +285,7 @@ class TestAgainstTheModelsOwnLoss:
         options = {"loss_type": "weighted_sft", "advantage_clipping": None}
         ours, loss = step_gradient(make_trainer((1, 4, 2), tmp_path, **options), (1, 4, 2), rollouts)
 
-        model = tiny_llama()
+        model = policy()
         input_ids, labels = (
             pad_sequence([getattr(r, name) for r in rollouts], batch_first=True, padding_value=padding)
             for name, padding in (("input_ids", 0), ("labels", -100))
@@ -310,7 +302,7 @@ class TestAgainstTheModelsOwnLoss:
         options = {"loss_type": "weighted_sft", "advantage_clipping": None, "temperature": 0.7}
         _, loss = step_gradient(make_trainer((1, 2, 4), tmp_path, **options), (1, 2, 4), rollouts)
 
-        model, total, num_trained = tiny_llama().eval(), 0.0, 0
+        model, total, num_trained = policy().eval(), 0.0, 0
         for rollout in rollouts:
             temperature = rollout.temperature or 0.7
             with torch.no_grad():
@@ -420,7 +412,7 @@ class TestReference:
         assert_same_gradient(at_start, without, 1e-5)
         with torch.no_grad():
             trainer.model.lm_head.weight.mul_(1.5)
-        moved = tiny_llama()
+        moved = policy()
         moved.load_state_dict(trainer.model.state_dict())
         after, _ = step_gradient(trainer, (1, 1, 8), ragged_rollouts())
         without, _ = step_gradient(make_trainer((1, 1, 8), tmp_path, moved), (1, 1, 8), ragged_rollouts())
@@ -434,16 +426,22 @@ class TestReference:
             return get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
 
         options = {"loss_type": "grpo", "beta": 0.5}
-        with_adapter = make_trainer((1, 2, 4), tmp_path, adapted(tiny_llama()), **options)
+        with_adapter = make_trainer((1, 2, 4), tmp_path, adapted(policy()), **options)
         # The same policy, its reference given by the wire: that of the base model, computed here.
-        base = tiny_llama().eval()
+        base = policy().eval()
         rollouts = []
         for rollout in ragged_rollouts():
             with torch.no_grad():
                 logits = base(rollout.input_ids[None]).logits[0] / (rollout.temperature or 1.0)
             logprobs = logits.log_softmax(-1)[:-1].gather(-1, rollout.input_ids[1:, None])[:, 0]
             rollouts.append(replace(rollout, ref_logprobs=torch.cat([torch.zeros(1), logprobs])))
-        from_wire = make_trainer((1, 2, 4), tmp_path, adapted(tiny_llama()), ref_logprobs="require", **options)
+        from_wire = make_trainer(
+            (1, 2, 4),
+            tmp_path,
+            adapted(policy()),
+            ref_logprobs="require",
+            **options,
+        )
         gradients = []
         for trainer in (with_adapter, from_wire):
             batches, num_items = trainer.get_batch_samples(iter([[rollouts]]), 1, torch.device("cpu"))

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from tiny_models import tiny_llama
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_atropos.losses import advantage_weighted_sft_loss, expand_advantages
 
@@ -36,16 +36,7 @@ def expected_loss(logits: Tensor, advantages: Tensor) -> Tensor:
 
 class TestValue:
     def test_with_advantages_1_loss_and_gradient_are_those_of_transformers(self):
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            initializer_range=0.3,
-        )
-        model = LlamaForCausalLM(config)
+        model = tiny_llama(vocab_size=VOCAB_SIZE, hidden_size=16, initializer_range=0.3)
 
         def with_gradient(loss: Tensor) -> tuple[Tensor, Tensor]:
             gradients = torch.autograd.grad(loss, list(model.parameters()))

@@ -20,6 +20,7 @@ from trl import ModelConfig, TrlParser
 
 from trl_atropos import AtroposConfig
 from trl_atropos.loss_options import LossOptions
+from trl_atropos.publish_config import PublishConfig
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -32,8 +33,11 @@ def config(**options: Any) -> AtroposConfig:
 
 
 def declared_options() -> set[str]:
-    """The options in the body of the class, as opposed to those of TrainingArguments."""
-    (body,) = [node.body for node in ast.walk(ast.parse(inspect.getsource(AtroposConfig))) if hasattr(node, "bases")]
+    """The options in the bodies of our classes, as opposed to those of TrainingArguments."""
+    trees = [ast.parse(inspect.getsource(config_class)) for config_class in (AtroposConfig, PublishConfig)]
+    body = [
+        statement for tree in trees for node in ast.walk(tree) if hasattr(node, "bases") for statement in node.body
+    ]
     names = {node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
     return {name for name in names if not name.startswith("_")}
 

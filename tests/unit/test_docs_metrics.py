@@ -22,7 +22,7 @@ READERS = PACKAGE / "cli"
 CONSTRUCTORS = {"mean_of", "total", "minimum_of", "maximum_of", "Metric"}
 # Ratios and weights have no unit.
 UNIT_OR_RANGE = re.compile(
-    r"in (nats|seconds|bytes|versions|the environment's unit)\b|\b0 to 1\b|^1 if .*, 0 else|^1 if .*, else 0"
+    r"in (nats|seconds|bytes|MB per second|versions|the environment's unit)\b|\b0 to 1\b|^1 if .*, 0 else|^1 if .*, else 0"
     r"|\bCount\.|\btokens of\b|\bper token\b|\bratio\b|^Mean of exp\(|^Mean weight\b|^Weight sets\b"
 )
 

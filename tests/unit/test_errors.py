@@ -21,6 +21,9 @@ STANDARD_BASE = {
     errors.NonFiniteGradientError: ArithmeticError,
     errors.WeightSyncError: RuntimeError,
     errors.WeightSyncTimeout: TimeoutError,
+    errors.PublishConflictError: RuntimeError,
+    errors.VLLMServerError: RuntimeError,
+    errors.VLLMServerUnreachable: ConnectionError,
 }
 ALL = pytest.mark.parametrize("error_type", STANDARD_BASE, ids=lambda error_type: error_type.__name__)
 

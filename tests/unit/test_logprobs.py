@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from tiny_models import tiny_llama
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_atropos.logprobs import (
     TokenScores,
@@ -489,18 +489,13 @@ NUM_ROLLOUTS, NUM_TOKENS = 3, 8
 
 @pytest.fixture(params=["untied", "tied", "lora_on_lm_head"])
 def model(request) -> nn.Module:
-    config = LlamaConfig(
+    model = tiny_llama(
+        tied=request.param == "tied",
         vocab_size=VOCAB_SIZE,
         hidden_size=HIDDEN_SIZE,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
         initializer_range=0.2,
-        tie_word_embeddings=request.param == "tied",
+        max_position_embeddings=32,
     )
-    model = LlamaForCausalLM(config)
     if request.param == "lora_on_lm_head":
         lora_config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
         model = get_peft_model(model, lora_config)

@@ -19,9 +19,7 @@ import torch
 from transformers import LlamaConfig
 
 from trl_atropos.errors import PreflightError, WeightSyncError
-from trl_atropos.preflight import ServerFacts, inspect_server, make_transport
-from trl_atropos.weight_sync.nccl import NcclTransport
-from trl_atropos.weight_sync.shm import SharedMemoryTransport
+from trl_atropos.preflight import ServerFacts, inspect_server
 from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
 
 
@@ -224,30 +222,3 @@ class TestWarnings:
         vllm_config(answers)["model_config"]["max_model_len"] = MAX_LENGTH + 1
         assert inspect(answers) == GOOD_FACTS
         assert [f"up to {MAX_LENGTH + 1} tokens" in message for message in caplog.messages] == [True]
-
-
-class TestMakeTransport:
-    @pytest.mark.parametrize(
-        ("backend", "device", "expected"),
-        [
-            ("trl_atropos_shm", "cpu", SharedMemoryTransport),
-            ("trl_atropos_shm", "cuda", SharedMemoryTransport),
-            ("nccl", "cuda", NcclTransport),
-        ],
-    )
-    def test_each_backend_has_its_transport(self, answers, backend: str, device: str, expected: type):
-        vllm_config(answers)["weight_transfer_config"]["backend"] = backend
-        with serving(answers) as (client, _):
-            facts = inspect_server(client, llama_config(), MAX_LENGTH)
-            assert type(make_transport(facts, client, torch.device(device))) is expected
-
-    @pytest.mark.parametrize(("backend", "device"), [("nccl", "cpu"), ("ipc", "cpu"), ("ipc", "cuda")])
-    def test_backend_that_this_trainer_cannot_feed(self, answers, backend: str, device: str):
-        vllm_config(answers)["weight_transfer_config"]["backend"] = backend
-        with serving(answers) as (client, _):
-            facts = inspect_server(client, llama_config(), MAX_LENGTH)
-            with pytest.raises(PreflightError) as caught:
-                make_transport(facts, client, torch.device(device))
-        assert_three_parts(caught.value)
-        assert f"over {backend!r}, the trainer runs on {device}" in caught.value.what
-        assert '"backend": "trl_atropos_shm"' in caught.value.fix

@@ -1,34 +1,43 @@
-"""The order of a publish and what is left behind when a step of it fails, over real sockets."""
+"""A publish against a server that is scripted to fail: order, states, deadlines, recovery, and what is served afterwards.
+
+The transport, the HTTP client and the probe are the real ones; only the engine behind the routes is scripted.
+"""
 
 from __future__ import annotations
 
-import json
-import mmap
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from scripted_server import ScriptedServer
+from tiny_models import perturb, tiny_llama
 
-from trl_atropos.errors import PreflightError, WeightSyncError, WeightSyncTimeout
+from trl_atropos.errors import PublishConflictError, WeightSyncError, WeightSyncTimeout
 from trl_atropos.metrics import METRICS
+from trl_atropos.weight_sync import failures
+from trl_atropos.weight_sync.failures import FailurePolicy
 from trl_atropos.weight_sync.probe import LogprobProbe
-from trl_atropos.weight_sync.publisher import PolicyPublisher
+from trl_atropos.weight_sync.publisher import PolicyPublisher, PublishOptions
+from trl_atropos.weight_sync.report import PHASES, PublishReport
+from trl_atropos.weight_sync.server_link import LinkOptions, ServerLink
+from trl_atropos.weight_sync.session import WeightSync, paused
 from trl_atropos.weight_sync.shm import SharedMemoryTransport
-from trl_atropos.weight_sync.shm_segment import REPORT_BYTES, SEGMENT_DIR, segment_path
+from trl_atropos.weight_sync.shm_segment import SEGMENT_DIR
 from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
 
 
 VOCAB_SIZE = 64
-DEADLINE_S = 0.4
-FIRST_PUBLISH = [
-    "GET /get_world_size",
-    "POST /init_weight_transfer_engine",
+DEADLINE_S = 0.5
+REPORTS_S = 1.0
+"""How long a transfer waits for the reports of workers that have answered."""
+
+CONNECT = ["GET /get_world_size", "POST /init_weight_transfer_engine"]
+DELIVER = [
     "POST /pause",
     "POST /start_weight_update",
     "POST /update_weights",
@@ -37,217 +46,214 @@ FIRST_PUBLISH = [
     "GET /weight_info",
     "POST /v1/completions",
 ]
-CONTROL_POSTS = [route for route in FIRST_PUBLISH if route.startswith("POST ") and "completions" not in route]
+FIRST_PUBLISH = CONNECT + DELIVER
+LATER_PUBLISH = ["GET /weight_info", *DELIVER]
+CONTROL_POSTS = ["POST /init_weight_transfer_engine", *DELIVER[:5]]
 
 
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-    )
-    return LlamaForCausalLM(config)
+def policy(seed: int = 0) -> torch.nn.Module:
+    return tiny_llama(seed=seed, vocab_size=VOCAB_SIZE, num_layers=1, initializer_range=0.1)
 
 
-class ScriptedServer(ThreadingHTTPServer):
-    """vLLM's control routes and their state, without an engine. `script` makes a route fail.
+class Publishing:
+    """A publisher for one scripted server, as the trainer makes it."""
 
-    Values of `script`, by "METHOD /route": a status code, `"close"` (the connection breaks), `"stall"` (no answer),
-    `"html"` (200 with something else than JSON), or a dict (200 with that JSON, 400 if it has an `error`).
-    """
-
-    daemon_threads = True
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.model = model
-        self.script: dict[str, Any] = {}
-        self.requests: list[str] = []
-        self.bodies: dict[str, Any] = {}
-        self.authorizations: set[str | None] = set()
-        self.is_paused = False
-        self.weight_version = "default"
-        self.released = threading.Event()
-
-    @property
-    def base_url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Broken connections are part of these tests."""
-
-    def answer(self, route: str, body: Any) -> dict[str, Any]:
-        name = route.split(" ")[1]
-        if name == "/v1/models":
-            return {"data": [{"id": "policy"}]}
-        if name == "/get_world_size":
-            return {"world_size": 1}
-        if name == "/pause":
-            self.is_paused = True
-        if name == "/resume":
-            self.is_paused = False
-        if name == "/init_weight_transfer_engine":
-            with open(segment_path(body["init_info"]["segment"]), "r+b") as file:
-                self.mapping = mmap.mmap(file.fileno(), 0)
-            self.data_bytes = body["init_info"]["data_bytes"]
-        if name == "/update_weights":
-            self.load(body["update_info"])
-        if name == "/finish_weight_update":
-            self.weight_version = body["weight_version"]
-        if name == "/weight_info":
-            return {"weight_version": self.weight_version}
-        if name == "/v1/completions":
-            return {"choices": [{"prompt_logprobs": self.score(ids)} for ids in body["prompt"]]}
-        return {"status": "ok"}
-
-    def load(self, update: dict[str, Any]) -> None:
-        parameters = dict(self.model.named_parameters())
-        num_bytes = 0
-        for name, shape, offset in zip(update["names"], update["shapes"], update["offsets"], strict=True):
-            count = torch.Size(shape).numel()
-            num_bytes += 2 * count
-            data = bytearray(self.mapping[offset : offset + 2 * count])
-            parameters[name].data.copy_(torch.frombuffer(data, dtype=torch.bfloat16).view(shape))
-        report = {
-            "sequence": update["sequence"],
-            "num_tensors": len(update["names"]),
-            "num_bytes": num_bytes,
-            "load_s": 0.0,
-        }
-        self.mapping[self.data_bytes : self.data_bytes + REPORT_BYTES] = (
-            json.dumps(report).encode().ljust(REPORT_BYTES, b"\0")
+    def __init__(
+        self,
+        server: ScriptedServer,
+        action: str = "abort",
+        *,
+        timeout_s: float = 10.0,
+        sends_everything: bool = False,
+        full_interval: int | None = None,
+        link_options: LinkOptions | None = None,
+    ):
+        self.server = server
+        self.client = AtroposVLLMClient(
+            server.base_url, connection_timeout=5, request_timeout=timeout_s, api_key="secret"
         )
+        self.link = ServerLink(self.client, SharedMemoryTransport(REPORTS_S), torch.bfloat16, link_options)
+        self.options = PublishOptions(
+            sends_everything=sends_everything,
+            full_interval=full_interval,
+            failure_policy=FailurePolicy(action, max_retries=2),
+            server_timeout_s=5,
+        )
+        self.publisher = PolicyPublisher([self.link], self.options)
+        self.probe = LogprobProbe(None, VOCAB_SIZE)
+        server.requests.clear()
 
-    @torch.no_grad()
-    def score(self, ids: list[int]) -> list[Any]:
-        logprobs = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        scored = [{str(ids[t]): {"logprob": logprobs[t - 1, ids[t]].item(), "rank": 1}} for t in range(1, len(ids))]
-        return [None, *scored]
+    def sync(self, version: int) -> WeightSync:
+        return WeightSync(self.publisher, version, torch.bfloat16, lambda model: self.probe)
 
+    def publish(self, model: torch.nn.Module, version: int) -> PublishReport:
+        sync = self.sync(version)
+        sync.push(model)
+        return sync.deliver()
 
-class Handler(BaseHTTPRequestHandler):
-    server: ScriptedServer
-
-    def do_GET(self) -> None:
-        self.respond("GET")
-
-    def do_POST(self) -> None:
-        self.respond("POST")
-
-    def respond(self, method: str) -> None:
-        server, route = self.server, f"{method} {self.path.partition('?')[0]}"
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
-        server.authorizations.add(self.headers.get("Authorization"))
-        if route != "GET /health":
-            server.requests.append(route)
-            server.bodies[route] = body if body is not None else self.path
-        action = server.script.get(route, {})
-        if action == "stall":
-            server.released.wait(30)
-        if action in ("stall", "close"):
-            self.close_connection = True
-            return
-        if action == "html":
-            return self.send(200, b"<html>a proxy</html>")
-        if isinstance(action, int):
-            return self.send(action, json.dumps({"error": {"message": f"scripted {action}"}}).encode())
-        if isinstance(action, dict) and "error" in action:
-            return self.send(400, json.dumps(action).encode())
-        self.send(200, json.dumps(action or server.answer(route, body)).encode())
-
-    def send(self, status: int, payload: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *args: Any) -> None:
-        """Quiet."""
+    def failure(self, version: int = 1) -> WeightSyncError:
+        with pytest.raises(WeightSyncError) as caught:
+            self.publish(policy(), version)
+        return caught.value
 
 
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
     # Starts with another policy than the trainer's.
-    server = ScriptedServer(tiny_llama(seed=1))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield server
-    server.released.set()
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def publisher(server: ScriptedServer) -> Iterator[PolicyPublisher]:
-    client = AtroposVLLMClient(server.base_url, connection_timeout=5, request_timeout=5, api_key="secret")
-    server.requests.clear()
-    probe = LogprobProbe(None, VOCAB_SIZE)
-    publisher = PolicyPublisher(client, SharedMemoryTransport(), probe, torch.bfloat16, probe_tolerance=4.0)
     before = set(Path(SEGMENT_DIR).iterdir())
-    yield publisher
-    publisher.close()
+    with ScriptedServer(policy(seed=1)) as server:
+        yield server
+    assert server.offences == []
     assert not {path for path in set(Path(SEGMENT_DIR).iterdir()) - before if path.name.startswith("trl_atropos")}
 
 
-def failure(publisher: PolicyPublisher, version: int = 1) -> WeightSyncError:
-    with pytest.raises(WeightSyncError) as caught:
-        publisher.publish(tiny_llama(), version)
-    return caught.value
+@pytest.fixture
+def publishing(server: ScriptedServer) -> Iterator[Publishing]:
+    publishing = Publishing(server)
+    yield publishing
+    publishing.publisher.close()
+
+
+@pytest.fixture
+def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "RETRY_INTERVAL_S", 0.05)
+    monkeypatch.setattr(failures, "PAUSED_INTERVAL_S", 0.05)
+
+
+def serves(server: ScriptedServer, model: torch.nn.Module) -> bool:
+    """Whether the server holds this policy, rounded once."""
+    assert server.model is not None
+    served = dict(server.model.named_parameters())
+    return all(
+        torch.equal(served[name], parameter.to(torch.bfloat16).float()) for name, parameter in model.named_parameters()
+    )
 
 
 class TestOrder:
-    def test_of_the_first_publish(self, publisher, server):
-        report = publisher.publish(tiny_llama(), 0)
-        assert server.requests == FIRST_PUBLISH
-        assert "mode=keep" in server.bodies["POST /pause"]
-        assert server.bodies["POST /finish_weight_update"] == {"weight_version": "0"}
-        assert not server.is_paused
+    def test_of_the_first_publish(self, publishing, server):
+        report = publishing.publish(policy(), 0)
+        assert server.routes == FIRST_PUBLISH
+        assert server.last("POST /pause").query == {"mode": ["keep"], "clear_cache": ["true"]}
+        assert server.last("POST /finish_weight_update").body == {"weight_version": "0"}
+        assert serves(server, policy())
+        assert not server.state.is_paused
         assert report.policy_version == 0
         # bfloat16 rounding of a one-layer model
         assert report.probe.mean_abs_diff < 0.05
 
-    def test_later_publishes_do_not_connect_again_and_move_the_server(self, publisher, server):
-        publisher.publish(tiny_llama(), 0)
+    def test_later_publishes_do_not_connect_again(self, publishing, server):
+        publishing.publish(policy(), 0)
         server.requests.clear()
-        publisher.publish(tiny_llama(seed=2), 1)
-        assert server.requests == FIRST_PUBLISH[2:]
-        assert server.weight_version == "1"
-        expected = tiny_llama(seed=2).lm_head.weight.to(torch.bfloat16).float()
-        assert torch.equal(server.model.lm_head.weight, expected)
+        publishing.publish(policy(seed=2), 1)
+        assert server.routes == LATER_PUBLISH
+        assert server.state.weight_version == "1"
+        assert serves(server, policy(seed=2))
 
-    def test_the_report_counts_bytes_and_seconds_under_known_names(self, publisher):
-        model = tiny_llama()
-        report = publisher.publish(model, 3)
+    def test_the_report_counts_bytes_and_seconds_under_known_names(self, publishing):
+        model = policy()
+        publishing.publish(model, 2)
+        perturb(model, seed=0, scale=0.01)
+        report = publishing.publish(model, 3)
         assert report.num_bytes == 2 * sum(parameter.numel() for parameter in model.parameters())
-        assert set(report.phase_s) == {"stage", "pause", "transfer", "finish", "resume", "verify"}
+        assert set(report.phase_s) == set(PHASES)
         assert report.paused_s < report.total_s
-        assert report.metrics().keys() <= METRICS.keys()
-        assert report.metrics()["perf/weight_sync_bytes"] == report.num_bytes
+        metrics = report.metrics()
+        assert metrics.keys() <= METRICS.keys()
+        assert metrics["perf/weight_sync_bytes"] == report.num_bytes
+        assert (metrics["perf/weight_sync_retries"], metrics["perf/weight_sync_failures"]) == (0, 0)
+        assert 0.0 <= metrics["weight_sync/swallowed_fraction"] < 0.5
 
-    def test_the_server_is_paused_while_its_weights_change(self, publisher, server):
-        seen = {}
-        answer = server.answer
+    def test_everything_is_staged_before_the_pause(self, publishing, server):
+        routes_while_staging = []
+        stage = publishing.publisher.stage
 
-        def watch(route, body):
-            result = answer(route, body)
-            seen[route] = server.is_paused
-            return result
+        def watch(*args: Any) -> None:
+            stage(*args)
+            routes_while_staging.extend(server.routes)
 
-        server.answer = watch
-        publisher.publish(tiny_llama(), 0)
-        assert [route for route in FIRST_PUBLISH if seen[route]] == FIRST_PUBLISH[2:6]
+        publishing.publisher.stage = watch
+        publishing.publish(policy(), 0)
+        assert routes_while_staging == CONNECT
 
-    def test_an_unfinished_update_of_a_dead_trainer_is_completed(self, publisher, server):
-        server.script["POST /start_weight_update"] = {"error": {"message": "A weight update is already active."}}
-        publisher.publish(tiny_llama(), 5)
-        assert server.requests == FIRST_PUBLISH
-        assert (server.weight_version, server.is_paused) == ("5", False)
+    def test_keys_and_values_of_requests_in_flight_can_be_kept(self, server):
+        publishing = Publishing(server, link_options=LinkOptions(keep_kv_cache=True))
+        publishing.publish(policy(), 0)
+        assert server.last("POST /pause").query["clear_cache"] == ["false"]
+        publishing.publisher.close()
+
+    def test_a_sleeping_server_wakes_for_the_weights_first_and_for_the_cache_last(self, server):
+        publishing = Publishing(server, link_options=LinkOptions(sleeps=True))
+        publishing.publish(policy(), 0)
+        publishing.publisher.sleep()
+        assert server.state.asleep == {"weights", "kv_cache"}
+        server.requests.clear()
+        publishing.publish(policy(seed=2), 1)
+        assert [(request.route, request.query.get("tags")) for request in server.requests[1:8]] == [
+            ("POST /wake_up", ["weights"]),
+            ("POST /pause", None),
+            ("POST /start_weight_update", None),
+            ("POST /update_weights", None),
+            ("POST /finish_weight_update", None),
+            ("POST /wake_up", ["kv_cache"]),
+            ("POST /resume", None),
+        ]
+        assert not server.state.asleep
+        assert not server.state.is_paused
+        publishing.publisher.close()
+
+    def test_sleeping_keeps_requests_in_flight(self, server):
+        publishing = Publishing(server, link_options=LinkOptions(sleeps=True))
+        publishing.publish(policy(), 0)
+        publishing.publisher.sleep()
+        # vLLM's own default is `abort`.
+        assert server.last("POST /sleep").query == {"level": ["1"], "mode": ["keep"]}
+        publishing.publisher.close()
+
+
+class TestChangedOnly:
+    def model(self) -> torch.nn.Module:
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        return get_peft_model(policy(), config)
+
+    def sent(self, server: ScriptedServer) -> set[str]:
+        return set(server.last("POST /update_weights").body["update_info"]["names"])
+
+    ATTENTION = frozenset(f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkvo")
+
+    def test_after_the_first_publish_only_whole_groups_that_training_changes_are_sent(self, publishing, server):
+        model = self.model()
+        first = publishing.publish(model, 0)
+        everything = {name for name, _ in policy().named_parameters()}
+        assert (self.sent(server), first.mode) == (everything, "full")
+        perturb(model, seed=0, scale=0.1)
+        second = publishing.publish(model, 1)
+        # q and v are trained; vLLM keeps k in one piece with them, and the group is their parent module.
+        assert (self.sent(server), second.mode) == (self.ATTENTION, "merged")
+        assert serves(server, model.merge_and_unload())
+
+    def test_everything_is_sent_on_request(self, server):
+        publishing = Publishing(server, sends_everything=True)
+        model = self.model()
+        for version in range(2):
+            assert publishing.publish(model, version).mode == "full"
+        publishing.publisher.close()
+
+    def test_everything_is_sent_every_so_many_publishes(self, server):
+        publishing = Publishing(server, full_interval=3)
+        model = self.model()
+        modes = [publishing.publish(model, version).mode for version in range(7)]
+        assert modes == ["full", "merged", "merged", "full", "merged", "merged", "full"]
+        publishing.publisher.close()
+
+    def test_a_restarted_server_is_given_everything_although_only_a_part_was_staged(self, publishing, server):
+        model = self.model()
+        publishing.publish(model, 0)
+        server.restart()
+        perturb(model, seed=0, scale=0.1)
+        publishing.publish(model, 1)
+        assert self.sent(server) == {name for name, _ in policy().named_parameters()}
+        assert serves(server, model.merge_and_unload())
 
 
 STATE_AFTER = {
@@ -258,180 +264,323 @@ STATE_AFTER = {
     "POST /finish_weight_update": "is paused and may hold no complete policy",
     "POST /resume": "holds the new policy and may be paused",
 }
-PHASE_OF = {
-    "POST /pause": "pause",
-    "POST /start_weight_update": "transfer",
-    "POST /update_weights": "transfer",
-    "POST /finish_weight_update": "finish",
-    "POST /resume": "resume",
+STATE_NAME = {
+    "POST /init_weight_transfer_engine": "idle",
+    "POST /pause": "paused",
+    "POST /start_weight_update": "transferring",
+    "POST /update_weights": "transferring",
+    "POST /finish_weight_update": "finishing",
+    "POST /resume": "resuming",
 }
 
 
-class TestFailures:
-    @pytest.mark.parametrize("action", [500, "close", "html"])
+class TestAbort:
+    @pytest.mark.parametrize("action", [500, "close", "reset", "html"])
     @pytest.mark.parametrize("route", CONTROL_POSTS)
-    def test_a_control_request_is_sent_exactly_once(self, publisher, server, route, action):
+    def test_a_control_request_is_sent_exactly_once(self, publishing, server, route, action):
         server.script[route] = action
-        error = failure(publisher)
-        assert server.requests.count(route) == 1
+        error = publishing.failure()
+        assert server.routes.count(route) == 1
         # Nothing follows a failed request.
-        assert server.requests == FIRST_PUBLISH[: FIRST_PUBLISH.index(route) + 1]
+        assert server.routes == FIRST_PUBLISH[: FIRST_PUBLISH.index(route) + 1]
         assert STATE_AFTER[route] in error.why
-        assert f"phase `{PHASE_OF.get(route, 'idle')}`" in error.what
-        assert "Publishing policy version 1 failed" in error.what
+        assert f"failed in state `{STATE_NAME[route]}`" in error.what
+        assert f"Publishing policy version 1 to {server.base_url}" in error.what
 
+    @pytest.mark.parametrize("action", ["stall", "dribble"])
     @pytest.mark.parametrize("route", CONTROL_POSTS)
-    def test_a_stalled_request_ends_at_its_deadline(self, publisher, server, route):
-        publisher.client.request_timeout = DEADLINE_S
-        server.script[route] = "stall"
+    def test_a_stalled_request_ends_at_its_deadline(self, publishing, server, route, action):
+        publishing.client.request_timeout = DEADLINE_S
+        server.script[route] = action
         start = time.monotonic()
-        error = failure(publisher)
+        error = publishing.failure()
         # Seconds for a busy machine.
         assert DEADLINE_S <= time.monotonic() - start < DEADLINE_S + 5
         assert isinstance(error, WeightSyncTimeout)
         assert isinstance(error, TimeoutError)
-        assert f"{route} of the vLLM server at {server.base_url} did not answer within {DEADLINE_S} s" in error.what
+        assert f"did not answer within {DEADLINE_S} s" in error.what
         assert STATE_AFTER[route] in error.why
         assert "--weight_sync_timeout" in error.fix
-        assert server.requests.count(route) == 1
+        assert server.routes.count(route) == 1
 
     @pytest.mark.parametrize("route", ["POST /update_weights", "POST /finish_weight_update"])
-    def test_half_a_policy_is_never_served(self, publisher, server, route):
+    def test_half_a_policy_is_never_served(self, publishing, server, route):
         server.script[route] = 500
-        failure(publisher)
-        assert server.is_paused
-        assert "POST /resume" not in server.requests
+        publishing.failure()
+        assert server.state.is_paused
+        assert "POST /resume" not in server.routes
 
-    def test_a_worker_that_loaded_nothing_leaves_the_server_paused(self, publisher, server):
+    def test_a_worker_that_loaded_nothing_leaves_the_server_paused(self, publishing, server):
         server.load = lambda update: None
-        error = failure(publisher)
+        error = publishing.failure()
         assert "Worker 0 reports" in error.what
-        assert server.is_paused
-        assert not {"POST /finish_weight_update", "POST /resume"} & set(server.requests)
+        assert server.state.is_paused
+        assert not {"POST /finish_weight_update", "POST /resume"} & set(server.routes)
 
-    def test_the_publish_after_a_failure_mends_the_server(self, publisher, server):
-        server.script["POST /finish_weight_update"] = 500
-        failure(publisher)
-        server.script = {"POST /start_weight_update": {"error": {"message": "A weight update is already active."}}}
-        publisher.publish(tiny_llama(), 1)
-        assert (server.weight_version, server.is_paused) == ("1", False)
+    def test_the_publish_after_a_failure_mends_the_server(self, publishing, server):
+        server.script["POST /finish_weight_update"] = [500, None]
+        publishing.failure()
+        publishing.publish(policy(), 1)
+        assert serves(server, policy())
+        assert (server.state.weight_version, server.state.is_paused) == ("1", False)
 
-    def test_the_servers_own_words_are_in_the_error(self, publisher, server):
+    def test_the_servers_own_words_are_in_the_error(self, publishing, server):
         server.script["POST /update_weights"] = 500
-        assert "answered 500: " in (what := failure(publisher).what)
-        assert "scripted 500" in what
+        assert "scripted 500" in publishing.failure().what
+
+    def test_an_error_of_the_models_own_is_not_taken_for_one_of_the_server(self, publishing, server):
+        model = policy()
+        model.forward = lambda **inputs: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            publishing.publish(model, 1)
+        # It came while the server was to be proven: an unproven policy is not served.
+        assert server.state.is_paused
+
+
+class TestDeadTrainer:
+    def test_an_update_that_it_left_open_is_ended_and_everything_sent(self, publishing, server):
+        server.state.is_paused = True
+        server.state.is_updating = True
+        publishing.publish(policy(), 5)
+        start = server.routes.index("POST /start_weight_update")
+        assert server.routes[start : start + 4] == [
+            "POST /start_weight_update",
+            "POST /finish_weight_update",
+            "POST /start_weight_update",
+            "POST /update_weights",
+        ]
+        assert serves(server, policy())
+        assert (server.state.weight_version, server.state.is_paused) == ("5", False)
+
+    def test_an_update_that_the_engine_does_not_finish_is_replaced(self, publishing, server):
+        """Our engines refuse to finish half a policy, and take another one within the same update."""
+        server.state.is_paused = True
+        server.state.is_updating = True
+        server.state.unsent = {"model.norm.weight"}
+        publishing.publish(policy(), 5)
+        assert serves(server, policy())
+        assert (server.state.weight_version, server.state.is_paused) == ("5", False)
+
+
+@pytest.mark.usefixtures("fast_retries")
+class TestRetry:
+    @pytest.mark.parametrize("action", [500, "close", "reset", "html"])
+    @pytest.mark.parametrize("route", CONTROL_POSTS)
+    def test_one_failure_is_mended(self, server, route, action):
+        publishing = Publishing(server, "retry")
+        server.script[route] = [action, None]
+        report = publishing.publish(policy(), 1)
+        assert (report.num_retries, report.num_failures) == (1, 1)
+        assert serves(server, policy())
+        assert (server.state.weight_version, server.state.is_paused) == ("1", False)
+        publishing.publisher.close()
+
+    @pytest.mark.parametrize("action", ["die", "answer and die"])
+    @pytest.mark.parametrize("route", CONTROL_POSTS)
+    def test_a_server_that_dies_is_waited_for_and_given_everything(self, server, route, action):
+        publishing = Publishing(server, "retry")
+        publishing.publish(policy(seed=3), 0)
+        if route == "POST /init_weight_transfer_engine":
+            # It dies once more while it is connected again.
+            server.restart()
+        server.script[route] = action
+        restart = threading.Thread(target=lambda: (server.ended.wait(20), time.sleep(0.3), server.restart()))
+        restart.start()
+        report = publishing.publish(policy(), 1)
+        restart.join()
+        # `answer and die` of the last control request is seen when the version is read.
+        assert report.num_failures >= 1
+        assert serves(server, policy())
+        assert (server.state.weight_version, server.state.is_paused) == ("1", False)
+        publishing.publisher.close()
+
+    def test_a_server_that_restarted_in_between_is_recognised_without_a_failure(self, server):
+        publishing = Publishing(server, "retry")
+        publishing.publish(policy(), 0)
+        server.restart()
+        assert not serves(server, policy())
+        report = publishing.publish(policy(), 1)
+        assert (report.num_retries, report.num_failures) == (0, 0)
+        assert serves(server, policy())
+        publishing.publisher.close()
+
+    def test_it_ends_after_so_many_attempts_with_the_servers_state(self, server):
+        publishing = Publishing(server, "retry")
+        server.script["POST /update_weights"] = 500
+        error = publishing.failure()
+        assert server.routes.count("POST /update_weights") == 3
+        assert "holds no complete policy" in error.why
+        assert server.state.is_paused
+        publishing.publisher.close()
+
+    def test_a_server_that_stays_away_ends_the_run(self, server):
+        publishing = Publishing(server, "retry")
+        publishing.publisher.options = PublishOptions(
+            failure_policy=FailurePolicy("retry", max_retries=1), server_timeout_s=0.2
+        )
+        publishing.publish(policy(), 0)
+        server.stop()
+        error = publishing.failure()
+        assert isinstance(error, WeightSyncTimeout)
+        assert "is not healthy after 0 s (no connection)" in error.what
+        publishing.publisher.close()
+
+    def test_pausing_goes_on_beyond_the_number_of_retries(self, server):
+        publishing = Publishing(server, "pause")
+        server.script["POST /start_weight_update"] = [500] * 5 + [None]
+        report = publishing.publish(policy(), 1)
+        assert (report.num_retries, report.num_failures) == (5, 5)
+        assert serves(server, policy())
+        publishing.publisher.close()
+
+    def test_another_trainer_on_the_same_server_is_never_fought(self, server):
+        publishing = Publishing(server, "pause")
+        publishing.publish(policy(), 0)
+        server.state.weight_version = "17"
+        with pytest.raises(PublishConflictError, match=r"reports weight version '17', this trainer published 0"):
+            publishing.publish(policy(), 1)
+        assert "POST /start_weight_update" not in server.routes[len(FIRST_PUBLISH) :]
+        publishing.publisher.close()
 
 
 class TestVerify:
-    def test_another_version_pauses_the_server_again(self, publisher, server):
+    def test_another_version_pauses_the_server_again(self, publishing, server):
         server.script["GET /weight_info"] = {"weight_version": "7"}
-        error = failure(publisher)
-        assert "reports weight version '7' after version 1 was published" in error.what
+        error = publishing.failure()
+        assert "reports weight version '7', this trainer published 1" in error.what
         assert "Another trainer" in error.why
         assert "is paused" in error.why
-        assert server.is_paused
-        assert server.requests[-2:] == ["GET /weight_info", "POST /pause"]
+        assert server.state.is_paused
+        assert server.routes[-2:] == ["GET /weight_info", "POST /pause"]
 
-    def test_a_policy_that_did_not_arrive_pauses_the_server_again(self, publisher, server):
+    def test_a_policy_that_did_not_arrive_pauses_the_server_again(self, publishing, server):
         # Version, manifest and reports are right, the weights are not those that were sent.
+        other = policy(seed=1).state_dict()
         load, server.load = server.load, lambda update: (load(update), server.model.load_state_dict(other))
-        other = tiny_llama(seed=1).state_dict()
-        error = failure(publisher)
-        assert "Trainer and server disagree after version 1 was published" in error.what
+        error = publishing.failure()
+        assert "Trainer and server disagree after the publish" in error.what
         assert "--logprob_probe_tolerance" in error.fix
-        assert server.is_paused
+        assert server.state.is_paused
 
-    def test_nan_of_the_trainer_pauses_the_server_again(self, publisher, server):
-        model = tiny_llama()
+    def test_nan_of_the_trainer_pauses_the_server_again(self, publishing, server):
+        model = policy()
         model.lm_head.weight.data[3, 3] = float("nan")
         with pytest.raises(WeightSyncError, match=r"mean \|logprob difference\| (nan|inf)"):
-            publisher.publish(model, 1)
-        assert server.is_paused
+            publishing.publish(model, 1)
+        assert server.state.is_paused
 
     @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-    def test_logprobs_of_the_server_that_are_no_numbers_pause_it_again(self, publisher, server, value):
+    def test_logprobs_of_the_server_that_are_no_numbers_pause_it_again(self, publishing, server, value):
         server.score = lambda ids: [None, *[{str(token): {"logprob": value, "rank": 1}} for token in ids[1:]]]
         with pytest.raises(WeightSyncError, match=r"mean \|logprob difference\| (nan|inf)"):
-            publisher.publish(tiny_llama(), 1)
-        assert server.is_paused
+            publishing.publish(policy(), 1)
+        assert server.state.is_paused
 
-    @pytest.mark.parametrize("action", [500, "close", "stall", "html"])
+    @pytest.mark.parametrize("action", [500, "close", "stall", "html", "missing", "dribble"])
     @pytest.mark.parametrize("route", ["GET /weight_info", "POST /v1/completions"])
-    def test_a_policy_that_cannot_be_proved_is_not_served(self, publisher, server, route, action):
-        publisher.client.request_timeout = DEADLINE_S
+    def test_a_policy_that_cannot_be_proved_is_not_served(self, publishing, server, route, action):
+        publishing.client.request_timeout = DEADLINE_S
         server.script[route] = action
-        error = failure(publisher)
-        assert "phase `verify`" in error.what
+        error = publishing.failure()
+        assert "failed in state `verified`" in error.what
         assert "is paused and holds a policy that is not proven to be the trainer's" in error.why
-        assert server.is_paused
-        assert server.requests.count(route) == 1
+        assert server.state.is_paused
+        assert server.routes.count(route) == 1
 
-    def test_a_server_that_cannot_be_paused_again_is_said_to_serve(self, publisher, server):
-        answer = server.answer
-
-        def pause_fails_after_resume(route, body):
-            if route == "POST /resume":
-                server.script["POST /pause"] = 500
-            return answer(route, body)
-
-        server.answer = pause_fails_after_resume
+    def test_a_server_that_cannot_be_paused_again_is_said_to_serve(self, publishing, server):
+        server.script["POST /pause"] = [None, 500]
         server.script["POST /v1/completions"] = 500
-        error = failure(publisher)
+        error = publishing.failure()
         assert "could not be paused" in error.why
         assert "may serve a policy that is not proven" in error.why
-        assert not server.is_paused
+        assert not server.state.is_paused
 
 
-class TestClient:
-    def test_every_request_carries_the_api_key(self, publisher, server):
-        publisher.publish(tiny_llama(), 0)
-        assert server.authorizations == {"Bearer secret"}
+class TestSession:
+    """`with weight_sync(version) as sync`: paused inside, resumed and proven afterwards."""
 
-    def test_without_a_key_none_is_sent(self, server):
-        AtroposVLLMClient(server.base_url, connection_timeout=5).pause()
-        assert server.authorizations == {None}
+    def test_pauses_on_entry_and_delivers_at_the_end(self, publishing, server):
+        with paused(publishing.sync(4)) as sync:
+            assert server.routes == ["POST /pause"]
+            sync.push(policy())
+            assert server.routes == ["POST /pause", *CONNECT]
+        assert server.routes == ["POST /pause", *CONNECT, *DELIVER[1:]]
+        assert serves(server, policy())
+        assert (server.state.weight_version, server.state.is_paused) == ("4", False)
+        assert sync.report.probe.mean_abs_diff < 0.05
 
-    def test_401_says_where_the_key_comes_from(self, publisher, server):
-        server.script["POST /pause"] = 401
-        error = failure(publisher)
-        assert "answered 401" in error.what
-        assert "--vllm_api_key" in error.fix
-        assert "VLLM_API_KEY" in error.fix
+    def test_takes_pairs_of_name_and_tensor(self, publishing, server):
+        with paused(publishing.sync(1)) as sync:
+            sync.push((name, parameter.detach()) for name, parameter in policy().named_parameters())
+        assert serves(server, policy())
+        assert sync.report.probe is None
+        assert "POST /v1/completions" not in server.routes
 
-    def test_401_while_connecting_says_the_same(self, server):
-        server.script["GET /v1/models"] = 401
-        with pytest.raises(WeightSyncError, match="--vllm_api_key"):
-            AtroposVLLMClient(server.base_url, connection_timeout=5)
+    def test_a_second_push_replaces_the_first(self, publishing, server):
+        with paused(publishing.sync(1)) as sync:
+            sync.push(policy(seed=5))
+            sync.push(policy())
+        assert serves(server, policy())
 
-    @pytest.mark.parametrize("route", ["POST /pause", "POST /start_weight_update", "POST /finish_weight_update"])
-    def test_404_names_the_command_that_has_the_route(self, publisher, server, route):
-        server.script[route] = 404
-        error = failure(publisher)
-        assert "answered 404" in error.what
-        assert "trl vllm-serve" in error.fix
-        assert "VLLM_SERVER_DEV_MODE=1" in error.fix
-
-    def test_a_server_without_dev_mode_is_a_preflight_error(self, publisher, server):
-        server.script["GET /server_info"] = 404
-        with pytest.raises(PreflightError, match="VLLM_SERVER_DEV_MODE=1"):
-            publisher.client.get_server_info()
-
-    def test_an_unhealthy_server_ends_the_wait_with_what_it_answers(self, server):
-        server.script["GET /health"] = 503
-        with pytest.raises(WeightSyncTimeout, match=r"not healthy after 0 s \(/health answers 503\)"):
-            AtroposVLLMClient(server.base_url, connection_timeout=0)
-
-    def test_a_server_that_is_not_there_ends_the_wait(self, server):
-        server.shutdown()
-        server.server_close()
-        with pytest.raises(WeightSyncTimeout, match=r"ConnectionError.*trl vllm-serve"):
-            AtroposVLLMClient(server.base_url, connection_timeout=0)
-
-    def test_a_failed_update_is_not_finished(self, publisher, server):
-        with pytest.raises(KeyError), publisher.client.weight_update("4"):
+    def test_an_error_inside_leaves_the_server_paused_with_the_old_policy(self, publishing, server):
+        with pytest.raises(KeyError), paused(publishing.sync(1)) as sync:
+            sync.push(policy())
             raise KeyError("a tensor")
-        assert server.requests == ["POST /start_weight_update"]
+        assert server.state.is_paused
+        assert "POST /start_weight_update" not in server.routes
+        assert (
+            serves(server, policy(seed=1).to(torch.bfloat16).float()) is False
+            or server.state.weight_version == "default"
+        )
 
-    def test_a_trailing_slash_of_the_url_does_not_matter(self, server):
-        AtroposVLLMClient(server.base_url + "/", connection_timeout=5).resume()
-        assert server.requests[-1] == "POST /resume"
+    def test_nothing_pushed_is_an_error(self, publishing, server):
+        with (
+            pytest.raises(WeightSyncError, match=r"Nothing was pushed as policy version 1"),
+            paused(publishing.sync(1)),
+        ):
+            pass
+        assert server.state.is_paused
+
+    def test_the_client_does_it_on_its_own(self, server):
+        client = AtroposVLLMClient(server.base_url, connection_timeout=5, request_timeout=10)
+        with client.weight_sync(policy_version=1) as sync:
+            sync.push(policy())
+        assert serves(server, policy())
+        assert sync.report.probe.mean_abs_diff < 0.05
+
+    def test_an_unknown_option_is_refused(self, server):
+        client = AtroposVLLMClient(server.base_url, connection_timeout=5)
+        with pytest.raises(TypeError, match=r"no option \['tokeniser'\]"), client.weight_sync(1, tokeniser=None):
+            pass
+
+
+class TestSeveralServers:
+    def test_all_hold_the_policy_and_a_failing_one_does_not_hold_up_the_other(self, server, fast_retries):
+        with ScriptedServer(policy(seed=2)) as second:
+            both = [Publishing(server, "retry"), Publishing(second, "retry")]
+            publisher = PolicyPublisher([publishing.link for publishing in both], both[0].options)
+            second.script["POST /update_weights"] = [500, None]
+            sync = WeightSync(publisher, 3, torch.bfloat16, lambda model: both[0].probe)
+            sync.push(policy())
+            report = sync.deliver()
+            assert (report.num_retries, report.num_failures) == (1, 1)
+            for each in (server, second):
+                assert serves(each, policy())
+                assert (each.state.weight_version, each.state.is_paused) == ("3", False)
+            # The healthy one was published to once.
+            assert server.routes.count("POST /update_weights") == 1
+            publisher.close()
+            assert second.offences == []
+
+
+def test_every_request_carries_the_api_key(publishing, server):
+    publishing.publish(policy(), 0)
+    assert {request.headers.get("Authorization") for request in server.requests} == {"Bearer secret"}
+
+
+def test_no_thread_outlives_a_publish(publishing):
+    before = set(threading.enumerate())
+    publishing.publish(policy(), 0)
+    # The scripted server answers each request on a thread of its own.
+    left = {thread for thread in set(threading.enumerate()) - before if "process_request" not in thread.name}
+    assert left == set()

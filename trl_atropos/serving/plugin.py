@@ -8,13 +8,19 @@ from __future__ import annotations
 
 
 SHARED_MEMORY_BACKEND = "trl_atropos_shm"
+GLOO_BACKEND = "trl_atropos_gloo"
+
+ENGINES = {
+    SHARED_MEMORY_BACKEND: ("trl_atropos.weight_sync.shm_engine", "SharedMemoryEngine"),
+    GLOO_BACKEND: ("trl_atropos.weight_sync.gloo_engine", "GlooEngine"),
+}
+"""Backend of `--weight-transfer-config` -> module and class of its engine, imported on first use."""
 
 
 def register() -> None:
-    """Register `trl_atropos_shm` as a backend of `--weight-transfer-config`; the engine is imported on first use."""
+    """Register every backend of `ENGINES` that vLLM does not know yet."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    if SHARED_MEMORY_BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(
-            SHARED_MEMORY_BACKEND, "trl_atropos.weight_sync.shm_engine", "SharedMemoryEngine"
-        )
+    for backend, (module, engine) in ENGINES.items():
+        if backend not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(backend, module, engine)

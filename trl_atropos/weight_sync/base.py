@@ -1,4 +1,5 @@
-"""The seams of a publish: what is sent (`WeightSource`) and how it travels (`WeightTransport`)."""
+"""The seams of a publish: what is sent (`WeightSource`), where it is staged (`PolicyLayout`), and how it travels
+(`WeightTransport`)."""
 
 from __future__ import annotations
 
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from .vllm_client import AtroposVLLMClient
 
 
+ALIGNMENT_BYTES = 64
+"""Staged tensors start at multiples of a cache line."""
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One tensor of a policy as the server will receive it.
@@ -24,19 +29,28 @@ class TensorSpec:
             The dtype on the wire: the server's.
         shape (`tuple[int, ...]`):
             Shape.
+        is_trained (`bool`, *optional*, defaults to `True`):
+            Whether training can change it, or a tensor that the server keeps in one piece with it. The others need not
+            be sent again.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    is_trained: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        numel = 1
+        for size in self.shape:
+            numel *= size
+        return numel
 
     @property
     def num_bytes(self) -> int:
         """Size on the wire, in bytes."""
-        numel = 1
-        for size in self.shape:
-            numel *= size
-        return numel * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
     @property
     def dtype_name(self) -> str:
@@ -44,38 +58,115 @@ class TensorSpec:
         return str(self.dtype).removeprefix("torch.")
 
 
+class PolicyLayout:
+    """Where every tensor of a policy lies in one flat buffer.
+
+    Args:
+        specs (`Sequence[TensorSpec]`):
+            All tensors of the policy, in the order of the source.
+
+    Attributes:
+        specs (`tuple[TensorSpec, ...]`):
+            The same.
+        offsets (`dict[str, int]`):
+            Byte offset of each tensor by name, a multiple of `ALIGNMENT_BYTES`.
+        num_bytes (`int`):
+            Size of the buffer.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec]):
+        self.specs = tuple(specs)
+        self.offsets: dict[str, int] = {}
+        end = 0
+        for spec in self.specs:
+            self.offsets[spec.name] = end
+            end += align(spec.num_bytes)
+        self.num_bytes = end
+        if len(self.offsets) != len(self.specs):
+            names = [spec.name for spec in self.specs]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(f"The policy has {len(twice)} names twice, first {twice[:3]}.")
+
+    def view(self, memory: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+        """The tensor `spec` inside a buffer.
+
+        Args:
+            memory (`torch.Tensor` of shape `(num_bytes,)`, uint8):
+                The buffer.
+            spec ([`TensorSpec`]):
+                One of `specs`.
+        """
+        start = self.offsets[spec.name]
+        return memory[start : start + spec.num_bytes].view(spec.dtype).view(spec.shape)
+
+
+def align(num_bytes: int) -> int:
+    """Round a number of bytes up to the next multiple of `ALIGNMENT_BYTES`."""
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
 class WeightSource(Protocol):
-    """A policy as an ordered set of named tensors. Iterating twice gives the same names in the same order."""
+    """A policy as an ordered set of named tensors."""
+
+    is_collective: bool
+    """Whether `tensors` gathers over ranks: then every rank must iterate it, to the end and in lockstep."""
 
     def manifest(self) -> Sequence[TensorSpec]:
-        """What iterating will yield, known without computing a tensor."""
+        """All tensors in order, known without computing one. The same on every rank."""
         ...
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield `(name, tensor)` in manifest order; the tensor may still be in the trainer's dtype."""
-        ...
+    def tensors(self, specs: Sequence[TensorSpec]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield `(name, tensor)` for each of `specs`, a part of the manifest in its order.
 
-
-class WeightTransport(Protocol):
-    """A mover of bytes from the trainer to every worker of one server. Used by one thread."""
-
-    def open(self, client: AtroposVLLMClient, manifest: Sequence[TensorSpec]) -> None:
-        """Connect to every worker. Called once, before the first publish; the server is not paused.
-
-        Raises:
-            `WeightSyncError`: if the server, the machine or the manifest cannot work with this transport.
+        A tensor may still be in the trainer's dtype, and is valid until the next one is taken.
         """
         ...
 
-    def stage(self, source: WeightSource) -> None:
-        """Do everything that does not need a paused server: gather, merge, cast, copy. The server keeps serving."""
-        ...
 
-    def send(self) -> None:
-        """Move the staged policy into every worker. The server is paused, between start and finish of an update.
+@dataclass(frozen=True)
+class TransferReport:
+    """What the workers of one server report of one transfer.
+
+    Args:
+        num_bytes (`int`):
+            What travelled, in bytes.
+        load_s (`float`):
+            Seconds that the slowest worker spent in loading.
+    """
+
+    num_bytes: int
+    load_s: float
+
+
+class WeightTransport(Protocol):
+    """A mover of bytes from the trainer to every worker of one server. Used by one thread at a time.
+
+    The server's state (pause, start, finish, version) is the publisher's business; a transport only sends
+    `/init_weight_transfer_engine` and `/update_weights`.
+    """
+
+    def open(self, client: AtroposVLLMClient, layout: PolicyLayout) -> torch.Tensor:
+        """Connect to every worker. May be called again after a failure: then it replaces what was open.
+
+        Returns:
+            `torch.Tensor` of shape `(layout.num_bytes,)`, uint8: host memory in which the policy is to be staged. It
+            keeps its content between sends and stays readable after `close`.
 
         Raises:
-            `WeightSyncError`: if not every worker reports that it loaded every tensor.
+            [`WeightSyncError`]: if the server, the machine or the layout cannot work with this transport.
+        """
+        ...
+
+    def send(self, specs: Sequence[TensorSpec]) -> TransferReport:
+        """Move these tensors from the staging memory into every worker. The server is paused, between start and
+        finish of an update.
+
+        Args:
+            specs (`Sequence[TensorSpec]`):
+                All of the layout, or a part of it in its order that is whole for every module that it touches.
+
+        Raises:
+            [`WeightSyncError`]: if not every worker reports that it loaded every tensor.
         """
         ...
 

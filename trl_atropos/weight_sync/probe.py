@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..logprobs import next_token_targets, token_logprobs_and_entropy
+from ..errors import WeightSyncError
+from ..logprobs import evaluating, next_token_targets, token_logprobs_and_entropy
 from ..types import IGNORE_INDEX
 
 
@@ -44,6 +45,63 @@ class ProbeResult:
     num_tokens: int
 
 
+@dataclass(frozen=True)
+class ProbeReference:
+    """What the trainer's policy answers.
+
+    Args:
+        sequences (`list[list[int]]`):
+            Token ids, each of length 2 or more.
+        logprobs (`torch.Tensor` of shape `(N,)`, float32):
+            Logprobs in nats of every token but the first of each sequence, concatenated.
+        rounding_noise (`Callable[[], float]`):
+            Mean |logprob difference| in nats that arithmetic in the server's dtype alone makes on these sequences.
+            Called only if the typical noise is exceeded.
+    """
+
+    sequences: list[list[int]]
+    logprobs: torch.Tensor
+    rounding_noise: Callable[[], float]
+
+
+def check_probe(
+    reference: ProbeReference, client: AtroposVLLMClient, dtype: torch.dtype, tolerance: float
+) -> ProbeResult:
+    """Score the sequences on the server, which must not be paused, and compare.
+
+    Args:
+        reference (`ProbeReference`):
+            What the trainer answers.
+        client (`AtroposVLLMClient`):
+            The server.
+        dtype (`torch.dtype`):
+            The server's.
+        tolerance (`float`):
+            Largest accepted mean absolute difference, as a multiple of what rounding to `dtype` alone makes.
+
+    Raises:
+        [`WeightSyncError`]: if the two differ by more, or a logprob is not a number.
+    """
+    server = torch.tensor([value for row in client.get_prompt_logprobs(reference.sequences) for value in row])
+    differences = (reference.logprobs - server).abs()
+    result = ProbeResult(differences.mean().item(), differences.max().item(), differences.numel())
+    accepted = tolerance * TYPICAL_NOISE_EPS * torch.finfo(dtype).eps
+    # Written so that a NaN fails. The noise of this very model is only measured when the typical one is exceeded.
+    if not result.mean_abs_diff <= accepted:
+        accepted = tolerance * reference.rounding_noise()
+    if not result.mean_abs_diff <= accepted:
+        raise WeightSyncError(
+            f"Trainer and server disagree after the publish: mean |logprob difference| {result.mean_abs_diff:.4f}, "
+            f"largest {result.max_abs_diff:.4f} over {result.num_tokens} tokens; {accepted:.4f} is accepted ({tolerance} "
+            f"x what rounding to {dtype} explains).",
+            "The server does not hold the trainer's policy: another base checkpoint, a weight that its loader dropped, "
+            "or logits that it changes (soft-capping, quantisation).",
+            "Compare the `Failed to load weights` lines of the server's log; if the difference is plain rounding, raise "
+            "--logprob_probe_tolerance.",
+        )
+    return result
+
+
 class LogprobProbe:
     """Fixed sequences that both sides score at temperature 1.
 
@@ -67,36 +125,39 @@ class LogprobProbe:
             tokenizer = getattr(processing_class, "tokenizer", processing_class)
             encoded = [tokenizer(text)["input_ids"][:MAX_PROBE_TOKENS] for text in PROBE_TEXTS]
             self.sequences = [ids for ids in encoded if len(ids) >= 2]
+        self._noise: float | None = None
 
-    def compare(self, trainer_logprobs: torch.Tensor, client: AtroposVLLMClient) -> ProbeResult:
-        """Score the sequences on the server, which must not be paused, and compare.
+    def reference(self, model: nn.Module, dtype: torch.dtype, *, is_collective: bool = False) -> ProbeReference:
+        """Compute what the server must answer.
 
         Args:
-            trainer_logprobs (`torch.Tensor`):
-                From `trainer_logprobs`.
-            client (`AtroposVLLMClient`):
-                The server.
+            model (`nn.Module`):
+                The policy.
+            dtype (`torch.dtype`):
+                The server's.
+            is_collective (`bool`, *optional*, defaults to `False`):
+                Whether the model's forward pass is collective (its weights are sharded), so that every rank calls this.
+                The rounding noise is then computed at once, the first time, because later only one rank would ask.
         """
-        server = torch.tensor([value for row in client.get_prompt_logprobs(self.sequences) for value in row])
-        differences = (trainer_logprobs - server).abs()
-        return ProbeResult(differences.mean().item(), differences.max().item(), differences.numel())
+        logprobs = self.trainer_logprobs(model)
+        if is_collective and self._noise is None:
+            self._noise = self._rounding_noise(model, logprobs, dtype)
+        noise = self._noise
+        if noise is not None:
+            return ProbeReference(self.sequences, logprobs, lambda: noise)
+        return ProbeReference(self.sequences, logprobs, lambda: self._rounding_noise(model, logprobs, dtype))
 
-    def rounding_noise(self, model: nn.Module, trainer_logprobs: torch.Tensor, dtype: torch.dtype) -> float:
-        """Mean |logprob difference| in nats that arithmetic in `dtype` alone makes on the probe.
-
-        At least `TYPICAL_NOISE_EPS` of the dtype: a model that is already held in `dtype` shows no difference to itself.
-        """
+    def _rounding_noise(self, model: nn.Module, logprobs: torch.Tensor, dtype: torch.dtype) -> float:
+        # At least `TYPICAL_NOISE_EPS`: a model that is already held in `dtype` shows no difference to itself.
         device_type = next(model.parameters()).device.type
         with torch.autocast(device_type, dtype=dtype, enabled=dtype is not torch.float32):
             rounded = self.trainer_logprobs(model)
-        return max((trainer_logprobs - rounded).abs().mean().item(), TYPICAL_NOISE_EPS * torch.finfo(dtype).eps)
+        return max((logprobs - rounded).abs().mean().item(), TYPICAL_NOISE_EPS * torch.finfo(dtype).eps)
 
     @torch.no_grad()
     def trainer_logprobs(self, model: nn.Module) -> torch.Tensor:
         """Logprobs in nats of every token but the first of each sequence, concatenated."""
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             device = next(model.parameters()).device
             input_ids, attention_mask, labels = _pad(self.sequences, device)
             logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
@@ -104,8 +165,6 @@ class LogprobProbe:
             scored = targets != IGNORE_INDEX
             logprobs, _ = token_logprobs_and_entropy(logits[scored], targets[scored], temperature=1.0)
             return logprobs.float().cpu()
-        finally:
-            model.train(was_training)
 
 
 def _pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

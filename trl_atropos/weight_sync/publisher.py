@@ -1,234 +1,246 @@
-"""The order of a publish.
+"""Keeps servers on the newest policy.
 
-    stage    gather, merge, cast, copy              the server serves version v
-    pause    freeze generation                      requests in flight and new ones wait
-    transfer start, move, load                      the server has no weights
-    finish   put the weights in place, name them    the server holds version v+1
-    resume   let the waiting requests run           the server serves version v+1
-    verify   version read back, logprob probe       on disagreement the server is paused again
+    plan      connect to servers that are new or were restarted; which tensors
+    stage     gather, merge, cast, copy          every server serves version v
+    deliver   per server: pause, transfer, finish, resume, verify (`server_link`)
 
-Only `stage` and `verify` cost the trainer time that the environments do not see.
+Only `stage` is collective, if the policy is sharded over ranks. What was staged stays staged, so that a server that fails
+in `deliver` can be given everything again without the other ranks.
 """
 
 from __future__ import annotations
 
-import logging
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from torch import nn
-
-from ..errors import WeightSyncError
-from .base import WeightTransport
-from .probe import TYPICAL_NOISE_EPS, LogprobProbe, ProbeResult
-from .source import PolicyWeights
-
-
-if TYPE_CHECKING:
-    from .vllm_client import AtroposVLLMClient
-
-
-logger = logging.getLogger(__name__)
-
-SERVER_STATES = {
-    "idle": "The server serves the previous policy.",
-    "stage": "The server serves the previous policy.",
-    "pause": "The server may be paused; it holds the previous policy.",
-    "transfer": "The server is paused and holds no complete policy.",
-    "finish": "The server is paused and may hold no complete policy.",
-    "resume": "The server holds the new policy and may be paused.",
-    "verify": "The server is paused and holds a policy that is not proven to be the trainer's.",
-}
+from .base import PolicyLayout, TensorSpec, WeightSource
+from .failures import FailurePolicy, Outcome
+from .probe import ProbeReference, ProbeResult
+from .report import PublishReport
+from .server_link import ServerLink
+from .staging import StagedPolicy, StageReport
 
 
 @dataclass(frozen=True)
-class PublishReport:
-    """What one publish did.
+class PublishOptions:
+    """How a policy is published.
 
     Args:
-        policy_version (`int`):
-            The version that the server now reports.
-        num_bytes (`int`):
-            Size of the policy on the wire.
-        phase_s (`dict[str, float]`):
-            Seconds spent in each phase: stage, pause, transfer, finish, resume, verify.
-        probe (`ProbeResult`):
-            Trainer against server.
+        sends_everything (`bool`, *optional*, defaults to `False`):
+            Whether every publish carries every tensor, also those that training cannot change.
+        full_interval (`int`, *optional*):
+            Every how many publishes everything is sent anyway. None: only to a server that is new or was restarted.
+        failure_policy (`FailurePolicy`, *optional*):
+            What happens on a failure.
+        server_timeout_s (`float`, *optional*, defaults to `240.0`):
+            How long to wait for a server to be healthy again, in seconds.
     """
 
-    policy_version: int
-    num_bytes: int
-    phase_s: dict[str, float]
-    probe: ProbeResult
-
-    @property
-    def total_s(self) -> float:
-        """Seconds of the whole publish."""
-        return sum(self.phase_s.values())
-
-    @property
-    def paused_s(self) -> float:
-        """Seconds during which the server did not generate."""
-        return sum(self.phase_s[phase] for phase in ("pause", "transfer", "finish", "resume"))
-
-    def metrics(self) -> dict[str, float]:
-        """The report under the names of `metrics.METRICS`."""
-        return {
-            "perf/weight_sync_s": self.total_s,
-            "perf/weight_sync_stage_s": self.phase_s["stage"],
-            "perf/weight_sync_pause_s": self.paused_s,
-            "perf/weight_sync_transfer_s": self.phase_s["transfer"],
-            "perf/weight_sync_verify_s": self.phase_s["verify"],
-            "perf/weight_sync_bytes": float(self.num_bytes),
-            "logprob_probe/mean_abs_diff": self.probe.mean_abs_diff,
-        }
+    sends_everything: bool = False
+    full_interval: int | None = None
+    failure_policy: FailurePolicy = field(default_factory=FailurePolicy)
+    server_timeout_s: float = 240.0
 
 
 class PolicyPublisher:
-    """Keeps one server on the newest policy and proves it after every publish.
+    """Keeps one or several servers on the newest policy and proves it after every publish.
 
     Args:
-        client (`AtroposVLLMClient`):
-            Control plane of the server.
-        transport (`WeightTransport`):
-            Mover of the bytes.
-        probe (`LogprobProbe`):
-            The sequences that both sides score.
-        dtype (`torch.dtype`):
-            The server's dtype.
-        probe_tolerance (`float`):
-            Largest accepted mean absolute difference, as a multiple of what rounding to `dtype` alone makes.
+        links (`Sequence[ServerLink]`):
+            The servers.
+        options (`PublishOptions`, *optional*):
+            What is sent, and what happens on a failure.
+        check_server (`Callable[[ServerLink], None]`, *optional*):
+            Called before a server is connected; raises `PreflightError` if it is not the one that is wanted.
     """
 
     def __init__(
         self,
-        client: AtroposVLLMClient,
-        transport: WeightTransport,
-        probe: LogprobProbe,
-        dtype: torch.dtype,
-        probe_tolerance: float,
+        links: Sequence[ServerLink],
+        options: PublishOptions | None = None,
+        check_server: Callable[[ServerLink], None] | None = None,
     ):
-        self.client = client
-        self.transport = transport
-        self.probe = probe
-        self.dtype = dtype
-        self.probe_tolerance = probe_tolerance
-        self._phase = "idle"
+        self.links = list(links)
+        self.options = options or PublishOptions()
+        self.check_server = check_server
+        self._staged: StagedPolicy | None = None
+        self._specs: tuple[TensorSpec, ...] = ()
         self._phase_s: dict[str, float] = {}
-        self._is_open = False
+        self._swallowed_fraction: float | None = None
+        self._num_publishes = 0
+        self._connecting = Outcome()
+        self._start = 0.0
 
-    def publish(self, model: nn.Module, policy_version: int) -> PublishReport:
-        """Put the model's weights onto the server under a version, and prove it.
+    def plan(self, manifest: Sequence[TensorSpec], policy_version: int) -> tuple[TensorSpec, ...]:
+        """Connect to the servers that need it and say what is to be staged.
 
         Args:
-            model (`nn.Module`):
-                The unwrapped policy.
+            manifest (`Sequence[TensorSpec]`):
+                All tensors of the policy.
             policy_version (`int`):
-                Number of this policy; the server reports it as `weight_version`.
+                Number of the policy.
 
-        Raises:
-            [`WeightSyncError`]: naming the phase that failed and the state of the server. Half a policy is never
-                served: after a failure between `pause` and `verify` the server stays paused.
+        Returns:
+            `tuple[TensorSpec, ...]`: everything at the first time, afterwards what training can have changed.
         """
-        source = PolicyWeights(model, self.dtype)
-        self._phase_s = {}
-        try:
-            if not self._is_open:
-                self.transport.open(self.client, source.manifest())
-                self._is_open = True
-            with self._timed("stage"):
-                self.transport.stage(source)
-            # While this thread waits for the server, another one computes what the server must answer afterwards.
-            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="probe") as executor:
-                trainer_logprobs = executor.submit(self.probe.trainer_logprobs, model)
-                self._transfer(policy_version)
-                with self._timed("verify"):
-                    probe = self._verify(model, trainer_logprobs.result(), policy_version)
-        except WeightSyncError as exc:
-            raise type(exc)(
-                f"Publishing policy version {policy_version} failed in phase `{self._phase}`: {exc.what}",
-                f"{exc.why} {self._secure_server()}",
-                exc.fix,
-            ) from exc
-        except BaseException:
-            # Ctrl-C, or a defect: whoever is told nothing else must know in which state the server is.
-            logger.error(
-                f"Publishing version {policy_version} ended in phase `{self._phase}`. {self._secure_server()}"
-            )
-            raise
-        self._phase = "idle"
-        num_bytes = sum(spec.num_bytes for spec in source.manifest())
-        return PublishReport(policy_version, num_bytes, dict(self._phase_s), probe)
+        self._start = time.perf_counter()
+        is_new = self._staged is None or self._staged.layout.specs != tuple(manifest)
+        if is_new:
+            self._staged = StagedPolicy(PolicyLayout(manifest))
+            for link in self.links:
+                link.forget()
+        self._connecting = self.options.failure_policy.run(self.links, self._connect, policy_version)
+        trained = tuple(spec for spec in manifest if spec.is_trained)
+        interval = self.options.full_interval
+        is_due = interval is not None and self._num_publishes % interval == 0
+        self._num_publishes += 1
+        sends_everything = is_new or is_due or self.options.sends_everything or not trained
+        self._specs = tuple(manifest) if sends_everything else trained
+        return self._specs
 
-    def _transfer(self, policy_version: int) -> None:
-        with self._timed("pause"):
-            self.client.pause()
-        with self._timed("transfer"):
-            self._start()
-            self.transport.send()
-        with self._timed("finish"):
-            self.client.finish_weight_update(str(policy_version))
-        with self._timed("resume"):
-            self.client.resume()
+    def pause(self, policy_version: int) -> None:
+        """Freeze every server. The next `deliver` does not pause them again."""
+
+        def pause(link: ServerLink) -> None:
+            link.phase_s = {}
+            link.pause()
+
+        self._start = time.perf_counter()
+        self.options.failure_policy.run(self.links, pause, policy_version)
+
+    def stage(self, source: WeightSource, specs: Sequence[TensorSpec]) -> None:
+        """Gather, merge, cast and copy. The servers keep serving."""
+        assert self._staged is not None, "plan() comes first"
+        report = self._staged.stage(source, specs, [link.require_memory() for link in self.links])
+        self._swallowed_fraction = report.swallowed_fraction
+        self._phase_s = _stage_phases(source, report)
+
+    def deliver(self, policy_version: int, reference: Callable[[], ProbeReference] | None) -> PublishReport:
+        """Bring what is staged onto every server under a version, and prove it.
+
+        Args:
+            policy_version (`int`):
+                Number of this policy.
+            reference (`Callable[[], ProbeReference]`, *optional*):
+                Computes what the servers must answer; called once, on a thread, while they load.
+        """
+        delivered = Delivered()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="probe") as executor:
+            pending = None if reference is None else executor.submit(reference)
+            get_reference = None if pending is None else pending.result
+            outcome = self.options.failure_policy.run(
+                self.links, lambda link: self._deliver(link, policy_version, get_reference, delivered), policy_version
+            )
+        assert self._staged is not None
+        return delivered.report(
+            policy_version=policy_version,
+            mode="full" if len(self._specs) == len(self._staged.layout.specs) else "merged",
+            total_s=time.perf_counter() - self._start,
+            phase_s={**self._phase_s, **delivered.phase_s},
+            outcome=outcome + self._connecting,
+            swallowed_fraction=self._swallowed_fraction,
+        )
+
+    @property
+    def stage_s(self) -> float:
+        """Seconds that the last `stage` took: less than any publish of these weights."""
+        return sum(self._phase_s.values())
+
+    def sleep(self) -> None:
+        """Have every server give its device memory back until the next publish."""
+        for link in self.links:
+            link.sleep()
+
+    def release(self) -> None:
+        """Release the transports and the staged policy; the next publish begins anew."""
+        self._staged = None
+        for link in self.links:
+            link.forget()
 
     def close(self) -> None:
-        """Release the transport."""
-        self.transport.close()
-        self._is_open = False
+        """Release the transports. The servers keep the policy that they have."""
+        for link in self.links:
+            link.close()
 
-    def _secure_server(self) -> str:
-        """After a failure: make sure that an unproven policy is not served, and say in which state the server is."""
-        if self._phase == "verify":
-            try:
-                self.client.pause()
-            except WeightSyncError as exc:
-                return f"The server could not be paused ({exc.what}) and may serve a policy that is not proven."
-        return SERVER_STATES[self._phase]
+    def _connect(self, link: ServerLink) -> None:
+        assert self._staged is not None
+        if link.is_open:
+            link.check_version()
+        if not link.is_open:
+            link.client.wait_until_healthy(self.options.server_timeout_s)
+            if self.check_server is not None:
+                self.check_server(link)
+            link.open(self._staged.layout)
 
-    def _start(self) -> None:
-        try:
-            self.client.start_weight_update()
-        except WeightSyncError as exc:
-            # A trainer that died between start and finish left its update open. Sending everything completes it.
-            if "already active" not in exc.what:
-                raise
-            logger.warning("The server has an unfinished weight update of another trainer; it is completed with ours.")
+    def _deliver(
+        self,
+        link: ServerLink,
+        version: int,
+        reference: Callable[[], ProbeReference] | None,
+        delivered: Delivered,
+    ) -> None:
+        assert self._staged is not None
+        if not link.is_open:
+            self._connect(link)
+        if not link.is_paused:
+            link.phase_s = {}
+            link.pause()
+        # A server that holds nothing of this trainer is given what was staged before, too.
+        transferred = link.transfer(self._staged.layout.specs if link.version is None else self._specs)
+        link.finish(version)
+        link.resume()
+        probe = link.verify(version, reference)
+        delivered.add(link.phase_s, transferred.num_bytes, probe)
 
-    def _verify(self, model: nn.Module, trainer_logprobs: torch.Tensor, policy_version: int) -> ProbeResult:
-        reported = self.client.get_weight_version()
-        if reported != str(policy_version):
-            raise WeightSyncError(
-                f"The server reports weight version {reported!r} after version {policy_version} was published.",
-                "Another trainer publishes to the same server.",
-                "Give each trainer its own server (--vllm_server_base_url).",
-            )
-        result = self.probe.compare(trainer_logprobs, self.client)
-        accepted = self.probe_tolerance * TYPICAL_NOISE_EPS * torch.finfo(self.dtype).eps
-        # Written so that a NaN fails. The noise of this very model is only measured when the typical one is exceeded.
-        if not result.mean_abs_diff <= accepted:
-            accepted = self.probe_tolerance * self.probe.rounding_noise(model, trainer_logprobs, self.dtype)
-        if not result.mean_abs_diff <= accepted:
-            raise WeightSyncError(
-                f"Trainer and server disagree after version {policy_version} was published: mean |logprob difference| "
-                f"{result.mean_abs_diff:.4f}, largest {result.max_abs_diff:.4f} over {result.num_tokens} tokens; "
-                f"{accepted:.4f} is accepted ({self.probe_tolerance} x what rounding to {self.dtype} explains).",
-                "The server does not hold the trainer's policy: another base checkpoint, a weight that its loader "
-                "dropped, or logits that it changes (soft-capping, quantisation).",
-                "Compare the `Failed to load weights` lines of the server's log; if the difference is plain rounding, "
-                "raise --logprob_probe_tolerance.",
-            )
-        return result
 
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        self._phase = phase
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._phase_s[phase] = time.perf_counter() - start
+class Delivered:
+    """The slowest phases, the most bytes and all probes of the servers of one publish."""
+
+    def __init__(self) -> None:
+        self.phase_s: dict[str, float] = {}
+        self.num_bytes = 0
+        self.probes: list[ProbeResult] = []
+        self._lock = threading.Lock()
+
+    def add(self, phase_s: dict[str, float], num_bytes: int, probe: ProbeResult | None) -> None:
+        """Take what one server took."""
+        with self._lock:
+            for name, value in phase_s.items():
+                self.phase_s[name] = max(self.phase_s.get(name, 0.0), value)
+            self.num_bytes = max(self.num_bytes, num_bytes)
+            if probe is not None:
+                self.probes.append(probe)
+
+    def report(
+        self,
+        *,
+        policy_version: int,
+        mode: str,
+        total_s: float,
+        phase_s: dict[str, float],
+        outcome: Outcome,
+        **more: Any,
+    ) -> PublishReport:
+        """Sum it up."""
+        return PublishReport(
+            policy_version=policy_version,
+            mode=mode,
+            num_bytes=self.num_bytes,
+            total_s=total_s,
+            phase_s=phase_s,
+            probe=max(self.probes, key=lambda probe: probe.mean_abs_diff, default=None),
+            num_retries=outcome.num_retries,
+            num_failures=outcome.num_failures,
+            **more,
+        )
+
+
+def _stage_phases(source: WeightSource, report: StageReport) -> dict[str, float]:
+    gather_s = getattr(source, "gather_s", 0.0)
+    merge_s = getattr(source, "merge_s", 0.0)
+    # What is left of the source's time is the walk over the model.
+    return {"gather": gather_s, "merge": merge_s, "stage": report.copy_s + report.source_s - gather_s - merge_s}

@@ -1,13 +1,15 @@
 """Trainer side of `trl_atropos_shm`: a policy travels through shared memory to a server on the same host.
 
 The segment is private to the user, named unpredictably, and unlinked as soon as every worker has mapped it. From then
-on it has no name: the kernel frees it with the last process that maps it, also after SIGKILL of either side.
+on it has no name: the kernel frees it with the last process that maps it, also after SIGKILL of either side. A trainer
+that is killed before, within the milliseconds in which the workers map it, leaves a name behind; whoever opens the next
+segment knows by its lock that its trainer is gone, and removes it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import fcntl
+import logging
 import mmap
 import os
 import secrets
@@ -17,119 +19,91 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import WeightSyncError
-from .base import TensorSpec, WeightSource, check_same_tensor
-from .shm_segment import REPORT_BYTES, align, segment_path
+from .base import PolicyLayout, TensorSpec, TransferReport
+from .shm_segment import REPORT_BYTES, SEGMENT_DIR, SEGMENT_PATTERN, segment_path
+from .wire import WorkerReport, check_reports, checksum, describe_tensors, expected_report
 
 
 if TYPE_CHECKING:
     from .vllm_client import AtroposVLLMClient
 
 
+logger = logging.getLogger(__name__)
+
+
 class SharedMemoryTransport:
     """`WeightTransport` for a server with `--weight-transfer-config '{"backend": "trl_atropos_shm"}'` on this host.
 
-    `stage` casts and copies into the segment in one pass while the server goes on serving; `send` only tells the
-    workers to load from it.
+    The staging memory is the segment that the workers load from, so `send` moves no bytes at all.
 
-    Attributes:
-        load_s (`float`):
-            Seconds that the slowest worker took to load the last policy.
+    Args:
+        timeout_s (`float`, *optional*, defaults to `300.0`):
+            How long to wait for the workers' reports after the server has answered, in seconds. What comes before has
+            the client's deadline.
     """
 
-    def __init__(self) -> None:
-        self.load_s = 0.0
+    def __init__(self, timeout_s: float = 300.0) -> None:
+        self.timeout_s = timeout_s
         self._client: AtroposVLLMClient | None = None
-        self._specs: Sequence[TensorSpec] = ()
-        self._offsets: list[int] = []
-        self._data_bytes = 0
-        self._num_workers = 0
+        self._layout: PolicyLayout | None = None
         self._mapping: mmap.mmap | None = None
+        self._num_workers = 0
         self._sequence = 0
 
-    def open(self, client: AtroposVLLMClient, manifest: Sequence[TensorSpec]) -> None:
+    def open(self, client: AtroposVLLMClient, layout: PolicyLayout) -> torch.Tensor:
         """Create the segment, let every worker map it, then remove its name. See `WeightTransport.open`."""
         self.close()
-        self._client = client
-        self._specs = manifest
-        self._offsets, self._data_bytes = _layout(manifest)
-        self._num_workers = client.get_world_size()
+        num_workers = client.get_world_size()
+        _remove_abandoned_segments()
         name = f"trl_atropos-{secrets.token_hex(16)}"
         path = segment_path(name)
-        self._mapping = _create_segment(path, self._data_bytes + REPORT_BYTES * self._num_workers)
+        mapping = _create_segment(path, layout.num_bytes + REPORT_BYTES * num_workers)
         try:
             client.init_weight_transfer_engine(
-                {"segment": name, "data_bytes": self._data_bytes, "num_workers": self._num_workers}
+                {"segment": name, "data_bytes": layout.num_bytes, "num_workers": num_workers}
             )
         finally:
             os.unlink(path)
+        self._client = client
+        self._layout = layout
+        self._num_workers = num_workers
+        self._mapping = mapping
+        return self._memory()
 
-    def stage(self, source: WeightSource) -> None:
-        """Cast and copy the policy into the segment. See `WeightTransport.stage`."""
-        mapping = self._require_open()
-        data = memoryview(mapping)[: self._data_bytes]
-        for spec, offset, (name, tensor) in zip(self._specs, self._offsets, source, strict=True):
-            check_same_tensor(spec, name, tensor)
-            view = torch.frombuffer(data, dtype=spec.dtype, count=tensor.numel(), offset=offset).view(spec.shape)
-            view.copy_(tensor)
+    def send(self, specs: Sequence[TensorSpec]) -> TransferReport:
+        """Have every worker load tensors from the segment and check the reports. See `WeightTransport.send`."""
+        if self._client is None or self._layout is None:
+            raise RuntimeError("The transport is not open: call open() first.")
+        memory = self._memory()
         self._sequence += 1
-
-    def send(self) -> None:
-        """Have every worker load the segment and check the workers' reports. See `WeightTransport.send`."""
-        self._require_open()
-        assert self._client is not None
+        sent = checksum(self._layout.view(memory, spec) for spec in specs)
         self._client.update_weights(
             {
                 "sequence": self._sequence,
-                "names": [spec.name for spec in self._specs],
-                "dtype_names": [spec.dtype_name for spec in self._specs],
-                "shapes": [list(spec.shape) for spec in self._specs],
-                "offsets": self._offsets,
+                "is_complete": len(specs) == len(self._layout.specs),
+                **describe_tensors(specs),
+                "offsets": [self._layout.offsets[spec.name] for spec in specs],
+                "checksum": sent,
             }
         )
-        reports = [self._report(worker) for worker in range(self._num_workers)]
-        expected = (self._sequence, len(self._specs), sum(spec.num_bytes for spec in self._specs))
-        for worker, report in enumerate(reports):
-            loaded = (report.get("sequence"), report.get("num_tensors"), report.get("num_bytes"))
-            if loaded != expected:
-                raise WeightSyncError(
-                    f"Worker {worker} reports (transfer, tensors, bytes) {loaded}, the trainer staged {expected}.",
-                    "A worker that did not load this transfer would answer with another policy than its neighbours.",
-                    "Restart the vLLM server, then restart training with --resume_from_checkpoint.",
-                )
-        self.load_s = max(report["load_s"] for report in reports)
+        expected = expected_report(self._sequence, specs, sent)
+        return check_reports(self._read_report, self._num_workers, expected, self.timeout_s)
 
     def close(self) -> None:
-        """Unmap the segment. See `WeightTransport.close`."""
-        if self._mapping is not None:
-            mapping, self._mapping = self._mapping, None
-            # After an interrupted `stage` a traceback still views the segment; the mapping goes with the last view.
-            with contextlib.suppress(BufferError):
-                mapping.close()
+        """Let go of the segment. See `WeightTransport.close`."""
+        self._client = None
+        self._layout = None
+        # Not closed: the staging memory stays readable, and the mapping goes with the last view of it.
+        self._mapping = None
 
-    def _require_open(self) -> mmap.mmap:
-        if self._mapping is None:
-            raise RuntimeError("The transport is not open: call open() first.")
-        return self._mapping
+    def _memory(self) -> torch.Tensor:
+        assert self._mapping is not None and self._layout is not None
+        return torch.frombuffer(self._mapping, dtype=torch.uint8)[: self._layout.num_bytes]
 
-    def _report(self, worker: int) -> dict:
-        offset = self._data_bytes + worker * REPORT_BYTES
-        payload = self._require_open()[offset : offset + REPORT_BYTES].rstrip(b"\0")
-        try:
-            return json.loads(payload)
-        except ValueError:
-            # Empty, or cut off by a worker that died: `send` compares it with what was staged and refuses it.
-            return {}
-
-
-def _layout(manifest: Sequence[TensorSpec]) -> tuple[list[int], int]:
-    """Return the byte offset of every tensor and the size of the tensor area."""
-    offsets = []
-    end = 0
-    for spec in manifest:
-        start = align(end)
-        offsets.append(start)
-        end = start + spec.num_bytes
-    return offsets, align(end)
+    def _read_report(self, worker: int) -> WorkerReport | None:
+        assert self._mapping is not None and self._layout is not None
+        offset = self._layout.num_bytes + worker * REPORT_BYTES
+        return WorkerReport.from_json(self._mapping[offset : offset + REPORT_BYTES].rstrip(b"\0"))
 
 
 def _create_segment(path: str, num_bytes: int) -> mmap.mmap:
@@ -142,6 +116,8 @@ def _create_segment(path: str, num_bytes: int) -> mmap.mmap:
             "Mount a writable tmpfs there (containers: --ipc=host or --shm-size), on Linux.",
         ) from exc
     try:
+        # Held by the mapping, so until this process ends or lets go of it.
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         # Reserving now turns a full /dev/shm into an error here instead of a SIGBUS in the middle of a publish.
         os.posix_fallocate(descriptor, 0, num_bytes)
         return mmap.mmap(descriptor, num_bytes)
@@ -156,3 +132,24 @@ def _create_segment(path: str, num_bytes: int) -> mmap.mmap:
         ) from exc
     finally:
         os.close(descriptor)
+
+
+def _remove_abandoned_segments() -> None:
+    for name in os.listdir(SEGMENT_DIR):
+        if not SEGMENT_PATTERN.fullmatch(name):
+            continue
+        path = segment_path(name)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            # Of another user, or gone already.
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+            logger.warning(f"Removed {path}, which a killed trainer left behind.")
+        except (BlockingIOError, FileNotFoundError):
+            # In use by a trainer that is alive, or removed by its owner just now.
+            continue
+        finally:
+            os.close(descriptor)

@@ -10,9 +10,6 @@ import os
 import re
 
 
-ALIGNMENT_BYTES = 64
-"""Tensors start at multiples of a cache line."""
-
 REPORT_BYTES = 4096
 """Size of one worker's report: a JSON object padded with NUL bytes."""
 
@@ -33,8 +30,3 @@ def segment_path(name: str) -> str:
     if not SEGMENT_PATTERN.fullmatch(name):
         raise ValueError(f"{name!r} is not the name of a weight segment.")
     return os.path.join(SEGMENT_DIR, name)
-
-
-def align(offset: int) -> int:
-    """Round a byte offset up to the next multiple of `ALIGNMENT_BYTES`."""
-    return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

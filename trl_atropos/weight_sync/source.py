@@ -1,163 +1,154 @@
-"""What is published: every parameter of the policy, under the server's names, LoRA merged out of place.
+"""What is published: everything that a checkpoint of the policy holds, under the server's names.
 
-The base weights are only read. Merging in place and subtracting again rounds twice per publish (1.3e-3 of drift after
-100 cycles on a bf16 base) and leaves a merged model behind when a publish fails in the middle; here
-`W.float() + delta.float()` goes into a fresh tensor that the transport casts once.
+served_modules     which module computes, behind the wrappers of PEFT and torch
+gathered           its parameters whole, one module at a time
+served_tensor      LoRA merged, quantised weights dequantised
+CheckpointNames    as the base checkpoint has them
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import time
+from collections.abc import Iterator, Sequence
 
 import torch
+from peft import PeftModel
+from peft.utils.integrations import get_bnb_param_type
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ..errors import PreflightError
 from .base import TensorSpec
-
-
-PEFT_PREFIX = "base_model.model."
+from .checkpoint_names import CheckpointNames
+from .gathering import gathered, is_sharded
+from .merging import base_layer, refuse, served_shape, served_tensor
+from .policy_modules import ServedModule, fused_groups, served_modules
 
 
 class PolicyWeights:
-    """`WeightSource` of a plain model or of a PEFT model with LoRA adapters.
+    """`WeightSource` of a model: plain, with LoRA adapters, or sharded over ranks by DeepSpeed ZeRO-3 or FSDP2.
 
-    Sent: all parameters once (tied ones under their first name, as in a checkpoint), with the sum of the deltas of the
-    active adapters added; `modules_to_save` take the place of the modules that they replace.
+    Sent is what a checkpoint holds: all parameters and the persistent buffers, tied ones once under their first name.
+    LoRA is merged out of place, `modules_to_save` take the place of the modules that they replace, and a bitsandbytes
+    base is dequantised. The state of the model counts at the time of each call: which adapters are active, and whether
+    they are enabled.
+
+    A tensor `is_trained` if training can change one of its group. vLLM reloads a fused module whole (q, k, v; gate, up;
+    all experts of a layer), and what it fuses are siblings: so it is for every `packed_modules_mapping` and
+    `stacked_params_mapping` of the models of vLLM 0.32, fused_qkv_a_proj of DeepSeek included. A group is therefore what
+    lies below the parent of the module that holds the tensor, and all of a layer's experts with what routes to them;
+    modules beside the list of layers (embeddings, last norm, head) are a group each.
 
     Args:
         model (`nn.Module`):
             The unwrapped policy.
         dtype (`torch.dtype`):
-            The server's dtype; floating-point parameters are announced in it.
+            The server's dtype, in which parameters are announced. Buffers keep theirs: those of the gates of experts are
+            in float32 on the server, too.
+
+    Attributes:
+        is_collective (`bool`):
+            Whether the ranks must iterate together.
+        gather_s (`float`):
+            Seconds that the last iteration spent in gathering.
+        merge_s (`float`):
+            Seconds that it spent in merging and dequantising.
 
     Raises:
-        [`PreflightError`]: naming the module, if it cannot be merged exactly: DoRA, LoRA biases, LoRA on a tied output
-            head, quantised base weights, other tuners than LoRA; or if parameters are sharded over ranks.
+        [`PreflightError`]: naming the module, if it cannot be served exactly: other tuners than LoRA, other variants than
+            DoRA, a merged adapter, one side of tied embeddings trained apart, quantised weights other than
+            bitsandbytes', FSDP1.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
-        self.model = model
+        _check_model(model)
         self.dtype = dtype
-        self._check()
-        self._specs = [
-            TensorSpec(name, dtype if parameter.is_floating_point() else parameter.dtype, tuple(parameter.shape))
-            for name, parameter, _ in self._entries()
-        ]
+        self.is_collective = is_sharded(model)
+        self.gather_s = 0.0
+        self.merge_s = 0.0
+        self._model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._names: CheckpointNames
+        self.manifest()
 
-    def manifest(self) -> list[TensorSpec]:
-        """What iterating yields, in order."""
-        return self._specs
+    def manifest(self) -> tuple[TensorSpec, ...]:
+        """All tensors in order. Nothing is gathered or computed.
+
+        Raises:
+            [`PreflightError`]: see the class.
+        """
+        modules = served_modules(self._model)
+        self._names = CheckpointNames(self._model, {served.name: self._announced(served) for served in modules})
+        groups = fused_groups(served.name for served in modules)
+        trained = {groups[served.name] for served in modules if any(served.leaves.values())}
+        return tuple(
+            TensorSpec(name, tensor.dtype, tuple(tensor.shape), groups[served.name] in trained)
+            for served in modules
+            for name, tensor in self._names.of_module(served.name).items()
+        )
 
     @torch.no_grad()
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter, lora in self._entries():
-            yield name, parameter.detach() if lora is None else _merged(parameter, lora)
+    def tensors(self, specs: Sequence[TensorSpec]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield `(name, tensor)` for each of `specs`, gathering each module that holds one of them.
 
-    def _entries(self) -> Iterator[tuple[str, nn.Parameter, Any]]:
-        """Yield (server name, base parameter, LoRA layer whose delta belongs to it or None)."""
-        lora_layers = {name: module for name, module in self.model.named_modules() if _is_lora_layer(module)}
-        for name, parameter in self.model.named_parameters():
-            if _is_adapter_parameter(name):
+        If the policy is sharded, an error on one rank, or a consumer that stops, ends the iteration only after this rank
+        took part in all gathering: the other ranks wait for it.
+
+        Args:
+            specs (`Sequence[TensorSpec]`):
+                A part of the manifest in its order, the same on every rank.
+        """
+        self.gather_s = self.merge_s = 0.0
+        wanted = {spec.name for spec in specs}
+        failure: BaseException | None = None
+        for served in served_modules(self._model):
+            if wanted.isdisjoint(self._names.of_module(served.name)):
                 continue
-            module_name, _, leaf = name.rpartition(".")
-            layer = lora_layers.get(module_name.removesuffix(".base_layer"))
-            if "modules_to_save" in name and not _is_active_copy(name, self.model):
-                continue
-            is_adapted = layer is not None and leaf == "weight" and not layer.disable_adapters
-            yield _server_name(name), parameter, layer if is_adapted else None
+            start = time.perf_counter()
+            with gathered(served.module):
+                self.gather_s += time.perf_counter() - start
+                if failure is not None:
+                    continue
+                try:
+                    yield from self._computed(served, wanted)
+                except (Exception, GeneratorExit) as exc:
+                    if not self.is_collective:
+                        raise
+                    failure = exc
+        if failure is not None:
+            raise failure
 
-    def _check(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if hasattr(parameter, "ds_id") and getattr(parameter, "ds_status", None) is not None:
-                _refuse(name, "is partitioned by DeepSpeed ZeRO-3", "Use ZeRO-1 or ZeRO-2, or plain data parallelism.")
-            if type(parameter.data).__name__ == "DTensor":
-                _refuse(name, "is sharded by FSDP2 or tensor parallelism", "Use DDP or ZeRO-1/2.")
-            if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
-                _refuse(name, f"is quantised ({parameter.dtype})", "Load the base model without quantisation.")
-        peft_config = getattr(self.model, "active_peft_config", None)
-        if peft_config is not None and peft_config.is_prompt_learning:
-            _refuse(type(peft_config).__name__, "learns a prompt, not weights", "Use LoRA (--use_peft).")
-        tied = getattr(getattr(self.model, "config", None), "tie_word_embeddings", False)
-        get_head = getattr(self.model, "get_output_embeddings", None)
-        head = get_head() if callable(get_head) else None
-        for name, module in self.model.named_modules():
-            saved = _saved_module(module)
-            if tied and saved is not None and (module is head or type(saved) is nn.Embedding):
-                _refuse(
-                    name, "is trained apart from the embeddings that it is tied to", "Leave it out of modules_to_save."
-                )
-            if not _is_tuner_layer(module):
-                continue
-            if not _is_lora_layer(module):
-                kind = type(module).__module__ + "." + type(module).__name__
-                _refuse(name, f"is a {kind}", "Use LoRA on linear or embedding modules (--use_peft).")
-            if module.merged:
-                _refuse(name, "holds a merged adapter", "Call model.unmerge_adapter() before training.")
-            variants = [
-                type(module.lora_variant[a]).__name__ for a in module.active_adapters if a in module.lora_variant
-            ]
-            if variants:
-                _refuse(name, f"uses {variants[0]}", "Use plain LoRA: --use_dora false, and no other variant.")
-            if any(module.lora_bias.get(adapter, False) for adapter in module.active_adapters):
-                _refuse(name, "has a LoRA bias", "Set lora_bias=False in the LoraConfig.")
-            if tied and (module is head or type(module.get_base_layer()) is nn.Embedding):
-                _refuse(
-                    name,
-                    "adapts one side of tied embeddings",
-                    "Leave lm_head and embed_tokens out of --lora_target_modules.",
-                )
+    def _announced(self, served: ServedModule) -> dict[str, torch.Tensor]:
+        """The tensors of a module as they will be sent, without memory."""
+        tensors = {}
+        for leaf in served.leaves:
+            tensor = getattr(base_layer(served.module), leaf)
+            is_cast = get_bnb_param_type(tensor) or isinstance(tensor, nn.Parameter)
+            shape = served_shape(served.module, leaf)
+            dtype = self.dtype if is_cast else tensor.dtype
+            tensors[served.full_name(leaf)] = torch.empty(shape, dtype=dtype, device="meta")
+        return tensors
+
+    def _computed(self, served: ServedModule, wanted: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The wanted tensors of a module whose parameters are whole."""
+        leaves = {served.full_name(leaf): leaf for leaf in served.leaves}
+        for names in self._names.convertible(leaves):
+            start = time.perf_counter()
+            converted = self._names.convert({name: served_tensor(served.module, leaves[name]) for name in names})
+            self.merge_s += time.perf_counter() - start
+            yield from ((name, tensor) for name, tensor in converted.items() if name in wanted)
 
 
-def _refuse(name: str, what: str, fix: str) -> None:
-    raise PreflightError(
-        f"`{name}` {what}.", "Its merged weight cannot be computed exactly from what this rank holds.", fix
-    )
-
-
-def _is_tuner_layer(module: nn.Module) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return isinstance(module, BaseTunerLayer)
-
-
-def _saved_module(module: nn.Module) -> nn.Module | None:
-    """The original of a module that PEFT trains as a whole, or None."""
-    from peft.utils import ModulesToSaveWrapper
-
-    return module.original_module if isinstance(module, ModulesToSaveWrapper) else None
-
-
-def _is_lora_layer(module: nn.Module) -> bool:
-    from peft.tuners.lora import Embedding, Linear
-
-    return isinstance(module, (Linear, Embedding))
-
-
-def _is_adapter_parameter(name: str) -> bool:
-    parts = name.split(".")
-    return any(part.startswith("lora_") for part in parts) or "original_module" in parts
-
-
-def _is_active_copy(name: str, model: nn.Module) -> bool:
-    """Whether `...modules_to_save.<adapter>...` names the copy of an active adapter."""
-    adapter = name.split("modules_to_save.")[1].split(".")[0]
-    return adapter in getattr(model, "active_adapters", [])
-
-
-def _server_name(name: str) -> str:
-    name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
-    if ".modules_to_save." in name:
-        before, _, after = name.partition(".modules_to_save.")
-        name = before + "." + after.split(".", 1)[1]
-    return name
-
-
-def _merged(weight: torch.Tensor, layer: Any) -> torch.Tensor:
-    # Never in place: for a float32 base `float()` is the base itself.
-    merged = weight.detach().float()
-    for adapter in layer.active_adapters:
-        if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
-            merged = merged + layer.get_delta_weight(adapter).float()
-    return merged
+def _check_model(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            refuse(
+                f"`{name or type(model).__name__}` is sharded by FSDP1",
+                "Use FSDP2 (fsdp_version: 2 in the configuration of accelerate) or DeepSpeed ZeRO-3.",
+                "Its parameters exist only inside summon_full_params, whose memory is freed when that context ends.",
+            )
+    if not isinstance(model, PeftModel):
+        return
+    for adapter in model.active_adapters:
+        config = model.peft_config[adapter]
+        if config.peft_type != "LORA":
+            learns = "learns a prompt, not weights" if config.is_prompt_learning else "is not LoRA"
+            refuse(f"The adapter '{adapter}' ({type(config).__name__}) {learns}", "Use LoRA (--use_peft).")

@@ -1,0 +1,101 @@
+"""Keeps servers on the newest LoRA adapter: nothing pauses, and a small fraction of the bytes travels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from .adapter import Adapter, check_adapter
+from .adapter_transfer import AdapterTransfer, SavedAdapter, check_server
+from .probe import ProbeReference
+from .publisher import Delivered, PublishOptions
+from .report import PublishReport
+from .server_link import ServerLink
+
+
+class AdapterPublisher:
+    """Publishes the adapter itself to one or several servers and proves it after every publish.
+
+    Args:
+        links (`Sequence[ServerLink]`):
+            The servers. Their transports are not used.
+        directory (`Path`):
+            See [`~weight_sync.adapter_transfer.AdapterTransfer`].
+        options (`PublishOptions`, *optional*):
+            What happens on a failure.
+    """
+
+    def __init__(self, links: Sequence[ServerLink], directory: Path, options: PublishOptions | None = None):
+        self.links = list(links)
+        self.options = options or PublishOptions()
+        self._transfer = AdapterTransfer([link.client for link in self.links], directory)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a policy or a server for which only merged weights will do.
+
+        Raises:
+            [`PreflightError`]: naming what stands against it.
+        """
+        rank = check_adapter(model)
+        for link in self.links:
+            check_server(link.client, rank, keep=self._transfer.keep)
+
+    def deliver(
+        self, adapter: Adapter, policy_version: int, reference: Callable[[], ProbeReference] | None
+    ) -> PublishReport:
+        """Bring an adapter onto every server under a version, and prove it.
+
+        Args:
+            adapter ([`~weight_sync.adapter.Adapter`]):
+                Of the policy.
+            policy_version (`int`):
+                Number of this policy.
+            reference (`Callable[[], ProbeReference]`, *optional*):
+                Computes what the servers must answer.
+
+        Raises:
+            [`WeightSyncError`]: naming the server and its state. It serves the previous adapter, or is paused with one that
+                is not proven.
+        """
+        start = time.perf_counter()
+        saved = self._transfer.save(adapter, policy_version)
+        delivered = Delivered()
+        outcome = self.options.failure_policy.run(
+            self.links, lambda link: self._deliver(link, saved, reference, delivered), policy_version
+        )
+        phase_s = {"gather": adapter.gather_s, "stage": saved.write_s, **delivered.phase_s}
+        return delivered.report(
+            policy_version=policy_version,
+            mode="adapter",
+            total_s=time.perf_counter() - start + adapter.gather_s,
+            phase_s=phase_s,
+            outcome=outcome,
+        )
+
+    def withdraw(self, policy_version: int) -> None:
+        """Route requests to the model itself again, because merged weights follow."""
+        for link in self.links:
+            link.client.route_adapter(None, policy_version)
+
+    def _deliver(
+        self,
+        link: ServerLink,
+        saved: SavedAdapter,
+        reference: Callable[[], ProbeReference] | None,
+        delivered: Delivered,
+    ) -> None:
+        if link.version is None:
+            link.client.wait_until_healthy(self.options.server_timeout_s)
+        else:
+            link.check_version()
+        link.phase_s = self._transfer.load(link.client, saved)
+        link.phase_s["transfer"] = link.phase_s["load"]
+        if link.client.is_paused():
+            # By an earlier publish that could not be proven, or by another trainer that ended in the middle of one.
+            link.resume()
+        probe = link.verify(saved.policy_version, reference)
+        self._transfer.discard_old(link.client)
+        delivered.add(link.phase_s, saved.num_bytes, probe)

@@ -1,0 +1,127 @@
+"""What happens when a publish fails on one of several servers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from ..errors import PublishConflictError, WeightSyncError
+from .server_link import ServerLink
+
+
+logger = logging.getLogger(__name__)
+
+FAILURE_POLICIES = ("retry", "pause", "abort")
+
+RETRY_INTERVAL_S = 1.0
+PAUSED_INTERVAL_S = 15.0
+"""How often a run that was paused by a failure tries again."""
+
+
+@dataclass(frozen=True)
+class FailurePolicy:
+    """What happens when a step of a publish fails.
+
+    Args:
+        action (`str`, *optional*, defaults to `"retry"`):
+            `"retry"`: wait for the server, connect again and send everything, up to `max_retries` times; then raise.
+            `"pause"`: the same without a limit, so that somebody can mend the server while training waits. `"abort"`:
+            raise at once.
+        max_retries (`int`, *optional*, defaults to `3`):
+            For `"retry"`.
+    """
+
+    action: str = "retry"
+    max_retries: int = 3
+
+    def run(self, links: Sequence[ServerLink], step: Callable[[ServerLink], None], version: int) -> Outcome:
+        """Take a step with every server, side by side, and again with those that failed.
+
+        Args:
+            links (`Sequence[ServerLink]`):
+                The servers. Those that failed are reset before the step is taken again.
+            step (`Callable[[ServerLink], None]`):
+                Opens the link if it is closed.
+            version (`int`):
+                What is published; for the messages.
+
+        Raises:
+            [`WeightSyncError`]: of the first server that failed for good.
+        """
+        pending = list(links)
+        outcome = Outcome()
+        while True:
+            failures = _take(pending, step, version)
+            if not failures:
+                return outcome
+            outcome.num_failures += len(failures)
+            self._raise_if_final(list(failures.values()), outcome.num_rounds)
+            for link, failure in failures.items():
+                logger.warning(f"{failure}\nIt is given everything again (--on_publish_failure {self.action}).")
+                link.reset()
+            time.sleep(PAUSED_INTERVAL_S if self.action == "pause" else RETRY_INTERVAL_S)
+            pending = list(failures)
+            outcome.num_rounds += 1
+            outcome.num_retries += len(pending)
+
+    def _raise_if_final(self, failures: Sequence[WeightSyncError], num_rounds: int) -> None:
+        conflicts = [failure for failure in failures if isinstance(failure, PublishConflictError)]
+        is_exhausted = self.action == "retry" and num_rounds >= self.max_retries
+        if not (conflicts or is_exhausted or self.action == "abort"):
+            return
+        first, *others = conflicts or failures
+        for other in others:
+            logger.error(str(other))
+        raise first
+
+
+@dataclass
+class Outcome:
+    """How often a step was taken.
+
+    Args:
+        num_rounds (`int`, *optional*, defaults to `0`):
+            Rounds after the first.
+        num_retries (`int`, *optional*, defaults to `0`):
+            Attempts after the first, over all servers.
+        num_failures (`int`, *optional*, defaults to `0`):
+            Attempts that failed, over all servers.
+    """
+
+    num_rounds: int = 0
+    num_retries: int = 0
+    num_failures: int = 0
+
+    def __add__(self, other: Outcome) -> Outcome:
+        return Outcome(
+            self.num_rounds + other.num_rounds,
+            self.num_retries + other.num_retries,
+            self.num_failures + other.num_failures,
+        )
+
+
+def _take(
+    links: Sequence[ServerLink], step: Callable[[ServerLink], None], version: int
+) -> dict[ServerLink, WeightSyncError]:
+    if len(links) == 1:
+        # On this thread, so that Ctrl-C ends it.
+        outcomes = [_attempt(step, links[0], version)]
+    else:
+        with ThreadPoolExecutor(max_workers=len(links), thread_name_prefix="publish") as executor:
+            outcomes = list(executor.map(lambda link: _attempt(step, link, version), links))
+    return {link: failure for link, failure in zip(links, outcomes, strict=True) if failure is not None}
+
+
+def _attempt(step: Callable[[ServerLink], None], link: ServerLink, version: int) -> WeightSyncError | None:
+    try:
+        step(link)
+    except WeightSyncError as exc:
+        return link.describe(exc, version)
+    except BaseException:
+        # Ctrl-C, or a defect: whoever is told nothing else must know in which state the server is.
+        logger.error(f"Publishing version {version} to {link.client.base_url} was ended. {link.secure()}")
+        raise
+    return None

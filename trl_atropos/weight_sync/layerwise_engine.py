@@ -1,0 +1,295 @@
+"""What our vLLM worker engines share: a policy is loaded layer by layer, and half of one is never served.
+
+vLLM imports this file inside its workers. Between start and finish of an update every parameter lies on the meta
+device; vLLM collects what is loaded and puts a layer in place, prepacked, as soon as it is complete. A layer of which
+nothing is loaded gets its kernel tensors back at the end, a layer of which a part is loaded would be filled up with
+uninitialised memory.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+
+NUM_NAMED = 3
+"""How many names an error lists."""
+
+EXPERT = re.compile(r"(\.experts)\.\d+\..*")
+
+
+@dataclass
+class LayerwiseUpdateInfo(WeightTransferUpdateInfo):
+    """What a transfer carries, one entry per tensor and in loading order.
+
+    Args:
+        sequence (`int`):
+            Number of this transfer, repeated in the worker's report.
+        is_complete (`bool`):
+            Whether every parameter of the served model is sent. If not, the modules that are not named stay.
+        names (`list[str]`):
+            Checkpoint names.
+        dtype_names (`list[str]`):
+            For example `"bfloat16"`.
+        shapes (`list[list[int]]`):
+            Shapes.
+        offsets (`list[int]`):
+            Byte offset of each tensor in the memory that it travels in.
+    """
+
+    sequence: int
+    is_complete: bool
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+    offsets: list[int]
+
+
+TInitInfo = TypeVar("TInitInfo", bound=WeightTransferInitInfo)
+TUpdateInfo = TypeVar("TUpdateInfo", bound=LayerwiseUpdateInfo)
+
+
+class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
+    """Base of engines that load whole tensors into vLLM's layerwise reload.
+
+    A subclass connects in `connect` and calls `load` from `receive_weights`.
+
+    One update takes one transfer; a second one replaces the first and so has to be complete. An update that a trainer
+    left open is ended by the next one. A partial transfer needs a worker that holds a complete policy of the trainer
+    that is connected.
+    """
+
+    supports_draft_weight_update = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._is_updating = False
+        self._is_complete = False
+        # Whether the model, outside of an update, is a complete policy of the connected trainer.
+        self._has_policy = False
+        self._expected: set[str] = set()
+        self._loaded: set[str] = set()
+        # Aliases of tied parameters -> the name that is loaded.
+        self._tied: dict[str, str] = {}
+        # Checkpoint names that are known to end in a parameter.
+        self._known: set[str] = set()
+        # What a complete policy fills of the layers that are allocated larger than it.
+        self._padded_numel: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+    @property
+    def worker(self) -> int:
+        """Number of this worker among all tensor-, pipeline- and data-parallel ones of the server, from 0."""
+        config = self.parallel_config
+        return config.data_parallel_index * config.world_size + config.rank
+
+    def init_transfer_engine(self, init_info: TInitInfo) -> None:
+        """Connect to a trainer. A second call replaces the first: the trainer was restarted, or connects again."""
+        self.shutdown()
+        self._has_policy = False
+        self.connect(init_info)
+
+    @abstractmethod
+    def connect(self, init_info: TInitInfo) -> None:
+        """Connect to a trainer; nothing is connected."""
+
+    def start_weight_update(self) -> None:
+        """Move the parameters to the meta device; from here to `finish_weight_update` the model cannot run."""
+        if self._is_updating:
+            # An update that was never finished left some layers processed and others with half of their tensors
+            # buffered. Ending it gives every layer its kernel tensors, of which a complete policy replaces all.
+            finalize_layerwise_reload(self.model, self.model_config)
+        self._is_updating = True
+        # Asked before the move, which gives a tied parameter a tensor of its own that nobody will send.
+        self._tied = _tied_names(self.model)
+        initialize_layerwise_reload(self.model)
+        self._expected = {name for name, _ in self.model.named_parameters()} - self._tied.keys()
+        self._loaded = set()
+
+    def load(self, update_info: TUpdateInfo, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load a transfer.
+
+        Args:
+            update_info ([`LayerwiseUpdateInfo`]):
+                What it carries.
+            weights (`Iterable[tuple[str, torch.Tensor]]`):
+                Its tensors, in the order of `update_info`. They are kept until their layer is complete.
+
+        Raises:
+            `RuntimeError`: if names are missing, unknown or do not belong to whole modules.
+        """
+        if self._loaded:
+            self.start_weight_update()
+        self._check_names(update_info)
+        self._is_complete = update_info.is_complete
+        self._has_policy = False
+        is_known = self._known.issuperset(update_info.names)
+        recorder = None if is_known or not self._holds_all_layers() else ReadRecorder()
+        with recorder or nullcontext():
+            watched = iter(weights) if recorder is None else recorder.watch(weights)
+            self._loaded |= set(self.model.load_weights(watched) or ())
+        if recorder is not None:
+            unknown = [name for name in recorder.unread if name not in self._tied]
+            if unknown:
+                raise RuntimeError(
+                    f"{len(unknown)} tensors were sent that no parameter of the served model took, first "
+                    f"{unknown[:NUM_NAMED]}. The server and the trainer run different models, or vLLM knows these "
+                    "weights under other names."
+                )
+            self._known |= set(update_info.names)
+
+    def finish_weight_update(self) -> None:
+        """Put the parameters back into the tensors that the compiled model runs on; refuse half a policy."""
+        missing = sorted(self._expected - self._loaded) if self._is_complete or not self._loaded else []
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} parameters of the served model were not sent, first {missing[:NUM_NAMED]}. Half a "
+                "policy is not served: the weight update stays open. Send every parameter, or restart the server."
+            )
+        torn = self._half_loaded_layers()
+        if torn:
+            raise RuntimeError(
+                f"{len(torn)} layers of the served model were sent in part, first {torn[:NUM_NAMED]}. The rest of them "
+                "would be uninitialised memory: the weight update stays open. Send every parameter of a module."
+            )
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._repack_tied_heads()
+        self._is_updating = False
+        self._has_policy = True
+
+    def _check_names(self, update_info: LayerwiseUpdateInfo) -> None:
+        names = set(update_info.names)
+        if len(names) < len(update_info.names):
+            raise RuntimeError(
+                f"{len(update_info.names) - len(names)} of {len(update_info.names)} names are sent twice."
+            )
+        if update_info.is_complete:
+            return
+        if not self._has_policy:
+            raise RuntimeError(
+                f"{len(names)} changed tensors were sent to a worker that holds no complete policy of this trainer. "
+                "Send every parameter first."
+            )
+        # A pipeline stage knows its own names only.
+        unknown = sorted(names - self._known) if self._holds_all_layers() else []
+        if unknown:
+            raise RuntimeError(
+                f"{len(unknown)} changed tensors were sent that the complete policy did not have, first "
+                f"{unknown[:NUM_NAMED]}."
+            )
+        packed = getattr(self.model, "packed_modules_mapping", {})
+        modules = {_module_of(name, packed) for name in names}
+        absent = sorted(name for name in self._known - names if _module_of(name, packed) in modules)
+        if absent:
+            raise RuntimeError(
+                f"{len(absent)} tensors were not sent that the server keeps in one module with others that were, first "
+                f"{absent[:NUM_NAMED]}. Send every tensor of a module (q, k and v; gate and up; all experts), or none."
+            )
+
+    def _holds_all_layers(self) -> bool:
+        config = self.parallel_config
+        return config.pipeline_parallel_size == 1 and not config.enable_expert_parallel
+
+    def _half_loaded_layers(self) -> list[str]:
+        torn = []
+        for name, layer in self.model.named_modules():
+            info = get_layerwise_info(layer)
+            if not info.can_load() or not 0 < info.load_numel < info.load_numel_total:
+                continue
+            if isinstance(layer, LinearBase) and isinstance(layer.quant_method, UnquantizedLinearMethod):
+                torn.append(name)
+            elif self._is_complete:
+                # Allocated with padding, which no checkpoint fills.
+                self._padded_numel[layer] = info.load_numel
+            elif info.load_numel != self._padded_numel.get(layer):
+                torn.append(name)
+        return torn
+
+    def _repack_tied_heads(self) -> None:
+        # vLLM's CPU backend prepacks the output head at load. A tied head owns no parameter, so the layerwise reload
+        # never processes it and it would go on answering with the weights of the start.
+        for name, module in self.model.named_modules():
+            if not isinstance(module, ParallelLMHead) or getattr(module, "cpu_linear", None) is None:
+                continue
+            if self._tied.get(f"{name}.weight") in self._loaded:
+                module.quant_method.process_weights_after_loading(module)
+
+
+class ReadRecorder(TorchDispatchMode):
+    """Finds the tensors that a model's `load_weights` never looks into.
+
+    vLLM's models skip some names that they do not know and raise for others; the names that `load_weights` returns are
+    those of its own parameters. A tensor counts as read when an operation other than a view takes it, or a view of it.
+
+    Attributes:
+        unread (`dict[str, torch.Tensor]`):
+            The tensors by name that were not read so far. They are kept alive, so that their memory is not mistaken for
+            that of a later tensor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unread: dict[str, torch.Tensor] = {}
+        self._names: dict[int, str] = {}
+
+    def watch(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Pass on `(name, tensor)` pairs, and watch the tensors from then on."""
+        for name, tensor in weights:
+            if tensor.numel() > 0:
+                self.unread[name] = tensor
+                self._names[tensor.data_ptr()] = name
+            yield name, tensor
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        names = {self._names[address] for address in _addresses(args) if address in self._names}
+        if names:
+            returned = func._schema.returns[0].alias_info if func._schema.returns else None
+            if returned is not None and not returned.is_write:
+                (name, *_) = names
+                self._names.update(dict.fromkeys(_addresses((result,)), name))
+            else:
+                for name in names:
+                    self.unread.pop(name, None)
+        return result
+
+
+def _addresses(values: Iterable[Any]) -> Iterator[int]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _addresses(value)
+        elif isinstance(value, torch.Tensor) and value.device.type != "meta" and value.numel() > 0:
+            yield value.data_ptr()
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are the same tensor as an earlier one -> the name of that."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
+
+
+def _module_of(name: str, packed: dict[str, list[str]]) -> str:
+    """The module of the served model that a checkpoint name belongs to, as far as names tell."""
+    module = EXPERT.sub(r"\1.weight", name).rpartition(".")[0]
+    fused = {part: whole for whole, parts in packed.items() for part in parts}
+    return ".".join(fused.get(part, part) for part in module.split("."))

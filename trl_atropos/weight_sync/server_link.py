@@ -1,0 +1,279 @@
+"""One server and the way to it: the states of a publish.
+
+    idle          the server serves version v
+    paused        generation is frozen: requests in flight and new ones wait
+    transferring  start, move, load: the server has no complete weights
+    finishing     put the weights in place and name them
+    resuming      the server holds version v+1; the waiting requests run
+    verified      version read back and logprobs compared; on disagreement the server is paused again
+
+A link that failed stays where it was, so that its error can say what the server holds, until `reopen`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import PublishConflictError, VLLMServerError, WeightSyncError, WeightSyncTimeout
+from .base import PolicyLayout, TensorSpec, TransferReport, WeightTransport
+from .probe import ProbeReference, ProbeResult, check_probe
+
+
+if TYPE_CHECKING:
+    from .vllm_client import AtroposVLLMClient
+
+
+logger = logging.getLogger(__name__)
+
+UNPUBLISHED = "default"
+"""vLLM's name of the weights that a server loaded itself."""
+
+SLEEP_LEVEL = 1
+"""Weights go to host memory. Level 2 would drop them, and with them everything that a publish does not send."""
+
+SERVER_STATES = {
+    "idle": "The server serves the previous policy.",
+    "paused": "The server may be paused; it holds the previous policy.",
+    "transferring": "The server is paused and holds no complete policy.",
+    "finishing": "The server is paused and may hold no complete policy.",
+    "resuming": "The server holds the new policy and may be paused.",
+    "verified": "The server is paused and holds a policy that is not proven to be the trainer's.",
+}
+
+
+@dataclass
+class LinkOptions:
+    """How one server is treated.
+
+    Args:
+        probe_tolerance (`float`, *optional*, defaults to `4.0`):
+            Largest accepted mean absolute difference of logprobs, as a multiple of what rounding to the server's dtype
+            makes.
+        keep_kv_cache (`bool`, *optional*, defaults to `False`):
+            Whether requests in flight go on with the keys and values of the previous policy instead of computing them
+            again.
+        sleeps (`bool`, *optional*, defaults to `False`):
+            Whether the server gives its memory back between a batch and the next publish.
+    """
+
+    probe_tolerance: float = 4.0
+    keep_kv_cache: bool = False
+    sleeps: bool = False
+
+
+class ServerLink:
+    """Brings staged policies onto one server.
+
+    Args:
+        client (`AtroposVLLMClient`):
+            Control plane of the server.
+        transport (`WeightTransport`):
+            Mover of the bytes.
+        dtype (`torch.dtype`):
+            The server's dtype.
+        options (`LinkOptions`, *optional*):
+            How the server is treated.
+
+    Attributes:
+        state (`str`):
+            A key of `SERVER_STATES`.
+        phase_s (`dict[str, float]`):
+            Seconds of each phase of the last publish: pause, transfer, load (a part of transfer), finish, resume, verify.
+        memory (`torch.Tensor`, *optional*):
+            Where the policy is staged; None until `open`.
+        is_paused (`bool`):
+            Whether this link has frozen the server and not let it go on since.
+        version (`int`, *optional*):
+            What this link published last; None if the server does not hold a complete policy of this trainer.
+    """
+
+    def __init__(
+        self,
+        client: AtroposVLLMClient,
+        transport: WeightTransport,
+        dtype: torch.dtype,
+        options: LinkOptions | None = None,
+    ):
+        self.client = client
+        self.transport = transport
+        self.dtype = dtype
+        self.options = options or LinkOptions()
+        self.state = "idle"
+        self.phase_s: dict[str, float] = {}
+        self.memory: torch.Tensor | None = None
+        self.version: int | None = None
+        self.is_open = False
+        self.is_paused = False
+
+    # Connection
+
+    def open(self, layout: PolicyLayout) -> None:
+        """Connect the transport. What was staged before is staged still."""
+        staged = self.memory
+        self.version = None
+        self.memory = self.transport.open(self.client, layout)
+        if staged is not None:
+            self.memory.copy_(staged)
+        self.is_open = True
+
+    def close(self) -> None:
+        """Release the transport; the staged policy stays readable, and is sent whole the next time."""
+        self.is_open = False
+        self.version = None
+        self.transport.close()
+
+    def reset(self) -> None:
+        """After a failure: what is done next begins with a connection and a pause."""
+        self.close()
+        self.state = "idle"
+
+    def forget(self) -> None:
+        """Release the transport and the staged policy: another one follows."""
+        self.close()
+        self.memory = None
+
+    def require_memory(self) -> torch.Tensor:
+        """Where the policy is staged."""
+        assert self.memory is not None, "open() comes first"
+        return self.memory
+
+    def check_version(self) -> None:
+        """Find out whether the server still holds what was published last, and close the link if it was restarted.
+
+        Raises:
+            [`WeightSyncError`]: if another trainer publishes to the same server.
+        """
+        if self.version is None:
+            return
+        reported = self.client.get_weight_version()
+        if reported == UNPUBLISHED:
+            logger.warning(
+                f"The vLLM server at {self.client.base_url} was restarted: it serves its starting checkpoint instead of "
+                f"version {self.version}. It is given everything again."
+            )
+            self.close()
+        elif reported != str(self.version):
+            raise self._other_trainer(reported, self.version)
+
+    # Phases, in this order
+
+    def pause(self) -> None:
+        """Freeze generation."""
+        with self._phase("pause", "paused"):
+            if self.options.sleeps:
+                # Only the weights: what the publish replaces. vLLM resumes by itself once everything is awake; if the
+                # cache was awake already, the pause below ends that.
+                self.client.wake_up(["weights"])
+            self.client.pause(clear_cache=not self.options.keep_kv_cache)
+        self.is_paused = True
+
+    def transfer(self, specs: Sequence[TensorSpec]) -> TransferReport:
+        """Move and load tensors. Several calls belong to one update."""
+        with self._phase("transfer", "transferring"):
+            # From here on the server does not hold the last version any more.
+            self.version = None
+            self._start()
+            report = self.transport.send(specs)
+        self.phase_s["load"] = report.load_s
+        return report
+
+    def finish(self, version: int) -> None:
+        """Put the weights in place under a version."""
+        with self._phase("finish", "finishing"):
+            self.client.finish_weight_update(str(version))
+
+    def resume(self) -> None:
+        """Let the waiting requests run."""
+        self.is_paused = False
+        with self._phase("resume", "resuming"):
+            if self.options.sleeps:
+                self.client.wake_up(["kv_cache"])
+            self.client.resume()
+
+    def verify(self, version: int, reference: Callable[[], ProbeReference] | None) -> ProbeResult | None:
+        """Read the version back and compare logprobs; pause the server again if either disagrees.
+
+        Args:
+            version (`int`):
+                What was published.
+            reference (`Callable[[], ProbeReference]`, *optional*):
+                What the trainer computes; without it, only the version is read.
+        """
+        with self._phase("verify", "verified"):
+            reported = self.client.get_weight_version()
+            if reported != str(version):
+                raise self._other_trainer(reported, version)
+            result = None
+            if reference is not None:
+                result = check_probe(reference(), self.client, self.dtype, self.options.probe_tolerance)
+        self.version = version
+        self.state = "idle"
+        return result
+
+    def sleep(self) -> None:
+        """Give the server's device memory back until the next publish. Requests in flight are kept."""
+        self.client.sleep(SLEEP_LEVEL)
+
+    def describe(self, exc: WeightSyncError, version: int) -> WeightSyncError:
+        """Name server and state in an error of a publish, after making sure that no unproven policy is served."""
+        kind = next(
+            kind for kind in (PublishConflictError, WeightSyncTimeout, WeightSyncError) if isinstance(exc, kind)
+        )
+        error = kind(
+            f"Publishing policy version {version} to {self.client.base_url} failed in state `{self.state}`: {exc.what}",
+            f"{exc.why} {self.secure()}",
+            exc.fix,
+        )
+        error.__cause__ = exc
+        return error
+
+    def secure(self) -> str:
+        """After a failure: make sure that an unproven policy is not served, and say in which state the server is."""
+        self.is_paused = False
+        if self.state == "verified":
+            try:
+                self.client.pause()
+            except WeightSyncError as exc:
+                return f"The server could not be paused ({exc.what}) and may serve a policy that is not proven."
+        return SERVER_STATES[self.state]
+
+    def _start(self) -> None:
+        try:
+            self.client.start_weight_update()
+        except VLLMServerError as exc:
+            if "already active" not in exc.detail:
+                raise
+            logger.warning(
+                f"The vLLM server at {self.client.base_url} has an unfinished weight update of another trainer; it is "
+                "replaced by this one."
+            )
+            try:
+                # Gives every layer its old tensors back. While the server is paused nobody sees the half of a policy.
+                self.client.finish_weight_update(None)
+            except VLLMServerError:
+                # Our engines do not finish half a policy, but take another one within the same update.
+                return
+            self.client.start_weight_update()
+
+    def _other_trainer(self, reported: str, expected: int) -> PublishConflictError:
+        return PublishConflictError(
+            f"The server at {self.client.base_url} reports weight version {reported!r}, this trainer published {expected}.",
+            "Another trainer publishes to the same server.",
+            "Give each trainer its own server (--vllm_server_base_url).",
+        )
+
+    @contextmanager
+    def _phase(self, phase: str, state: str) -> Iterator[None]:
+        self.state = state
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phase_s[phase] = self.phase_s.get(phase, 0.0) + time.perf_counter() - start
