@@ -82,6 +82,7 @@ THIRD_PARTY = {
         "deepspeed",
         "transformers",
         "bitsandbytes",
+        "safetensors",
         "vllm",
     },
     "serving": {"vllm"},
