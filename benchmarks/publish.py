@@ -93,8 +93,20 @@ def copy_floor(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> Floor:
     return Floor(timed(cast), timed(copy))
 
 
-def measure(transport_name: str, mode: str, model: nn.Module, url: str, tokenizer: object, repeats: int) -> dict:
-    """Publish `repeats` times after the warm-ups, and return the medians."""
+def measure(
+    transport_name: str,
+    mode: str,
+    model: nn.Module,
+    url: str,
+    tokenizer: object,
+    repeats: int,
+    load_s: float | None = None,
+) -> dict:
+    """Publish `repeats` times after the warm-ups, and return the medians.
+
+    `load_s` belongs to the floor. Over gloo the worker's clock also counts the arrival of the bytes, so that the loading of
+    the same bytes from shared memory is taken.
+    """
     client = AtroposVLLMClient(url)
     facts = inspect_server(client, model.config, max_length=10**9)
     transport = make_transport(facts.backend, client, torch.device("cpu"), timeout_s=300)
@@ -120,7 +132,8 @@ def measure(transport_name: str, mode: str, model: nn.Module, url: str, tokenize
     floors = [copy_floor(published, facts.dtype) for _ in range(repeats)]
     publisher.close()
     median = statistics.median
-    load_s = median(report.phase_s["load"] for report in reports)
+    if load_s is None:
+        load_s = median(report.phase_s["load"] for report in reports)
     memcpy_s = median(floor.memcpy_s for floor in floors)
     floor_s = median(floor.cast_s for floor in floors) + memcpy_s + load_s
     total_s, paused_s = (median(values) for values in zip(*((r.total_s, r.paused_s) for r in reports), strict=True))
@@ -135,6 +148,7 @@ def measure(transport_name: str, mode: str, model: nn.Module, url: str, tokenize
         "total_vs_floor": round(total_s / floor_s, 3),
         "paused_vs_copy": round(paused_s / (memcpy_s + load_s), 3),
         "phases_s": {name: round(median(r.phase_s.get(name, 0.0) for r in reports), 4) for name in reports[0].phase_s},
+        "load_s": round(load_s, 4),
         "repeats": repeats,
     }
 
@@ -210,14 +224,17 @@ def measure_model(args: argparse.Namespace, directory: Path) -> None:
         return get_peft_model(load(), LoraConfig(r=16, target_modules="all-linear"))
 
     full_shm_s = float("nan")
+    loads: dict[str, float] = {}
     for name in ("shm", "gloo"):
         print(f"starting trl vllm-serve on {args.model.name} for {name}", file=sys.stderr)
         log_path = directory / f"{name}.log"
         with serve(args.model, "--enforce_eager", "True", log_path=log_path, backend=f"trl_atropos_{name}") as url:
-            full = measure(name, "full", load(), url, tokenizer, args.repeats)
-            full_shm_s = full["total_s"] if name == "shm" else full_shm_s
-            show(full)
-            show(measure(name, "merged", load_lora(), url, tokenizer, args.repeats))
+            for mode, make in (("full", load), ("merged", load_lora)):
+                line = measure(name, mode, make(), url, tokenizer, args.repeats, loads.get(mode))
+                loads[mode] = line["load_s"]
+                if (name, mode) == ("shm", "full"):
+                    full_shm_s = line["total_s"]
+                show(line)
     show(measure_adapter(args, load_lora(), full_shm_s, directory))
 
 
@@ -226,12 +243,15 @@ def measure_synthetic(args: argparse.Namespace, directory: Path) -> None:
     for gib in args.synthetic_gib:
         model_dir = synthetic_llama(gib, directory / f"{gib}gib")
         flags = ("--load-format", "dummy", "--skip-tokenizer-init", "--enforce_eager", "True")
+        load_s = None
         for name in ("shm", "gloo"):
             print(f"starting trl vllm-serve on a model of {gib} GiB for {name}", file=sys.stderr)
             log_path = directory / f"{gib}{name}.log"
             with serve(model_dir, *flags, log_path=log_path, backend=f"trl_atropos_{name}") as url:
                 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir), dtype=torch.bfloat16)
-                show({"synthetic_gib": gib, **measure(name, "full", model, url, None, max(2, args.repeats // 3))})
+                line = measure(name, "full", model, url, None, max(2, args.repeats // 3), load_s)
+                load_s = line["load_s"]
+                show({"synthetic_gib": gib, **line})
 
 
 def main() -> None:

@@ -9,7 +9,15 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from .advantages import ADVANTAGE_NORMALIZATIONS, SCALE_REWARDS, validate_clipping
-from .config_checks import check_batch_size, check_loss, check_offloading, check_parallelism, check_unsupported
+from .config_checks import (
+    check_batch_size,
+    check_choices,
+    check_loss,
+    check_offloading,
+    check_parallelism,
+    check_positive,
+    check_unsupported,
+)
 from .layouts import LAYOUTS
 from .loss_options import CORRECTION_MODES, IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES, LossOptions
 from .publish_config import PublishConfig, check_publish
@@ -335,24 +343,16 @@ class AtroposConfig(PublishConfig, TrainingArguments):
         return options
 
     def _check_choices(self) -> None:
-        for name, choices in (
-            ("scale_rewards", SCALE_REWARDS),
-            ("advantage_normalization", ADVANTAGE_NORMALIZATIONS),
-            ("inference_logprobs", INFERENCE_LOGPROBS),
-            ("ref_logprobs", REF_LOGPROBS),
-            ("sequence_layout", SEQUENCE_LAYOUTS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}. Choose one of: {', '.join(choices)}.")
-        for name in (
-            "max_length",
-            "temperature",
-            "batch_timeout_s",
-            "refresh_interval",
-            "api_timeout_s",
-        ):
-            # Written so that NaN is refused too.
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, it must be positive. Set --{name}.")
+        check_choices(
+            self,
+            {
+                "scale_rewards": SCALE_REWARDS,
+                "advantage_normalization": ADVANTAGE_NORMALIZATIONS,
+                "inference_logprobs": INFERENCE_LOGPROBS,
+                "ref_logprobs": REF_LOGPROBS,
+                "sequence_layout": SEQUENCE_LAYOUTS,
+            },
+        )
+        check_positive(self, ("max_length", "temperature", "batch_timeout_s", "refresh_interval", "api_timeout_s"))
         if not 0.0 <= self.max_dropped_fraction < 1.0:
             raise ValueError(f"max_dropped_fraction is {self.max_dropped_fraction}, it must lie in [0, 1).")

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
     from .atropos_config import AtroposConfig
+
+
+def check_choices(args: object, choices_of: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a value that is not one of an option's choices."""
+    for name, choices in choices_of.items():
+        if getattr(args, name) not in choices:
+            raise ValueError(f"{name} is {getattr(args, name)!r}. Choose one of: {', '.join(choices)}.")
+
+
+def check_positive(args: object, names: Sequence[str]) -> None:
+    """Refuse zero, negative numbers and NaN."""
+    for name in names:
+        # Written so that NaN is refused too.
+        if not getattr(args, name) > 0:
+            raise ValueError(f"{name} is {getattr(args, name)}, it must be positive. Set --{name}.")
 
 
 def check_loss(args: AtroposConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .config_checks import check_choices, check_positive
 from .weight_sync.failures import FAILURE_POLICIES
 
 
@@ -112,19 +113,17 @@ def check_publish(args: PublishConfig) -> None:
     Raises:
         `ValueError`: naming them.
     """
-    for name, choices in (("weight_sync_mode", WEIGHT_SYNC_MODES), ("on_publish_failure", FAILURE_POLICIES)):
-        if getattr(args, name) not in choices:
-            raise ValueError(f"{name} is {getattr(args, name)!r}. Choose one of: {', '.join(choices)}.")
-    for name in (
-        "weight_sync_steps",
-        "vllm_server_timeout",
-        "weight_sync_timeout",
-        "weight_sync_warn_fraction",
-        "logprob_probe_tolerance",
-    ):
-        # Written so that NaN is refused too.
-        if not getattr(args, name) > 0:
-            raise ValueError(f"{name} is {getattr(args, name)}, it must be positive. Set --{name}.")
+    check_choices(args, {"weight_sync_mode": WEIGHT_SYNC_MODES, "on_publish_failure": FAILURE_POLICIES})
+    check_positive(
+        args,
+        (
+            "weight_sync_steps",
+            "vllm_server_timeout",
+            "weight_sync_timeout",
+            "weight_sync_warn_fraction",
+            "logprob_probe_tolerance",
+        ),
+    )
     if args.weight_sync_full_interval is not None and args.weight_sync_full_interval < 1:
         raise ValueError(f"weight_sync_full_interval is {args.weight_sync_full_interval}, it must be 1 or more.")
     if not 0 <= args.vllm_group_port < 65536:

@@ -84,7 +84,10 @@ class TrainerPublishing:
 
     @contextmanager
     def weight_sync(self, policy_version: int) -> Iterator[WeightSync]:
-        """See [`AtroposTrainer.weight_sync`]."""
+        """See [`AtroposTrainer.weight_sync`]. Whole weights follow from then on, also if adapters were published so far."""
+        if self._mode == "adapter":
+            self._withdraw_adapter()
+            self._mode = "merged"
         with paused(self._new_sync(policy_version)) as sync:
             yield sync
         assert sync.report is not None
@@ -144,9 +147,9 @@ class TrainerPublishing:
         # The first one warms the server up.
         self._publish_adapter(model, version)
         report = self._publish_adapter(model, version)
+        # Of rank 0: the report is the same on every rank.
         adapter_s = report.total_s - report.phase_s["verify"]
         stage_s = run_on_main_process(lambda: self._require_publisher().stage_s)
-        adapter_s = run_on_main_process(lambda: adapter_s)
         self._mode = "adapter" if adapter_s <= stage_s else "merged"
         logger.info(
             f"weight_sync_mode auto: {self._mode}. Publishing the adapter takes {adapter_s:.3f} s, staging the merged weights "
@@ -155,13 +158,15 @@ class TrainerPublishing:
         if self._mode == "adapter":
             run_on_main_process(lambda: self._require_publisher().release())
             return report
+        self._withdraw_adapter()
+        return sync.deliver()
 
+    def _withdraw_adapter(self) -> None:
         def withdraw() -> None:
             assert self._adapter_publisher is not None
-            self._adapter_publisher.withdraw(version)
+            self._adapter_publisher.withdraw()
 
         run_on_main_process(withdraw)
-        return sync.deliver()
 
     def _require_publisher(self) -> PolicyPublisher:
         assert self._publisher is not None, "only rank 0 has one"

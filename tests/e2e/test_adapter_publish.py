@@ -187,11 +187,12 @@ def test_chat_follows_the_policy(trainer: Trainer, url: str) -> None:
 def test_a_request_ends_with_the_adapter_and_the_version_that_it_began_with(trainer: Trainer, url: str) -> None:
     trainer.publish(trainer.policy(10), 10)
     alone = generate(url, PROMPT, 200)
+    newer = [trainer.policy(seed) for seed in range(11, 15)]
     with ThreadPoolExecutor(max_workers=1) as executor:
         pending = executor.submit(generate, url, PROMPT, 200)
         wait_until(lambda: routed_adapter(trainer.client).num_in_flight)
         # More than the two that the server holds: it reads the first one again, though a trainer forgot it long ago.
-        published = [trainer.publish(trainer.policy(10 + i), 10 + i) for i in range(1, 5)]
+        published = [trainer.publish(policy, version) for version, policy in enumerate(newer, start=11)]
         was_done = pending.done()
         during = pending.result()
     assert not was_done, "the request ended before the last publish"

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from torch import nn
 
+from ..errors import PreflightError
 from .adapter import Adapter, check_adapter
-from .adapter_transfer import AdapterTransfer, SavedAdapter, check_server
+from .adapter_transfer import AdapterTransfer, SavedAdapter, check_server, routed_adapter
 from .probe import ProbeReference
 from .publisher import Delivered, PublishOptions
 from .report import PublishReport
-from .server_link import ServerLink
+from .server_link import UNPUBLISHED, ServerLink
 
 
 class AdapterPublisher:
@@ -42,6 +43,13 @@ class AdapterPublisher:
         rank = check_adapter(model)
         for link in self.links:
             check_server(link.client, rank, keep=self._transfer.keep)
+            version = link.client.get_weight_version()
+            if version != UNPUBLISHED and routed_adapter(link.client).name is None:
+                raise PreflightError(
+                    f"The vLLM server at {link.client.base_url} holds weights that were published as version {version}.",
+                    "An adapter belongs on the checkpoint that the server was started with.",
+                    "Restart the server, or publish merged weights (--weight_sync_mode merged).",
+                )
 
     def deliver(
         self, adapter: Adapter, policy_version: int, reference: Callable[[], ProbeReference] | None
@@ -75,10 +83,10 @@ class AdapterPublisher:
             outcome=outcome,
         )
 
-    def withdraw(self, policy_version: int) -> None:
+    def withdraw(self) -> None:
         """Route requests to the model itself again, because merged weights follow."""
         for link in self.links:
-            link.client.route_adapter(None, policy_version)
+            link.client.route_adapter(None, link.version or 0)
 
     def _deliver(
         self,
@@ -91,6 +99,8 @@ class AdapterPublisher:
             link.client.wait_until_healthy(self.options.server_timeout_s)
         else:
             link.check_version()
+        if link.options.sleeps:
+            link.client.wake_up()
         link.phase_s = self._transfer.load(link.client, saved)
         link.phase_s["transfer"] = link.phase_s["load"]
         if link.client.is_paused():

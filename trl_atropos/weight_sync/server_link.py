@@ -175,7 +175,7 @@ class ServerLink:
         self.is_paused = True
 
     def transfer(self, specs: Sequence[TensorSpec]) -> TransferReport:
-        """Move and load tensors. Several calls belong to one update."""
+        """Move and load tensors."""
         with self._phase("transfer", "transferring"):
             # From here on the server does not hold the last version any more.
             self.version = None

@@ -81,7 +81,6 @@ class SharedMemoryEngine(LayerwiseEngine[SharedMemoryInitInfo, SharedMemoryUpdat
         """Load every announced tensor from the segment and leave a report in this worker's slot."""
         if self._mapping is None:
             raise RuntimeError("No segment is mapped. Call /init_weight_transfer_engine first.")
-        start = time.perf_counter()
         memory = torch.frombuffer(self._mapping, dtype=torch.uint8)[: self._data_bytes]
         tensors = [
             view_tensor(memory, offset, dtype_name, shape)
@@ -95,6 +94,7 @@ class SharedMemoryEngine(LayerwiseEngine[SharedMemoryInitInfo, SharedMemoryUpdat
                 f"The checksum of the segment is {found}, the trainer said {update_info.checksum}: it is being written, "
                 "or it is not the trainer's. Nothing of it was loaded."
             )
+        start = time.perf_counter()
         self.load(update_info, zip(update_info.names, tensors, strict=True))
         num_bytes = sum(tensor.nbytes for tensor in tensors)
         report = WorkerReport(update_info.sequence, len(tensors), num_bytes, found, time.perf_counter() - start)

@@ -87,7 +87,7 @@ class WorkerReport:
         checksum (`int`):
             Of their bytes as they arrived.
         load_s (`float`):
-            Seconds that it took to receive and load them.
+            Seconds that it took to load them; over gloo, to receive and load them.
     """
 
     sequence: int
