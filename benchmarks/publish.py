@@ -14,6 +14,12 @@ publishes to them, and prints one JSON line per case, all measured in one run, m
     peak_rss_bytes    largest growth of the trainer's resident memory during these publishes, over the staging memory of
                       `bytes` that is there from the first one on
 
+A last line, `"mode": "load"`, streams from the server with 16 clients while the policy is published 50 times:
+
+    num_requests, num_failed     of the clients
+    ttft_s, ttft_publish_s       median time to the first token of requests that met no publish, and of those that did
+    ttft_publish_max_s           the longest of the latter
+
 Ratios: total_vs_floor = total_s / floor_s, paused_vs_copy = paused_s / (memcpy_s + load_s), and for the adapter total_vs_full,
 against the full publish over shared memory of the same run.
 """
@@ -26,8 +32,10 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +45,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "e2e")]
 # As in the quickstart: server and trainer share the cores, a waiting thread must sleep, not spin. Read by torch's import.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import requests  # noqa: E402
 import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from resident_memory import watch_peak  # noqa: E402
@@ -153,6 +162,74 @@ def measure(
     }
 
 
+@dataclass
+class Streamed:
+    """One streamed request: when it began, when its first token came, and whether it ended well."""
+
+    start: float
+    first_token: float
+    has_failed: bool
+
+
+def stream_until(stop: threading.Event, url: str, model: str, seed: int) -> list[Streamed]:
+    """Stream one completion after the other."""
+    streamed = []
+    while not stop.is_set():
+        start = first_token = time.perf_counter()
+        body = {"model": model, "prompt": [seed, 7, 11], "max_tokens": 16, "ignore_eos": True, "stream": True}
+        with requests.post(f"{url}/v1/completions", json=body, stream=True, timeout=120) as answer:
+            num_chunks = 0
+            for line in answer.iter_lines():
+                if line.startswith(b"data: {") and num_chunks == 0:
+                    first_token = time.perf_counter()
+                num_chunks += line.startswith(b"data: {")
+            streamed.append(Streamed(start, first_token, answer.status_code != 200 or num_chunks == 0))
+    return streamed
+
+
+def measure_load(
+    model: nn.Module, url: str, tokenizer: object, num_clients: int = 16, num_publishes: int = 50
+) -> dict:
+    """Publish while clients stream, and return what they noticed."""
+    client = AtroposVLLMClient(url)
+    facts = inspect_server(client, model.config, max_length=10**9)
+    transport = make_transport(facts.backend, client, torch.device("cpu"), timeout_s=300)
+    publisher = PolicyPublisher([ServerLink(client, transport, facts.dtype)])
+    probe = LogprobProbe(tokenizer, model.config.get_text_config().vocab_size)
+    stop = threading.Event()
+    windows = []
+    with ThreadPoolExecutor(max_workers=num_clients) as executor:
+        futures = [executor.submit(stream_until, stop, url, client.model, seed) for seed in range(num_clients)]
+        try:
+            for version in range(num_publishes):
+                start = time.perf_counter()
+                sync = WeightSync(publisher, version, facts.dtype, lambda model: probe)
+                sync.push(model)
+                sync.deliver()
+                windows.append((start, time.perf_counter()))
+                # As long between publishes as in them.
+                time.sleep(windows[-1][1] - start)
+        finally:
+            stop.set()
+        streamed = [one for future in futures for one in future.result()]
+    publisher.close()
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for one in streamed:
+        has_met = any(one.start < end and start < one.first_token for start, end in windows)
+        times[has_met].append(one.first_token - one.start)
+    return {
+        "transport": "shm",
+        "mode": "load",
+        "clients": num_clients,
+        "publishes": num_publishes,
+        "num_requests": len(streamed),
+        "num_failed": sum(one.has_failed for one in streamed),
+        "ttft_s": round(statistics.median(times[False]), 4),
+        "ttft_publish_s": round(statistics.median(times[True]), 4),
+        "ttft_publish_max_s": round(max(times[True]), 4),
+    }
+
+
 def measure_adapter(args: argparse.Namespace, model: nn.Module, full_shm_s: float, directory: Path) -> dict:
     """Publish the adapter itself to a server with LoRA, and return the medians."""
     flags = ("--enforce_eager", "True", "--enable-lora", "--max-lora-rank", "16", "--max-loras", "2")
@@ -235,6 +312,8 @@ def measure_model(args: argparse.Namespace, directory: Path) -> None:
                 if (name, mode) == ("shm", "full"):
                     full_shm_s = line["total_s"]
                 show(line)
+            if name == "shm":
+                show(measure_load(load(), url, tokenizer))
     show(measure_adapter(args, load_lora(), full_shm_s, directory))
 
 

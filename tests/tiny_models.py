@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     GPT2Config,
@@ -16,19 +18,29 @@ from transformers import (
 )
 
 
-def tiny_llama(
+def tiny_llama(*, seed: int = 0, **config: object) -> LlamaForCausalLM:
+    """A float32 Llama with four query and two key-value heads. `config`: see `_sizes`, or more of `LlamaConfig`."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**_sizes(**config)))
+
+
+def tiny_qwen3(*, seed: int = 0, tied: bool = True, **config: object) -> Qwen3ForCausalLM:
+    """A float32 Qwen3, which normalises queries and keys, with four query and two key-value heads."""
+    torch.manual_seed(seed)
+    sizes = _sizes(tied=tied, **config)
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=sizes["hidden_size"] // 4))
+
+
+def _sizes(
     *,
-    seed: int = 0,
     tied: bool = False,
     vocab_size: int = 64,
     hidden_size: int = 32,
     num_layers: int = 2,
     initializer_range: float = 0.02,
     **config: object,
-) -> LlamaForCausalLM:
-    """A float32 Llama with four query and two key-value heads."""
-    torch.manual_seed(seed)
-    options = {
+) -> dict[str, Any]:
+    return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": 2 * hidden_size,
@@ -39,34 +51,6 @@ def tiny_llama(
         "initializer_range": initializer_range,
         **config,
     }
-    return LlamaForCausalLM(LlamaConfig(**options))
-
-
-def tiny_qwen3(
-    *,
-    seed: int = 0,
-    tied: bool = True,
-    vocab_size: int = 64,
-    hidden_size: int = 32,
-    num_layers: int = 2,
-    initializer_range: float = 0.02,
-    **config: object,
-) -> Qwen3ForCausalLM:
-    """A float32 Qwen3, which normalises queries and keys, with four query and two key-value heads."""
-    torch.manual_seed(seed)
-    options = {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "intermediate_size": 2 * hidden_size,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": hidden_size // 4,
-        "tie_word_embeddings": tied,
-        "initializer_range": initializer_range,
-        **config,
-    }
-    return Qwen3ForCausalLM(Qwen3Config(**options))
 
 
 def tiny_gpt2(*, seed: int = 0) -> GPT2LMHeadModel:

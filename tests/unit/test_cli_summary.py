@@ -9,27 +9,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from summary_keys import SUMMARY_KEYS
 
 from trl_atropos.cli.summary import plot_reward, print_report, read_training_log, running_mean, summarize
 from trl_atropos.errors import PreflightError
-
-
-# The keys that issue "the whole loop" promises to readers of summary.json.
-KEYS = [
-    "num_steps",
-    "reward_first",
-    "reward_last",
-    "rewards",
-    "policy_version",
-    "server_weight_version",
-    "num_rollouts_trained",
-    "num_rollouts_dropped",
-    "publish_s_median",
-    "step_s_median",
-    "wall_s",
-    "logprob_probe_mean_abs_diff",
-    "peak_rss_bytes_trainer",
-]
 
 
 def make_entry(step: int, reward: float) -> dict[str, Any]:
@@ -55,7 +38,7 @@ ENTRIES = [make_entry(step, reward) for step, reward in enumerate(REWARDS, start
 
 def test_summary_has_exactly_the_promised_keys_and_values() -> None:
     summary = summarize(ENTRIES, server_weight_version="6", wall_s=12.5)
-    assert list(summary) == KEYS
+    assert list(summary) == SUMMARY_KEYS
     assert summary["num_steps"] == 6
     assert summary["reward_first"] == 0.25  # (0 + 0.25 + 0.25 + 0.5) / 4
     assert summary["reward_last"] == 0.625  # (0.25 + 0.5 + 0.75 + 1) / 4
@@ -80,7 +63,7 @@ def test_number_that_was_never_logged_is_none_and_not_zero() -> None:
     summary = summarize([{"step": 1, "reward": 0.5}], server_weight_version=None, wall_s=1.0)
     absent = [key for key, value in summary.items() if value is None]
     assert absent == [
-        key for key in KEYS if key not in ("num_steps", "reward_first", "reward_last", "rewards", "wall_s")
+        key for key in SUMMARY_KEYS if key not in ("num_steps", "reward_first", "reward_last", "rewards", "wall_s")
     ]
 
 

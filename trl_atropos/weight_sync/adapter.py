@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +131,7 @@ def take_adapter(model: PeftModel, dtype: torch.dtype) -> Adapter:
             continue
         for kind, factor in _factors(module, adapter).items():
             # Not the layer: its base weight is not needed.
-            with gathered(factor):
+            with gathered(factor) if is_collective else nullcontext():
                 try:
                     whole = factor.weight.detach().to("cpu", dtype, copy=True)
                     tensors[f"base_model.model.{_checkpoint_name(name)}.{kind}.weight"] = whole.contiguous()
