@@ -232,7 +232,10 @@ def measure_load(
 
 def measure_adapter(args: argparse.Namespace, model: nn.Module, full_shm_s: float, directory: Path) -> dict:
     """Publish the adapter itself to a server with LoRA, and return the medians."""
-    flags = ("--enforce_eager", "True", "--enable-lora", "--max-lora-rank", "16", "--max-loras", "2")
+    flags = (
+        *("--enforce_eager", "True", "--enable-lora", "--max-lora-rank", "16", "--max-loras", "2"),
+        *("--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    )
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     print(f"starting trl vllm-serve on {args.model.name} for adapters", file=sys.stderr)
     with serve(args.model, *flags, log_path=directory / "adapter.log", environment=environment) as url:

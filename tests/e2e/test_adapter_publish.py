@@ -20,12 +20,13 @@ import pytest
 import requests
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from publishing import SEQUENCES, load, max_abs_diff
+from publishing import SEQUENCES, Publishing, load, max_abs_diff
 from servers import save_tiny_model, serve
 
 from trl_atropos.errors import PreflightError, WeightSyncError
 from trl_atropos.rollout_key import rollout_key
 from trl_atropos.weight_sync.adapter import check_adapter, take_adapter
+from trl_atropos.weight_sync.adapter_publisher import AdapterPublisher
 from trl_atropos.weight_sync.adapter_transfer import AdapterTransfer, check_server, routed_adapter
 from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
 
@@ -92,6 +93,12 @@ def scores(model: torch.nn.Module) -> list[list[float]]:
     ]
 
 
+def behind_the_best(model: torch.nn.Module, ids: list[int]) -> float:
+    """How far a greedy completion of `PROMPT` is from the policy's own choice, at its worst token, in nats."""
+    after = logprobs(model, PROMPT + ids)[len(PROMPT) - 1 : -1]
+    return float((after.max(-1).values - after.gather(1, torch.tensor(ids)[:, None])[:, 0]).max())
+
+
 def rounding_noise(trainer: Trainer, seed: int) -> float:
     return max_abs_diff(scores(trainer.policy(seed)), scores(trainer.policy(seed).to(torch.bfloat16)))
 
@@ -155,10 +162,7 @@ def test_every_route_that_generates_follows_the_policy_greedily(trainer: Trainer
     name = trainer.publish(trainer.policy(2), 2)
     served_model = trainer.client.model
     ids = completed_ids(complete(url, served_model))
-    policy = trainer.policy(2)
-    after = logprobs(policy, PROMPT + ids)[len(PROMPT) - 1 : -1]
-    behind_the_best = (after.max(-1).values - after.gather(1, torch.tensor(ids)[:, None])[:, 0]).max()
-    assert behind_the_best < NOISE_MARGIN * rounding_noise(trainer, 2)
+    assert behind_the_best(trainer.policy(2), ids) < NOISE_MARGIN * rounding_noise(trainer, 2)
     # By every way to ask, but not if the model itself answers.
     assert completed_ids(complete(url, None)) == completed_ids(complete(url, name)) == ids
     assert stream(url, served_model, 12) == ids
@@ -184,23 +188,29 @@ def test_chat_follows_the_policy(trainer: Trainer, url: str) -> None:
     assert answer["choices"][0]["token_ids"] != of_base["choices"][0]["token_ids"]
 
 
-def test_a_request_ends_with_the_adapter_and_the_version_that_it_began_with(trainer: Trainer, url: str) -> None:
-    trainer.publish(trainer.policy(10), 10)
-    alone = generate(url, PROMPT, 200)
-    newer = [trainer.policy(seed) for seed in range(11, 15)]
-    with ThreadPoolExecutor(max_workers=1) as executor:
-        pending = executor.submit(generate, url, PROMPT, 200)
-        wait_until(lambda: routed_adapter(trainer.client).num_in_flight)
-        # More than the two that the server holds: it reads the first one again, though a trainer forgot it long ago.
-        published = [trainer.publish(policy, version) for version, policy in enumerate(newer, start=11)]
-        was_done = pending.done()
-        during = pending.result()
-    assert not was_done, "the request ended before the last publish"
-    assert [list(entry) for entry in during] == [list(entry) for entry in alone]
-    newest = generate(url, PROMPT, 5)
-    sequences = [[*PROMPT, *(int(next(iter(entry))) for entry in entries)] for entries in (during, newest)]
-    assert trainer.client.get_policy_versions([rollout_key(ids) for ids in sequences]) == [10, 14]
-    assert routed_adapter(trainer.client).name == published[-1]
+def test_requests_end_with_the_adapter_and_the_version_that_they_began_with(trainer: Trainer, url: str) -> None:
+    seeds = range(10, 14)
+    policies = {seed: trainer.policy(seed) for seed in seeds}
+    names: list[str] = []
+    with ThreadPoolExecutor(max_workers=len(seeds)) as executor:
+        pending = []
+        for seed in seeds:
+            names.append(trainer.publish(policies[seed], seed))
+            pending.append(executor.submit(generate, url, PROMPT, 230))
+            wait_until(lambda: names[-1] in routed_adapter(trainer.client).num_in_flight)
+            # However fast the machine is, none ends before the last one is published.
+            trainer.client.pause()
+        in_flight = routed_adapter(trainer.client).num_in_flight
+        still_loaded = trainer.client.list_models()[1:]
+        trainer.client.resume()
+        answers = [[int(next(iter(entry))) for entry in request.result()] for request in pending]
+    # More than the two that the server holds and that a trainer keeps: their files are read again.
+    assert in_flight == dict.fromkeys(names, 1)
+    assert still_loaded == names
+    for seed, ids in zip(seeds, answers, strict=True):
+        assert behind_the_best(policies[seed], ids) < NOISE_MARGIN * rounding_noise(trainer, seed)
+    versions = trainer.client.get_policy_versions([rollout_key([*PROMPT, *ids]) for ids in answers])
+    assert versions == list(seeds)
 
 
 def test_ten_publishes_under_load_fail_no_request_and_leave_two_adapters(trainer: Trainer, url: str) -> None:
@@ -274,3 +284,21 @@ def wait_until(condition: Any) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_merged_weights_can_follow_on_a_server_with_lora_and_adapters_cannot_follow_those(
+    trainer: Trainer, url: str, model_dir: Path
+) -> None:
+    """Last of this server: afterwards it no longer holds the checkpoint that adapters belong on."""
+    model = trainer.policy(seed=30)
+    trainer.publish(model, version=30)
+    publishing = Publishing(url, model_dir)
+    adapters = AdapterPublisher([publishing.link], model_dir.parent / "adapters")
+    adapters.check(model)
+    adapters.withdraw()
+    report = publishing.publish(model, policy_version=31)
+    assert report.mode == "full"
+    assert max_abs_diff(publishing.logprobs(), scores(model)) < NOISE_MARGIN * rounding_noise(trainer, 30)
+    with pytest.raises(PreflightError, match=r"holds weights that were published as version 31"):
+        adapters.check(model)
+    publishing.publisher.close()

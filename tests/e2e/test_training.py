@@ -77,7 +77,10 @@ def digest(parameters: Iterator[tuple[str, torch.nn.Parameter]]) -> str:
     return state.hexdigest()
 
 
-LORA_SERVER = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2")
+LORA_SERVER = (
+    *("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"),
+    *("--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+)
 
 
 @pytest.mark.parametrize(("mode", "flags"), [("auto", ()), ("adapter", LORA_SERVER)])

@@ -413,6 +413,21 @@ class TestWhatServersKeep:
         assert set(server.state.adapters) == {"theirs", *names}
         assert names_in(tmp_path) == {"theirs", *names}
 
+    def test_files_stay_until_every_server_was_asked_twice(
+        self, server: LoraServer, other_server: LoraServer, tmp_path: Path
+    ):
+        clients = [server.connect(), other_server.connect()]
+        left_behind = self.publish(AdapterTransfer(clients, tmp_path), *clients)
+        transfer = AdapterTransfer(clients, tmp_path)
+        saved = save(transfer)
+        for client in clients:
+            transfer.load(client, saved)
+        for client in (clients[0], clients[0], clients[0], clients[1]):
+            transfer.discard_old(client)
+            assert left_behind in names_in(tmp_path)
+        transfer.discard_old(clients[1])
+        assert names_in(tmp_path) == {saved.name}
+
     def test_what_answers_for_the_model_is_never_taken_away(self, server: LoraServer, tmp_path: Path):
         client = server.connect()
         earlier = AdapterTransfer([client], tmp_path)

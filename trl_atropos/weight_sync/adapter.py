@@ -22,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..errors import PreflightError
-from .gathering import gathered, is_sharded
+from .gathering import gathered, is_piece
 from .policy_modules import TRANSPARENT_WRAPPERS
 
 
@@ -123,22 +123,24 @@ def take_adapter(model: PeftModel, dtype: torch.dtype) -> Adapter:
     """
     start = time.perf_counter()
     (adapter,) = model.active_adapters
-    is_collective = is_sharded(model)
+    factors = {
+        f"base_model.model.{_checkpoint_name(name)}.{kind}.weight": factor
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, BaseTunerLayer) and adapter in module.lora_A
+        for kind, factor in _factors(module, adapter).items()
+    }
+    is_collective = any(is_piece(factor.weight) for factor in factors.values())
     tensors: dict[str, torch.Tensor] = {}
     failure: BaseException | None = None
-    for name, module in model.get_base_model().named_modules():
-        if not isinstance(module, BaseTunerLayer) or adapter not in module.lora_A:
-            continue
-        for kind, factor in _factors(module, adapter).items():
-            # Not the layer: its base weight is not needed.
-            with gathered(factor) if is_collective else nullcontext():
-                try:
-                    whole = factor.weight.detach().to("cpu", dtype, copy=True)
-                    tensors[f"base_model.model.{_checkpoint_name(name)}.{kind}.weight"] = whole.contiguous()
-                except BaseException as exc:
-                    if not is_collective:
-                        raise
-                    failure = failure or exc
+    for name, factor in factors.items():
+        # Not the layer: its base weight is not needed.
+        with gathered(factor) if is_collective else nullcontext():
+            try:
+                tensors[name] = factor.weight.detach().to("cpu", dtype, copy=True).contiguous()
+            except BaseException as exc:
+                if not is_collective:
+                    raise
+                failure = failure or exc
     if failure is not None:
         raise failure
     config = copy.copy(model.peft_config[adapter])

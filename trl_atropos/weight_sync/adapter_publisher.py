@@ -40,9 +40,9 @@ class AdapterPublisher:
         Raises:
             [`PreflightError`]: naming what stands against it.
         """
-        rank = check_adapter(model)
+        needs = check_adapter(model)
         for link in self.links:
-            check_server(link.client, rank, keep=self._transfer.keep)
+            check_server(link.client, needs, keep=self._transfer.keep)
             version = link.client.get_weight_version()
             if version != UNPUBLISHED and routed_adapter(link.client).name is None:
                 raise PreflightError(

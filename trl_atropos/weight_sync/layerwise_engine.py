@@ -120,7 +120,7 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         # Asked before the move, which gives a tied parameter a tensor of its own that nobody will send.
         self._tied = _tied_names(self.model)
         initialize_layerwise_reload(self.model)
-        self._expected = {name for name, _ in self.model.named_parameters()} - self._tied.keys()
+        self._expected = {_plain_name(name) for name, _ in self.model.named_parameters()} - self._tied.keys()
         self._loaded = set()
 
     def load(self, update_info: TUpdateInfo, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -144,7 +144,7 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         recorder = None if is_known or not self._holds_all_layers() else ReadRecorder()
         with recorder or nullcontext():
             watched = iter(weights) if recorder is None else recorder.watch(weights)
-            self._loaded |= set(self.model.load_weights(watched) or ())
+            self._loaded |= {_plain_name(name) for name in self.model.load_weights(watched) or ()}
         if recorder is not None:
             unknown = [name for name in recorder.unread if name not in self._tied]
             if unknown:
@@ -228,7 +228,7 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         for name, module in self.model.named_modules():
             if not isinstance(module, ParallelLMHead) or getattr(module, "cpu_linear", None) is None:
                 continue
-            if self._tied.get(f"{name}.weight") in self._loaded:
+            if self._tied.get(_plain_name(f"{name}.weight")) in self._loaded:
                 module.quant_method.process_weights_after_loading(module)
 
 
@@ -283,9 +283,14 @@ def _addresses(values: Iterable[Any]) -> Iterator[int]:
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
     """Names of parameters that are the same tensor as an earlier one -> the name of that."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
+    first = {id(parameter): _plain_name(name) for name, parameter in model.named_parameters()}
+    every = [(_plain_name(name), parameter) for name, parameter in model.named_parameters(remove_duplicate=False)]
     return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
+
+
+def _plain_name(name: str) -> str:
+    """Without the wrapper that a server with LoRA puts around a layer; its loaders know the layer by both names."""
+    return name.replace(".base_layer.", ".")
 
 
 def _module_of(name: str, packed: dict[str, list[str]]) -> str:
