@@ -6,9 +6,6 @@ called there, for every decoder layer and for the model, as accelerate does it.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +13,12 @@ from typing import Any
 import pytest
 import torch
 from launched_gather import POLICIES
+from launcher import run_launcher
 
 
 SCRIPT = Path(__file__).with_name("launched_gather.py")
-TESTS = Path(__file__).parents[1]
 # Several times what a launch takes on two busy cores.
 LAUNCH_TIMEOUT_S = 300
-# torchrun gives its processes half a minute.
-STOP_TIMEOUT_S = 60
 
 LAUNCHES = [(parallelism, num_ranks) for parallelism in ("fsdp2", "zero3") for num_ranks in (2, 4)]
 Results = list[dict[str, dict[str, Any]]]
@@ -44,31 +39,13 @@ def results_of(tmp_path_factory) -> Callable[[str, int], Results]:
 
 
 def launch(parallelism: str, num_ranks: int, output: Path) -> Results:
-    environment = {
-        # Not those of a launcher above this one.
-        **{name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")},
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(TESTS),
-    }
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-    process = subprocess.Popen(
-        [sys.executable, *torchrun, SCRIPT, output, parallelism, *POLICIES],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    exit_status, log = run_launcher(
+        [*torchrun, SCRIPT, output, parallelism, *POLICIES],
+        timeout_s=LAUNCH_TIMEOUT_S,
+        environment={"DS_ACCELERATOR": "cpu"},
     )
-    try:
-        log, _ = process.communicate(timeout=LAUNCH_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        # It takes its processes with it, which a SIGKILL would leave behind.
-        process.terminate()
-        log, _ = process.communicate(timeout=STOP_TIMEOUT_S)
-        log += f"\nStopped after {LAUNCH_TIMEOUT_S} s."
-    assert process.returncode == 0, log
+    assert exit_status == 0, log
     return [torch.load(output / f"rank{rank}.pt") for rank in range(num_ranks)]
 
 

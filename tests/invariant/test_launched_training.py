@@ -11,9 +11,6 @@ On a CPU, `accelerate launch --cpu --num_processes 2` starts one process. The fo
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from launched_step import CASES, TOKEN_BUDGET, run_case
+from launcher import run_launcher
 from scripted_server import ScriptedServer
 from test_split_invariance import VOCAB_SIZE, assert_same_gradient, policy
 from tiny_models import tiny_llama
@@ -37,8 +35,6 @@ ACCELERATE = (
 )
 # Several times what a launch takes on one busy core.
 LAUNCH_TIMEOUT_S = 240
-# A launcher that is told to stop gives its processes half a minute.
-STOP_TIMEOUT_S = 60
 
 NON_FINITE = ["diverging-loss", "infinite-loss"]
 FINITE = [name for name in CASES if name not in NON_FINITE]
@@ -133,43 +129,13 @@ def results_of(directory) -> Callable[[str], list[Results]]:
 def run_launch(launch: Launch, directory: Path, output: Path, publish_url: str) -> tuple[int, str]:
     """Exit status of the launcher, and what it and its processes printed."""
     output.mkdir()
-    environment = {
-        # Not those of a launcher above this one.
-        **{name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")},
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PUBLISH_URL": publish_url,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH")])),
+    return run_launcher(
+        ["-m", *launch.command, SCRIPT, directory / "model", output, launch.parallelism, *launch.cases],
+        timeout_s=LAUNCH_TIMEOUT_S,
         # No configuration of accelerate from outside of the test.
-        "HF_HOME": str(output / "home"),
-        **launch.environment,
-    }
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            *launch.command,
-            SCRIPT,
-            directory / "model",
-            output,
-            launch.parallelism,
-            *launch.cases,
-        ],
+        environment={"PUBLISH_URL": publish_url, "HF_HOME": str(output / "home"), **launch.environment},
         cwd=directory,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
     )
-    try:
-        log, _ = process.communicate(timeout=LAUNCH_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        # It takes its processes with it, which a SIGKILL would leave behind.
-        process.terminate()
-        log, _ = process.communicate(timeout=STOP_TIMEOUT_S)
-        log += f"\nStopped after {LAUNCH_TIMEOUT_S} s."
-    return process.returncode, log
 
 
 @pytest.fixture(scope="module")
