@@ -55,8 +55,6 @@ class AtroposVLLMClient(VLLMClient):
             Seconds to wait for the server to become healthy.
         request_timeout (`float`, *optional*, defaults to `300.0`):
             Deadline in seconds of every single request.
-        group_port (`int`, *optional*, defaults to `51216`):
-            TCP port of the rendezvous for NCCL.
         api_key (`str`, *optional*):
             Sent as `Authorization: Bearer`.
 
@@ -81,12 +79,11 @@ class AtroposVLLMClient(VLLMClient):
         *,
         connection_timeout: float = 240.0,
         request_timeout: float = 300.0,
-        group_port: int = 51216,
         api_key: str | None = None,
     ):
         base_url = base_url.rstrip("/")
         self._server_session = ServerSession(base_url, request_timeout, api_key)
-        super().__init__(base_url=base_url, group_port=group_port, connection_timeout=connection_timeout)
+        super().__init__(base_url=base_url, connection_timeout=connection_timeout)
 
     @property
     def request_timeout(self) -> float:
