@@ -38,6 +38,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -270,9 +271,9 @@ def measure_adapter(args: argparse.Namespace, model: nn.Module, full_shm_s: floa
     }
 
 
-def synthetic_llama(gib: float, directory: Path) -> Path:
+def synthetic_llama(gib: float, tokenizer: Any, directory: Path) -> Path:
     """Save the config of an untied Llama of about this many GiB in bfloat16, with layers of about 100 MiB; no weights."""
-    hidden_size, intermediate_size, vocab_size = 2048, 5632, 32000
+    hidden_size, intermediate_size, vocab_size = 2048, 5632, len(tokenizer)
     layer = 4 * hidden_size**2 + 3 * hidden_size * intermediate_size
     num_layers = max(1, round((gib * 2**30 / 2 - 2 * vocab_size * hidden_size) / layer))
     config = LlamaConfig(
@@ -286,6 +287,7 @@ def synthetic_llama(gib: float, directory: Path) -> Path:
         dtype="bfloat16",
     )
     config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     return directory
 
 
@@ -323,8 +325,8 @@ def measure_model(args: argparse.Namespace, directory: Path) -> None:
 def measure_synthetic(args: argparse.Namespace, directory: Path) -> None:
     """Full publishes of made-up models in bfloat16: cost against bytes, and memory against bytes."""
     for gib in args.synthetic_gib:
-        model_dir = synthetic_llama(gib, directory / f"{gib}gib")
-        flags = ("--load-format", "dummy", "--skip-tokenizer-init", "--enforce_eager", "True")
+        model_dir = synthetic_llama(gib, AutoTokenizer.from_pretrained(args.model), directory / f"{gib}gib")
+        flags = ("--load-format", "dummy", "--enforce_eager", "True")
         load_s = None
         for name in ("shm", "gloo"):
             print(f"starting trl vllm-serve on a model of {gib} GiB for {name}", file=sys.stderr)

@@ -79,6 +79,13 @@ def inspect_server(client: AtroposVLLMClient, model_config: Any, max_length: int
             f"""Start it with --weight-transfer-config '{{"backend": "nccl"}}', or "{SHARED_MEMORY_BACKEND}" on a CPU.""",
         )
     served = info["model_config"]
+    if served.get("skip_tokenizer_init"):
+        raise PreflightError(
+            f"The vLLM server at {client.base_url} was started with --skip-tokenizer-init.",
+            "Without a tokenizer it does not check token ids: one beyond its vocabulary ends its engine, and environments "
+            "cannot send text.",
+            "Start it without --skip-tokenizer-init.",
+        )
     _compare_models(client, served["model"], model_config)
     if served["max_model_len"] > max_length:
         logger.warning(

@@ -159,6 +159,12 @@ class TestRefusedServers:
         assert "no weight transfer engine" in error.what
         assert "--weight-transfer-config" in error.fix
 
+    def test_without_a_tokenizer(self, answers):
+        vllm_config(answers)["model_config"]["skip_tokenizer_init"] = True
+        error = refusal(answers)
+        assert "--skip-tokenizer-init" in error.what
+        assert "--skip-tokenizer-init" in error.fix
+
     @pytest.mark.parametrize(
         "theirs",
         [{"hidden_size": 32}, {"num_hidden_layers": 2}, {"vocab_size": 33}],

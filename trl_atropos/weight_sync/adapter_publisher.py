@@ -71,10 +71,14 @@ class AdapterPublisher:
         start = time.perf_counter()
         saved = self._transfer.save(adapter, policy_version)
         delivered = Delivered()
+        reference_start = time.perf_counter()
+        expected = None if reference is None else reference()
+        reference_s = time.perf_counter() - reference_start
         outcome = self.options.failure_policy.run(
-            self.links, lambda link: self._deliver(link, saved, reference, delivered), policy_version
+            self.links, lambda link: self._deliver(link, saved, expected, delivered), policy_version
         )
         phase_s = {"gather": adapter.gather_s, "stage": saved.write_s, **delivered.phase_s}
+        phase_s["verify"] = phase_s.get("verify", 0.0) + reference_s
         return delivered.report(
             policy_version=policy_version,
             mode="adapter",
@@ -92,7 +96,7 @@ class AdapterPublisher:
         self,
         link: ServerLink,
         saved: SavedAdapter,
-        reference: Callable[[], ProbeReference] | None,
+        expected: ProbeReference | None,
         delivered: Delivered,
     ) -> None:
         if link.version is None:
@@ -106,6 +110,6 @@ class AdapterPublisher:
         if link.client.is_paused():
             # By an earlier publish that could not be proven, or by another trainer that ended in the middle of one.
             link.resume()
-        probe = link.verify(saved.policy_version, reference)
+        probe = link.verify(saved.policy_version, expected)
         self._transfer.discard_old(link.client)
         delivered.add(link.phase_s, saved.num_bytes, probe)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -197,22 +197,22 @@ class ServerLink:
                 self.client.wake_up(["kv_cache"])
             self.client.resume()
 
-    def verify(self, version: int, reference: Callable[[], ProbeReference] | None) -> ProbeResult | None:
+    def verify(self, version: int, expected: ProbeReference | None) -> ProbeResult | None:
         """Read the version back and compare logprobs; pause the server again if either disagrees.
 
         Args:
             version (`int`):
                 What was published.
-            reference (`Callable[[], ProbeReference]`, *optional*):
-                What the trainer computes; without it, only the version is read.
+            expected (`ProbeReference`, *optional*):
+                What the trainer's policy answers; without it, only the version is read.
         """
         with self._phase("verify", "verified"):
             reported = self.client.get_weight_version()
             if reported != str(version):
                 raise self._other_trainer(reported, version)
             result = None
-            if reference is not None:
-                result = check_probe(reference(), self.client, self.dtype, self.options.probe_tolerance)
+            if expected is not None:
+                result = check_probe(expected, self.client, self.dtype, self.options.probe_tolerance)
         self.version = version
         self.state = "idle"
         return result
