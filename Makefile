@@ -12,7 +12,7 @@ ARGS ?=
 export ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check bench lock clean
+.PHONY: help install quickstart replay test check bench lock clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -30,6 +30,12 @@ endif
 	@$(BIN)/trl-atropos launch -c examples/configs/quickstart_launch.yaml \
 		--model_name_or_path "$(MODEL)" $${ARGS:+--trainer_args="$$ARGS"}
 
+replay: $(INSTALLED) ## Train the rollouts that the quickstart recorded once more, without any server, and compare the losses.
+	@test -d runs/quickstart/model/journal || { echo "No recorded rollouts: run \`make quickstart\` first." >&2; exit 1; }
+	OMP_WAIT_POLICY=passive $(BIN)/python examples/scripts/atropos.py --config examples/configs/quickstart.yaml \
+		--model_name_or_path "$(MODEL)" --data_path runs/quickstart/model/journal --output_dir runs/replay $$ARGS
+	@$(BIN)/python examples/scripts/compare_losses.py runs/quickstart/model runs/replay
+
 check: $(INSTALLED) ## Linter, formatter, type checker, unit tests: a minute.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,10 +45,12 @@ check: $(INSTALLED) ## Linter, formatter, type checker, unit tests: a minute.
 test: check ## Everything: what `check` does, then the tests with real servers.
 	$(BIN)/pytest tests/protocol tests/invariant tests/e2e
 
-bench: $(INSTALLED) ## Time publishing, the training step and the logprobs; one JSON line per case.
+bench: $(INSTALLED) ## Time publishing, the training step, logprobs, ingest and overlap; one JSON line per case.
 	@$(BIN)/python benchmarks/publish.py
 	@$(BIN)/python benchmarks/train_step.py
 	@$(BIN)/python benchmarks/logprobs.py
+	@$(BIN)/python benchmarks/ingest.py
+	@$(BIN)/python benchmarks/overlap.py
 
 lock: $(INSTALLED) ## Resolve requirements/cpu.in into requirements/cpu.txt.
 	$(BIN)/python packaging/lock.py

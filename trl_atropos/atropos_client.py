@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -19,8 +19,9 @@ import requests
 from urllib3.exceptions import NewConnectionError
 
 from .errors import (
+    AtroposAnswerLost,
+    AtroposBatchLost,
     AtroposConnectionError,
-    AtroposDataTimeout,
     AtroposProtocolError,
     AtroposRegistrationError,
     PreflightError,
@@ -86,6 +87,27 @@ class ApiStatus:
 
     current_step: int
     queue_size: int
+
+
+@dataclass(frozen=True)
+class EnvironmentStatus:
+    """What `/status-env` shows of one environment.
+
+    Args:
+        env_id (`int`):
+            The API's number of it, from 0 in the order of registration.
+        self_queue_size (`int`):
+            Number of its groups in the queue, in units of the group size that it registered.
+        max_group_size (`int`):
+            Rollouts of the largest group in the queue, of whichever environment; 1 if the queue is empty.
+        unallocated_fraction (`float`):
+            Share of a batch, 0 to 1, that no environment's `min_batch_allocation` promises.
+    """
+
+    env_id: int
+    self_queue_size: int
+    max_group_size: int
+    unallocated_fraction: float
 
 
 class AtroposClient:
@@ -179,6 +201,46 @@ class AtroposClient:
         answer = self._exchange("GET", "/status")
         return ApiStatus(_integer(answer, "current_step", "/status"), _integer(answer, "queue_size", "/status"))
 
+    def environment_status(self, env_id: int) -> EnvironmentStatus | None:
+        """Reads what the API knows of an environment, as the environment itself does ten times a second.
+
+        Args:
+            env_id (`int`):
+                The API's number of it.
+
+        Returns:
+            [`EnvironmentStatus`], *optional*: None for HTTP 500: no such environment, or all weights sum to 0.
+
+        Raises:
+            AtroposConnectionError: the API does not answer.
+            AtroposProtocolError: the answer is not that of the Atropos API.
+        """
+        answer = self._exchange("GET", "/status-env", json={"env_id": env_id}, none_if_failed=True)
+        if answer is None:
+            return None
+        sizes = [_integer(answer, name, "/status-env") for name in ("self_queue_size", "max_group_size")]
+        fraction = answer.get("unallocated_fraction")
+        if not isinstance(fraction, float):
+            raise _not_the_api(f"/status-env answered {_shorten(answer)}, without a number `unallocated_fraction`.")
+        return EnvironmentStatus(env_id, sizes[0], sizes[1], fraction)
+
+    def latest_group_size(self) -> int | None:
+        """Reads the newest group that reached the queue; it need not be there any more.
+
+        Returns:
+            `int`, *optional*: its number of rollouts; 0 if there never was one; None if the API cannot write it as JSON.
+
+        Raises:
+            AtroposConnectionError: the API does not answer.
+            AtroposProtocolError: the answer is not that of the Atropos API.
+        """
+        answer = self._exchange("GET", "/latest_example", none_if_failed=True)
+        if answer is None:
+            return None
+        if not isinstance(answer, dict) or not isinstance(answer.get("tokens"), list):
+            raise _not_the_api(f"/latest_example answered {_shorten(answer)}, without a list `tokens`.")
+        return len(answer["tokens"])
+
     def register(self, registration: Registration) -> None:
         """Registers this trainer and makes sure that the registration holds.
 
@@ -218,6 +280,17 @@ class AtroposClient:
             )
         self._compare(found, wanted)
 
+    def reset_data(self) -> None:
+        """Empty the API: queue, registration and environments are gone, and environments that still run will end.
+
+        The only cure of an API that took data before a trainer registered.
+
+        Raises:
+            AtroposConnectionError: the API does not answer.
+            AtroposProtocolError: the answer is an error.
+        """
+        self._exchange("GET", "/reset_data", is_json=False)
+
     def fetch_batch(self) -> list[Any] | None:
         """Takes the newest batch out of the API. The request is sent exactly once.
 
@@ -243,71 +316,6 @@ class AtroposClient:
             raise _not_the_api(f"GET {self.base_url}/batch answered with the batch {_shorten(batch)}.")
         return batch
 
-    def wait_for_batch(
-        self,
-        timeout_s: float,
-        refresh_interval_s: float = 10.0,
-        on_wait: Callable[[float, ApiStatus], None] | None = None,
-    ) -> list[Any]:
-        """Asks for a batch until there is one.
-
-        Args:
-            timeout_s (`float`):
-                Longest wait in seconds. At least one request is sent.
-            refresh_interval_s (`float`, *optional*, defaults to 10.0):
-                Longest pause between two requests in seconds; the first pauses are shorter, 0.1 s and doubling.
-            on_wait (`Callable[[float, ApiStatus], None]`, *optional*):
-                Called with the seconds waited and the API's status, at most every 10 s, from 10 s on.
-
-        Returns:
-            `list`: the groups of one batch, as JSON gave them.
-
-        Raises:
-            AtroposDataTimeout: no batch was formed in time; the message says what the API shows and the likely causes.
-            AtroposConnectionError, AtroposRegistrationError, AtroposProtocolError: as for `fetch_batch`.
-        """
-        start = time.monotonic()
-        delay, next_report = FIRST_DELAY_S, PROGRESS_INTERVAL_S
-        while True:
-            batch = self.fetch_batch()
-            if batch is not None:
-                return batch
-            elapsed = time.monotonic() - start
-            if elapsed >= timeout_s:
-                raise self._data_timeout(elapsed)
-            if on_wait is not None and elapsed >= next_report:
-                on_wait(elapsed, self.status())
-                next_report = elapsed + PROGRESS_INTERVAL_S
-            time.sleep(min(delay, refresh_interval_s, timeout_s - elapsed))
-            delay *= 2
-
-    def _data_timeout(self, elapsed_s: float) -> AtroposDataTimeout:
-        status, (batch_size, _) = self.status(), self.info()
-        if batch_size == UNREGISTERED:
-            why = "The registration was wiped by /reset_data: no batch will ever be formed."
-            fix = _RESTART
-        elif status.queue_size == 0:
-            why = (
-                "No environment posts groups: none is started, it died, all rollouts of each group score the same "
-                "(such groups are dropped unless `--env.ensure_scores_are_not_same false`), or they have "
-                "`max_token_len` tokens or more."
-            )
-            fix = "Read the environment's log; for a slow one raise `--batch_timeout_s`."
-        else:
-            why = (
-                f"The queued groups do not add up to {batch_size} rollouts: there are too few yet, their sizes do "
-                "not pack, a group is larger than the batch, or an environment with `min_batch_allocation` sends "
-                "nothing, even one that is dead (POST /disconnect-env with its env_id frees the others)."
-            )
-            fix = "Make every `--env.group_size` a power of two that divides the batch size; then restart `run-api`."
-        return AtroposDataTimeout(
-            f"No batch within {elapsed_s:.1f} s from {self.base_url}: /status shows current_step "
-            f"{status.current_step} and queue_size {status.queue_size} (groups), the registered batch_size is "
-            f"{batch_size} (rollouts).",
-            why,
-            fix,
-        )
-
     def _compare(self, found: tuple[int, int], wanted: tuple[int, int]) -> None:
         if found != wanted:
             raise AtroposRegistrationError(
@@ -322,9 +330,16 @@ class AtroposClient:
         return _integer(answer, "batch_size", "/info"), _integer(answer, "max_token_len", "/info")
 
     def _exchange(
-        self, method: str, path: str, *, json: dict[str, Any] | None = None, read_timeout_s: float | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        json: dict[str, Any] | None = None,
+        read_timeout_s: float | None = None,
+        is_json: bool = True,
+        none_if_failed: bool = False,
     ) -> Any:
-        """One request, sent once; returns the JSON of a 200 answer."""
+        """One request, sent once; returns the JSON of a 200 answer, or its text; None for a 500 if that is asked for."""
         request = f"{method} {self.base_url}{path}"
         timeout = (self.connect_timeout_s, self.read_timeout_s if read_timeout_s is None else read_timeout_s)
         with _requests_errors_mapped(request, takes_batch=path == "/batch"):
@@ -338,7 +353,9 @@ class AtroposClient:
                 # A fresh one per request tells "nobody listens, nothing sent" from "sent, answer lost".
                 self._session.close()
             if response.status_code == 200:
-                return response.json()
+                return response.json() if is_json else response.text
+            if none_if_failed and response.status_code == 500:
+                return None
         raise self._http_error(request, response, takes_batch=path == "/batch")
 
     def _http_error(self, request: str, response: requests.Response, *, takes_batch: bool) -> TrlAtroposError:
@@ -347,7 +364,7 @@ class AtroposClient:
             # Without a queue /batch also ends in a 500. Only /info tells that from a batch that cannot be written.
             if self.info()[0] == UNREGISTERED:
                 return AtroposRegistrationError(what, "The registration was wiped by /reset_data.", _RESTART)
-            return AtroposProtocolError(
+            return AtroposBatchLost(
                 what,
                 "One batch is lost: the API took it out of its queue and could not write it as JSON. The usual cause "
                 "is NaN or infinity in the `scores` that an environment posted.",
@@ -381,7 +398,7 @@ def _requests_errors_mapped(request: str, *, takes_batch: bool) -> Iterator[None
                 "Nothing was sent, so nothing is lost. The API is not started, or listens elsewhere.",
                 _START_API,
             ) from exc
-        raise AtroposConnectionError(
+        raise AtroposAnswerLost(
             f"{request} was sent, but the answer did not arrive whole ({_root_cause(exc)}).",
             f"The API died, stalls, or the network broke.{lost}",
             "Read the log of `run-api`. If it is alive and busy, raise `read_timeout_s` of AtroposClient; then start "

@@ -18,6 +18,7 @@ from .config_checks import (
     check_positive,
     check_unsupported,
 )
+from .data_config import DataConfig, check_data
 from .layouts import LAYOUTS
 from .loss_options import CORRECTION_MODES, IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES, LossOptions
 from .publish_config import PublishConfig, check_publish
@@ -29,14 +30,14 @@ SEQUENCE_LAYOUTS = ("auto", *LAYOUTS)
 
 
 @dataclass
-class AtroposConfig(PublishConfig, TrainingArguments):
+class AtroposConfig(DataConfig, PublishConfig, TrainingArguments):
     r"""
     Configuration class for the [`AtroposTrainer`].
 
     Only the options specific to this trainer are listed by `--help` under their own names; the others are those of
     [`~transformers.TrainingArguments`], of which these defaults differ: `logging_steps` 1, `learning_rate` 1e-6,
     `lr_scheduler_type` constant, `gradient_checkpointing` True, `bf16` True on a GPU, `max_steps` 1000,
-    `ignore_data_skip` True, `logging_nan_inf_filter` False.
+    `num_train_epochs` 1, `ignore_data_skip` True, `logging_nan_inf_filter` False.
 
     Raises:
         `ValueError`: at construction, if options contradict each other; the message names both.
@@ -57,7 +58,13 @@ class AtroposConfig(PublishConfig, TrainingArguments):
     )
     max_steps: int = field(
         default=1000,
-        metadata={"help": "Number of optimizer steps. Must be positive: the stream of rollouts has no end."},
+        metadata={
+            "help": "Number of optimizer steps. Must be positive: the stream of rollouts has no end. With `data_path` the run "
+            "ends earlier if the data does."
+        },
+    )
+    num_train_epochs: float = field(
+        default=1.0, metadata={"help": "Passes over `data_path`. Not used with a live API."}
     )
     ignore_data_skip: bool = field(
         default=True, metadata={"help": "Always True: a live stream cannot be replayed by skipping batches."}
@@ -81,42 +88,6 @@ class AtroposConfig(PublishConfig, TrainingArguments):
         default=True,
         metadata={
             "help": "Set every dropout probability to 0. With dropout the importance ratio of a fresh rollout is not 1."
-        },
-    )
-
-    # Parameters that control the data
-    atropos_api_url: str = field(
-        default="http://localhost:8000", metadata={"help": "Root URL of the Atropos API (`run-api`)."}
-    )
-    atropos_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of rollouts of one optimizer step, registered with the API as `batch_size`. Defaults to "
-            "per_device_train_batch_size x gradient_accumulation_steps x number of processes, and must equal it."
-        },
-    )
-    max_length: int = field(
-        default=2048,
-        metadata={
-            "help": "Longest rollout in tokens, prompt included. Registered as `max_token_len` = max_length + 1."
-        },
-    )
-    api_timeout_s: float = field(
-        default=60.0, metadata={"help": "Seconds to wait at start for the Atropos API to answer."}
-    )
-    batch_timeout_s: float = field(
-        default=600.0,
-        metadata={"help": "Seconds to wait for a batch before stopping with a diagnosis. Below `ddp_timeout`."},
-    )
-    refresh_interval: float = field(
-        default=10.0,
-        metadata={"help": "Cap in seconds of the poll interval while no batch is ready; polling starts at 0.1 s."},
-    )
-    max_dropped_fraction: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of a batch's groups, in [0, 1), that may fail validation. Those groups are dropped, counted "
-            "in `num_rollouts_dropped` and stay in the journal; a larger share stops the run. 0: any stops it."
         },
     )
 
@@ -310,6 +281,7 @@ class AtroposConfig(PublishConfig, TrainingArguments):
         self.scale_rewards = {"True": "group", "False": "none"}.get(str(self.scale_rewards), self.scale_rewards)
         self._check_choices()
         check_publish(self)
+        check_data(self)
         check_loss(self)
         check_batch_size(self)
         if self.max_steps <= 0:
@@ -320,11 +292,6 @@ class AtroposConfig(PublishConfig, TrainingArguments):
         check_unsupported(self)
         check_parallelism(self)
         check_offloading(self)
-        if self.batch_timeout_s >= self.ddp_timeout:
-            raise ValueError(
-                f"batch_timeout_s ({self.batch_timeout_s}) is not below ddp_timeout ({self.ddp_timeout}). The other "
-                "ranks wait in a collective for the batch and would be killed first. Raise --ddp_timeout."
-            )
         if self.advantage_clipping is not None:
             validate_clipping(self.advantage_clipping)
             low, high = self.advantage_clipping
@@ -353,6 +320,4 @@ class AtroposConfig(PublishConfig, TrainingArguments):
                 "sequence_layout": SEQUENCE_LAYOUTS,
             },
         )
-        check_positive(self, ("max_length", "temperature", "batch_timeout_s", "refresh_interval", "api_timeout_s"))
-        if not 0.0 <= self.max_dropped_fraction < 1.0:
-            raise ValueError(f"max_dropped_fraction is {self.max_dropped_fraction}, it must lie in [0, 1).")
+        check_positive(self, ("max_length", "temperature"))

@@ -12,13 +12,10 @@ Shape letters: B rollouts, T tokens, N trained tokens of a micro-batch, R its ro
 
 from __future__ import annotations
 
+import itertools
 import logging
-import math
-import resource
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -26,7 +23,6 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -37,24 +33,24 @@ from transformers import (
 )
 from trl.models import get_act_offloading_ctx_manager
 
-from .advantages import clip_advantages, normalize_advantages
 from .atropos_config import AtroposConfig
-from .callbacks import PublishPolicyCallback, StepTableCallback
-from .connections import Connections, connect, stream_settings
-from .data import RolloutStream
+from .callbacks import PublishPolicyCallback, StepTableCallback, TrainedBatchCallback
+from .checkpoints import find_checkpoint
+from .completions import make_completions_table
+from .connections import Connections, connect
 from .distributed import is_distributed, run_on_main_process, without_gradient_sync
-from .errors import NonFiniteGradientError
-from .journal import Journal
-from .logprobs import select_positions_before, token_logprobs_and_entropy
+from .evaluation import Evaluator
 from .loss_options import AGGREGATIONS
-from .losses import LossFunction, LossInputs, make_loss_function, select_trained, weighted_cross_entropy
-from .metrics import Metric, MetricAccumulator, maximum_of, mean_of
+from .losses import LossFunction, LossInputs, make_loss_function
+from .metrics import MetricAccumulator, mean_of
 from .micro_batches import RolloutCollator
-from .modeling import add_adapter, disable_dropout, eos_token_ids, load_model, use_sparse_embedding_gradient
-from .optimizer_step import LossWatch, StepOptions, prepare_step, teacher_cross_entropy
-from .policy_forward import PolicyForward, make_forward, make_reference_model
+from .modeling import eos_token_ids, use_sparse_embedding_gradient
+from .optimizer_step import LossWatch, StepOptions, check_grad_norm, distillation_loss, prepare_step
+from .policy_forward import PolicyForward, make_forward, prepare_policy, weighted_sft_loss
 from .preflight import ServerFacts, check_launch
 from .publishing import TrainerPublishing
+from .step_clock import StepClock
+from .trainer_data import TrainerData
 from .weight_sync.base import WeightTransport
 from .weight_sync.probe import LogprobProbe
 from .weight_sync.session import WeightSync
@@ -65,8 +61,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-JOURNAL_NAME = "rollouts.jsonl"
 
 
 class AtroposTrainer(Trainer):
@@ -128,22 +122,14 @@ class AtroposTrainer(Trainer):
         args = args or AtroposConfig(output_dir="atropos-output")
         # Before the adapter is created: its initial weights are random, and must be the same on every rank.
         set_seed(args.seed)
-        given_model, model = model, load_model(model, args)
-        if processing_class is None and getattr(model.config, "_name_or_path", None):
-            processing_class = AutoTokenizer.from_pretrained(
-                model.config._name_or_path, trust_remote_code=args.trust_remote_code
-            )
-        if peft_config is not None:
-            model = add_adapter(model, peft_config)
-        if args.disable_dropout:
-            disable_dropout(model)
-        # Before the optimizer's first step: the copy must be of the starting policy.
-        needs_copy = args.beta != 0.0 and args.ref_logprobs == "recompute" and not hasattr(model, "peft_config")
-        self._reference_model = make_reference_model(given_model, args) if needs_copy else None
+        policy = prepare_policy(model, args, processing_class, peft_config)
+        self._reference_model = policy.reference_model
         super().__init__(
-            model=model,
+            model=policy.model,
             args=args,
-            processing_class=processing_class,
+            processing_class=policy.processing_class,
+            # What is evaluated is not a dataset, but transformers insists on one.
+            eval_dataset=None if args.eval_strategy == "no" else [],
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -162,34 +148,58 @@ class AtroposTrainer(Trainer):
         self._activation_offloading = (
             get_act_offloading_ctx_manager(self.model) if args.activation_offloading else nullcontext()
         )
+        self._evaluator = Evaluator(args.eval_path, args.eval_log_dir, args.eval_max_tokens)
+        self._completions = make_completions_table(args, policy.processing_class)
         self._weight_transport = weight_transport
         self._connections: Connections | None = None
         self._server_facts: ServerFacts | None = None
-        self._stream: RolloutStream | None = None
+        self._data: TrainerData | None = None
         self._metrics = MetricAccumulator()
         self._publishing: TrainerPublishing | None = None
-        self._last_log: tuple[float, int] | None = None
+        self._clock = StepClock()
         if self.accelerator.distributed_type == DistributedType.NO:
             use_sparse_embedding_gradient(self.model)
-        self.add_callback(PublishPolicyCallback(self.publish_policy, args.weight_sync_steps))
+        if args.data_path is None:
+            self.add_callback(PublishPolicyCallback(self.publish_policy, args.weight_sync_steps))
+        self.add_callback(TrainedBatchCallback(self._mark_trained))
         self.pop_callback(PrinterCallback)
         self.pop_callback(ProgressCallback)
         self.add_callback(StepTableCallback())
 
     # Life of a run
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train. Takes the arguments of [`~transformers.Trainer.train`].
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint, or True for the newest complete one in `output_dir`. Batches that were fetched and not trained
+                by then are trained first. With True and no checkpoint yet, the run starts at step 0 with those.
+            kwargs:
+                As for [`~transformers.Trainer.train`].
 
         Raises:
-            [`TrlAtroposError`]: before the first step if API, server and model do not fit together; later if the data
+            [`TrlAtroposError`]: before the first step if API, server, data and model do not fit together; later if the data
                 or a publish fails. The server is left paused if it does not hold a complete policy.
         """
         check_launch(self.accelerator)
-        self._connect()
+        checkpoint, state = run_on_main_process(lambda: find_checkpoint(self.args.output_dir, resume_from_checkpoint))
+        if self.args.data_path is None:
+            self._connect()
         try:
-            return super().train(*args, **kwargs)
+            self._data = TrainerData(
+                self.args,
+                is_main_process=self.is_world_process_zero(),
+                connections=self._connections,
+                resumes=bool(resume_from_checkpoint),
+                state=state,
+            )
+            if self._publishing is not None and state:
+                self._publishing.resume(state["policy_version"])
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
+            if self._data is not None:
+                self._data.close()
             if self._connections is not None:
                 self._connections.close()
 
@@ -200,36 +210,37 @@ class AtroposTrainer(Trainer):
         self._publishing = TrainerPublishing(self.args, self._connections, probe, self._server_facts.dtype)
 
     def _connect_main_process(self) -> ServerFacts:
-        device = self.accelerator.device
-        self._connections = connect(self.args, self.model.config, device, self._weight_transport)
+        self._connections = connect(self.args, self.model.config, self.accelerator.device, self._weight_transport)
         return self._connections.facts
-
-    def _register(self) -> None:
-        """Register with the API. Called on rank 0, after the first publish: the first `/batch` releases environments."""
-        assert self._connections is not None
-        self._connections.register(self.args, starting_step=self.state.global_step)
 
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
-        """This rank's micro-batches, straight from the API. Not prepared by accelerate: they are dealt already."""
-        args = self.args
-        assert self._server_facts is not None, "train() connects before it asks for data"
-        eos_ids = eos_token_ids(self.model, self.processing_class) if args.mask_truncated_completions else None
-        settings = stream_settings(args, vocab_size=self._vocab_size, eos_token_ids=eos_ids)
-        connections = self._connections
-        lookup = connections.get_policy_versions if connections is not None else None
-        self._stream = RolloutStream(
-            client=None if connections is None else connections.atropos_client,
-            journal=Journal(Path(args.output_dir) / JOURNAL_NAME) if self.is_world_process_zero() else None,
-            settings=settings,
-            register=self._register,
+        """This rank's micro-batches, straight from the source. Not prepared by accelerate: they are dealt already."""
+        assert self._data is not None, "train() opens the data"
+        stream = self._data.make_stream(
+            vocab_size=self._vocab_size,
+            eos_token_ids=eos_token_ids(
+                self.model, self.processing_class, is_required=self.args.mask_truncated_completions
+            ),
             policy_version=lambda: self.policy_version,
-            lookup_policy_versions=lookup if self._server_facts.knows_policy_versions else None,
+            global_step=lambda: self.state.global_step,
             layout=lambda: self._get_forward().scorer.plan.layout,
         )
         # Collated in get_batch_samples: the layout is found out with the wrapped model, which does not exist yet.
-        return DataLoader(self._stream, batch_size=None, collate_fn=_unchanged)
+        # A generator of its own: the loader draws from it at its start, which a resume must not do twice from the global one.
+        return DataLoader(stream, batch_size=None, collate_fn=_unchanged, generator=torch.Generator())
+
+    def _mark_trained(self) -> None:
+        if self._data is not None:
+            self._data.mark_trained(self.state.global_step)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._data is not None:
+            self._data.before_save(self.state, self.policy_version)
+        super()._save_checkpoint(model, trial)
+        if self._data is not None:
+            self._data.after_save()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -244,13 +255,17 @@ class AtroposTrainer(Trainer):
             tokens of the step over all ranks.
         """
         collate = self._get_collator()
-        items = [[collate(rollouts) for rollouts in next(epoch_iterator)] for _ in range(num_batches)]
+        items = [[collate(rollouts) for rollouts in item] for item in itertools.islice(epoch_iterator, num_batches)]
+        if not items:
+            # Recorded data of which whole batches were refused is at its end before the last step.
+            self.control.should_training_stop = True
+            return [], torch.zeros((), device=device)
         if self._publishing is not None:
             self._publishing.sleep()
         micro_batches = [batch for item in items for batch in item]
         num_trained_tokens, metrics = prepare_step(micro_batches, self._step_options, device)
         metrics["perf/has_layout_fallback"] = mean_of(bool(self._get_forward().scorer.plan.fallbacks))
-        self._metrics.update({**(self._stream.pop_metrics() if self._stream else {}), **metrics})
+        self._metrics.update({**(self._data.pop_metrics() if self._data else {}), **metrics})
         return items, torch.tensor(num_trained_tokens, device=device)
 
     def _get_forward(self) -> PolicyForward:
@@ -260,11 +275,10 @@ class AtroposTrainer(Trainer):
         return self._forward
 
     def _get_collator(self) -> RolloutCollator:
-        facts = self._server_facts
         return RolloutCollator(
             layout=self._get_forward().scorer.plan.layout,
             temperature=self.args.temperature,
-            applies_temperature=facts is None or facts.has_processed_logprobs,
+            applies_temperature=self._server_facts is None or self._server_facts.has_processed_logprobs,
             pad_token_id=getattr(self.processing_class, "pad_token_id", None) or 0,
         )
 
@@ -336,10 +350,9 @@ class AtroposTrainer(Trainer):
         if args.entropy_coef != 0.0:
             loss = loss - args.entropy_coef * entropy.sum() * inputs["token_mean_weight"]
         if args.distillation_coef != 0.0 and scores.teacher_token_logprobs is not None:
-            distillation_sum = teacher_cross_entropy(scores.teacher_token_logprobs[token_index], inputs)
-            loss = loss + args.distillation_coef * distillation_sum * inputs["teacher_mean_weight"]
-            distillation_sum = distillation_sum.detach().double()
-            self._metrics.update({"distillation/loss": Metric("mean", distillation_sum, inputs["num_with_teacher"])})
+            distillation, metric = distillation_loss(scores.teacher_token_logprobs[token_index], inputs)
+            loss = loss + args.distillation_coef * distillation
+            self._metrics.update({"distillation/loss": metric})
         return loss * self.accelerator.num_processes
 
     def compute_advantage_weighted_sft_loss(
@@ -362,29 +375,18 @@ class AtroposTrainer(Trainer):
         Returns:
             `torch.Tensor` of shape `()`: a mean over the trained tokens of these tensors.
         """
-        positions, targets, trained_advantages = select_trained(input_ids, advantages, loss_mask)
-        normalized = normalize_advantages(
-            trained_advantages, torch.ones_like(targets, dtype=torch.bool), self.args.advantage_normalization
-        )
         optional = {"attention_mask": attention_mask, "position_ids": position_ids}
         given = {name: tensor for name, tensor in optional.items() if tensor is not None}
         head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
-        with select_positions_before(head, positions):
-            logits = self.model_wrapped(input_ids=input_ids, **given, use_cache=False).logits.squeeze(0)
-        logprobs, _ = token_logprobs_and_entropy(logits, targets, self.args.temperature)
-        return weighted_cross_entropy(logprobs, clip_advantages(normalized, self.args.advantage_clipping))
+        return weighted_sft_loss(
+            self.model_wrapped, head, {"input_ids": input_ids, **given}, advantages, loss_mask, self.args
+        )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The last call before optimizer.step(): beyond it one NaN is in every weight and in the optimizer's state.
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._loss_watch.check(self.state.global_step + 1, self.args.device)
-        if grad_norm is not None and not math.isfinite(float(grad_norm)):
-            raise NonFiniteGradientError(
-                f"The gradient norm of step {self.state.global_step + 1} is {float(grad_norm)}.",
-                "The optimizer step was not taken: the model and the server hold the last good policy.",
-                "Resume from the last checkpoint with a smaller --learning_rate, or set --max_grad_norm; in half "
-                "precision load the model in float32 (--dtype float32).",
-            )
+        check_grad_norm(self.state.global_step + 1, grad_norm)
         return grad_norm
 
     # Publishing
@@ -394,7 +396,7 @@ class AtroposTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         metrics = self._require_publishing().publish(model, self.state.global_step)
         if not metrics:
-            self._last_log = (time.perf_counter(), self.state.global_step)
+            self._clock.start(self.state.global_step)
         elif self.is_world_process_zero():
             self._metrics.update({name: mean_of(value) for name, value in metrics.items()})
 
@@ -410,30 +412,29 @@ class AtroposTrainer(Trainer):
         assert self._publishing is not None
         return self._publishing
 
-    # Logging
+    # Evaluation and logging
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate `eval_path` and `eval_log_dir`; every rank gets the metrics (`metrics.EVALUATION_METRICS`)."""
+        client = None if self._connections is None else self._connections.vllm_clients[0]
+        metrics = run_on_main_process(lambda: self._evaluator(client))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log. Names and units: `metrics.METRICS`."""
         if "loss" in logs:
             logs = {**logs, **self._collect_metrics()}
+            if self._completions is not None and self._data is not None:
+                self._completions.log(self._data.step_groups, self.state.global_step)
         super().log(logs, start_time)
 
     def _collect_metrics(self) -> dict[str, float]:
-        now = time.perf_counter()
-        if self._last_log is not None:
-            last_time, last_step = self._last_log
-            self._metrics.update({"step_time": mean_of((now - last_time) / (self.state.global_step - last_step))})
-        self._last_log = (now, self.state.global_step)
-        # Linux reports kibibytes.
-        peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self._metrics.update({"memory/peak_rss_bytes": maximum_of(float(peak_rss_bytes))})
+        self._metrics.update(self._clock.read(self.state.global_step))
         metrics = self._metrics.reduce(distributed=is_distributed(), device=self.args.device)
         metrics["policy_version"] = float(self.policy_version)
-        if self._stream is not None:
-            metrics["num_tokens"] = float(self._stream.num_tokens)
-            metrics["num_rollouts_trained"] = float(self._stream.num_rollouts_trained)
-            metrics["num_rollouts_dropped"] = float(self._stream.num_rollouts_dropped)
-        return metrics
+        return {**metrics, **(self._data.total_metrics() if self._data else {})}
 
     @property
     def policy_version(self) -> int:

@@ -1,4 +1,4 @@
-"""Trainer callbacks: publish the policy, and show every step as a line of a table."""
+"""Trainer callbacks: publish the policy, mark what is trained, and show every step as a line of a table."""
 
 from __future__ import annotations
 
@@ -35,6 +35,23 @@ class PublishPolicyCallback(TrainerCallback):
             self.publish()
 
 
+class TrainedBatchCallback(TrainerCallback):
+    """Says after each optimizer step that its batch is trained.
+
+    Args:
+        mark_trained (`Callable[[], None]`):
+            Called on every rank.
+    """
+
+    def __init__(self, mark_trained: Callable[[], None]):
+        self.mark_trained = mark_trained
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.mark_trained()
+
+
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("reward", "reward", "8.3f"),
     ("std", "reward_std", "7.3f"),
@@ -60,10 +77,10 @@ class StepTableCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the header. The policy is published by now; the first batch takes as long as the environments need."""
+        """Write the header. The first batch takes as long as the environments need."""
         if state.is_world_process_zero:
             titles = [title.rjust(int(width.split(".")[0])) for title, _, width in COLUMNS]
-            self._write("Published the starting policy, waiting for the first batch.")
+            self._write("Waiting for the first batch.")
             self._write("step".rjust(10) + "".join(titles))
 
     def on_log(

@@ -12,10 +12,8 @@ import torch
 
 from .atropos_client import AtroposClient, Registration
 from .atropos_config import AtroposConfig
-from .data import StreamSettings
 from .errors import PreflightError
 from .preflight import ServerFacts, inspect_server
-from .validation import WireLimits
 from .weight_sync.adapter_publisher import AdapterPublisher
 from .weight_sync.base import WeightTransport
 from .weight_sync.failures import FailurePolicy
@@ -107,6 +105,12 @@ def connect(
     Raises:
         [`TrlAtroposError`]: a server does not answer in time, or does not fit.
     """
+    if args.atropos_api_url is None:
+        raise PreflightError(
+            "Neither atropos_api_url nor data_path is given.",
+            "Rollouts come from a live Atropos API or from recorded data.",
+            "Set --atropos_api_url to the URL of `run-api`, such as http://localhost:8000, or --data_path.",
+        )
     atropos_client = AtroposClient(args.atropos_api_url)
     atropos_client.wait_until_reachable(args.api_timeout_s)
     clients = [
@@ -180,36 +184,6 @@ def _agreed(facts: Sequence[ServerFacts]) -> ServerFacts:
         facts[0],
         has_processed_logprobs=all(server.has_processed_logprobs for server in facts),
         knows_policy_versions=all(server.knows_policy_versions for server in facts),
-    )
-
-
-def stream_settings(args: AtroposConfig, *, vocab_size: int, eos_token_ids: frozenset[int] | None) -> StreamSettings:
-    """What the stream of rollouts needs to know of a configuration.
-
-    Args:
-        args ([`AtroposConfig`]):
-            Options of the run.
-        vocab_size (`int`):
-            Rows of the model's embedding.
-        eos_token_ids (`frozenset[int]`, *optional*):
-            Given if truncated completions are not trained.
-    """
-    assert args.atropos_batch_size is not None
-    required = ["inference_logprobs"] if args.needs_inference_logprobs else []
-    required += ["ref_logprobs"] if args.ref_logprobs == "require" else []
-    return StreamSettings(
-        batch_size=args.atropos_batch_size,
-        micro_batch_size=args.per_device_train_batch_size,
-        rank=args.process_index,
-        world_size=args.world_size,
-        limits=WireLimits(vocab_size=vocab_size, max_length=args.max_length, reads_teacher=args.distillation_coef > 0),
-        scale_rewards=args.scale_rewards,
-        required_logprobs=tuple(required),
-        max_dropped_fraction=args.max_dropped_fraction,
-        batch_timeout_s=args.batch_timeout_s,
-        refresh_interval_s=args.refresh_interval,
-        max_tokens_per_micro_batch=args.max_tokens_per_micro_batch,
-        eos_token_ids=eos_token_ids,
     )
 
 

@@ -1,6 +1,7 @@
-"""From batches of the Atropos API to this rank's micro-batches.
+"""From fetched batches to this rank's micro-batches.
 
-    fetch (rank 0) -> journal -> validate -> policy versions -> advantages -> deal -> this rank's share
+    source -> validate -> policy versions          one ahead, on a thread of rank 0
+    -> staleness -> quarantine -> advantages -> deal -> this rank's share
 
 Shape letters: B rollouts of a batch.
 """
@@ -16,20 +17,24 @@ import torch
 from torch.utils.data import IterableDataset
 
 from .advantages import group_advantages
-from .atropos_client import ApiStatus, AtroposClient
+from .batch_metrics import are_truncated, dropped_metrics, rollout_metrics
+from .diagnosis.trainer import TrainerHistory
 from .distributed import run_on_main_process
+from .environment_metrics import EnvironmentMetrics
 from .errors import AtroposProtocolError
 from .journal import Journal
-from .metrics import Metric, maximum_of, mean_of, minimum_of
+from .metrics import Metric, mean_of
 from .micro_batches import MicroBatch, deal_by_count, deal_by_tokens
-from .rollout_key import rollout_key
-from .types import IGNORE_INDEX, Rollout, RolloutBatch, RolloutGroup
+from .policy_versions import PolicyVersionLookup, with_policy_versions
+from .prefetch import Prefetcher
+from .quarantine import Quarantine
+from .sources import FetchedBatch
+from .staleness import limit_staleness
+from .types import IGNORE_INDEX, RejectedGroup, Rollout, RolloutBatch, RolloutGroup
 from .validation import WireLimits, parse_batch
 
 
 logger = logging.getLogger(__name__)
-
-PolicyVersionLookup = Callable[[Sequence[str]], Sequence["int | None"]]
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,6 @@ class StreamSettings:
             This data-parallel rank.
         world_size (`int`):
             Number of data-parallel ranks.
-        limits ([`WireLimits`]):
-            Vocabulary and length that validation enforces.
         scale_rewards (`str`):
             See `AtroposConfig`.
         required_logprobs (`tuple[str, ...]`):
@@ -54,62 +57,142 @@ class StreamSettings:
         max_tokens_per_micro_batch (`int`, *optional*):
             See `AtroposConfig`.
         eos_token_ids (`frozenset[int]`, *optional*):
-            Tokens that end a completion; rollouts that end with another are not trained. None: all are.
-        max_dropped_fraction (`float`):
+            Tokens that end a completion, if they are known.
+        mask_truncated_completions (`bool`, *optional*, defaults to `False`):
+            See `AtroposConfig`. Needs `eos_token_ids`.
+        max_staleness (`int`, *optional*):
             See `AtroposConfig`.
-        batch_timeout_s (`float`):
+        stale_rollouts (`str`, *optional*, defaults to `"drop"`):
             See `AtroposConfig`.
-        refresh_interval_s (`float`):
-            See `AtroposConfig.refresh_interval`.
+        num_prefetched_batches (`int`, *optional*, defaults to `0`):
+            See `AtroposConfig`.
     """
 
     batch_size: int
     micro_batch_size: int
     rank: int
     world_size: int
-    limits: WireLimits
     scale_rewards: str
     required_logprobs: tuple[str, ...]
-    max_dropped_fraction: float
-    batch_timeout_s: float
-    refresh_interval_s: float
     max_tokens_per_micro_batch: int | None = None
     eos_token_ids: frozenset[int] | None = None
+    mask_truncated_completions: bool = False
+    max_staleness: int | None = None
+    stale_rollouts: str = "drop"
+    num_prefetched_batches: int = 0
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """A batch that is checked and whose policies are looked up.
+
+    Args:
+        fetched ([`~sources.FetchedBatch`]):
+            As it came.
+        batch ([`RolloutBatch`]):
+            Its good groups, with policy versions, and the refused ones.
+        fetched_version (`int`, *optional*):
+            The trainer's policy version when it came; None if that is not known any more.
+        fetched_at (`float`):
+            When it came, by `time.monotonic`.
+        fetch_s (`float`):
+            Seconds that fetching and checking took.
+    """
+
+    fetched: FetchedBatch
+    batch: RolloutBatch
+    fetched_version: int | None
+    fetched_at: float
+    fetch_s: float
+
+
+@dataclass(frozen=True)
+class BatchPreparer:
+    """Checks batches and looks up which policies sampled them. Runs on rank 0, on the prefetching thread.
+
+    Args:
+        limits ([`WireLimits`]):
+            Vocabulary and length that validation enforces.
+        policy_version (`Callable[[], int]`):
+            Version of the trainer's policy.
+        lookup (`PolicyVersionLookup`, *optional*):
+            Maps rollout keys to the versions that sampled them. None: unknown.
+        journal ([`Journal`], *optional*):
+            Where the versions are noted, for a resume: the server remembers them for a while only.
+    """
+
+    limits: WireLimits
+    policy_version: Callable[[], int]
+    lookup: PolicyVersionLookup | None = None
+    journal: Journal | None = None
+
+    def __call__(self, batches: Iterator[FetchedBatch]) -> Iterator[PreparedBatch]:
+        """Prepare one batch after the other."""
+        while True:
+            start = time.monotonic()
+            fetched = next(batches, None)
+            if fetched is None:
+                return
+            now = time.monotonic()
+            if fetched.loss is not None:
+                yield PreparedBatch(fetched, RolloutBatch(()), None, now, now - start)
+                continue
+            batch = parse_batch(fetched.raw_groups, self.limits)
+            groups, fetched_version = self._add_versions(fetched, batch.groups)
+            yield PreparedBatch(
+                fetched, replace(batch, groups=tuple(groups)), fetched_version, now, time.monotonic() - start
+            )
+
+    def _add_versions(
+        self, fetched: FetchedBatch, groups: Sequence[RolloutGroup]
+    ) -> tuple[list[RolloutGroup], int | None]:
+        mark = fetched.versions
+        if mark is not None and [len(row) for row in mark["policy_versions"]] == [len(g.rollouts) for g in groups]:
+            return _with_versions(groups, mark["policy_versions"]), mark["fetched_version"]
+        # Before the lookup: what is fetched now cannot come from a later policy than this.
+        fetched_version = None if fetched.is_replayed else self.policy_version()
+        found = list(groups) if self.lookup is None else with_policy_versions(groups, self.lookup)
+        if self.journal is not None:
+            versions = [[rollout.policy_version for rollout in group.rollouts] for group in found]
+            self.journal.mark("versions", fetched.number, fetched_version=fetched_version, policy_versions=versions)
+        return found, fetched_version
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One optimizer step as rank 0 hands it out: for each rank its micro-batches."""
+    """One optimizer step as rank 0 hands it out: for each rank its micro-batches. None: the data is at its end."""
 
-    micro_batches: list[list[MicroBatch]]
-    num_tokens: int
-    num_trained: int
-    num_dropped: int
-    metrics: dict[str, Metric]
+    micro_batches: list[list[MicroBatch]] | None
+    num_tokens: int = 0
+    num_trained: int = 0
+    num_dropped: int = 0
+    metrics: dict[str, Metric] | None = None
 
 
 class RolloutStream(IterableDataset):
-    """An endless stream of this rank's micro-batches.
+    """A stream of this rank's micro-batches.
 
-    Per optimizer step, rank 0 fetches one batch of the API and deals it (`micro_batches.py`). Every rank gets the same
-    number of micro-batches; some may be empty. An item of the stream is a list of micro-batches: one, or with a token
-    budget all of the step; a micro-batch is a list of rollouts with token-level advantages.
+    Per optimizer step, rank 0 takes one batch and deals it (`micro_batches.py`). Every rank gets the same number of
+    micro-batches; some may be empty. An item of the stream is a list of micro-batches: one, or with a token budget all of
+    the step; a micro-batch is a list of rollouts with token-level advantages.
 
     Args:
-        client ([`AtroposClient`]):
-            The API. Used on rank 0.
-        journal ([`Journal`]):
-            Where each batch is written before it is used. Used on rank 0.
         settings ([`StreamSettings`]):
             The run.
-        register (`Callable[[], None]`):
-            Registers with the API; called once on rank 0 before the first fetch.
+        batches (`Callable[[], Iterator[PreparedBatch]]`, *optional*):
+            Opens the source; called once, on rank 0. None on the others.
+        quarantine ([`Quarantine`], *optional*):
+            Takes refused groups, on rank 0.
         policy_version (`Callable[[], int]`):
             Version of the trainer's policy, asked when a batch is consumed.
-        lookup_policy_versions (`PolicyVersionLookup`, *optional*):
-            Maps rollout keys to the versions that sampled them. None: unknown.
+        num_steps (`Callable[[], int]`):
+            Optimizer steps that are left, asked at the start: no batch is fetched beyond them.
         layout (`Callable[[], str]`):
             The layout of micro-batches, asked when a batch is dealt; decides what a rollout costs of the token budget.
+        environment_metrics ([`~environment_metrics.EnvironmentMetrics`], *optional*):
+            Makes the metrics of each environment, on rank 0.
+        on_drop (`Callable[[int, list[int]], None]`, *optional*):
+            Called with the number of a batch and the groups of it that are dropped as too stale, on rank 0.
 
     Attributes:
         num_tokens (`int`):
@@ -117,41 +200,56 @@ class RolloutStream(IterableDataset):
         num_rollouts_trained (`int`):
             Rollouts handed out since the start.
         num_rollouts_dropped (`int`):
-            Rollouts refused since the start.
+            Rollouts refused or dropped since the start.
+        next_batch (`int`):
+            On rank 0, number of the first batch that was not handed out.
+        step_groups (`tuple[RolloutGroup, ...]`):
+            On rank 0, the groups of the step that was handed out last.
     """
 
     def __init__(
         self,
-        client: AtroposClient | None,
-        journal: Journal | None,
         settings: StreamSettings,
-        register: Callable[[], None],
+        batches: Callable[[], Iterator[PreparedBatch]] | None,
+        quarantine: Quarantine | None,
         policy_version: Callable[[], int],
-        lookup_policy_versions: PolicyVersionLookup | None,
+        num_steps: Callable[[], int],
         layout: Callable[[], str],
+        environment_metrics: EnvironmentMetrics | None = None,
+        on_drop: Callable[[int, list[int]], None] | None = None,
     ):
-        self.client = client
-        self.journal = journal
         self.settings = settings
-        self.register = register
+        self.open_batches = batches
+        self.quarantine = quarantine
         self.policy_version = policy_version
-        self.lookup_policy_versions = lookup_policy_versions
+        self.num_steps = num_steps
         self.layout = layout
+        self.environment_metrics = environment_metrics
+        self.on_drop = on_drop
         self.num_tokens = 0
         self.num_rollouts_trained = 0
         self.num_rollouts_dropped = 0
+        self.next_batch = 0
+        self.step_groups: tuple[RolloutGroup, ...] = ()
         self._metrics: dict[str, Metric] = {}
+        self._history = TrainerHistory(settings.max_staleness)
+        self._prefetcher: Prefetcher[PreparedBatch] | None = None
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         settings = self.settings
-        run_on_main_process(self.register)
+        run_on_main_process(self._open)
+        num_left = self.num_steps()
         while True:
-            step = run_on_main_process(self._next_step)
+            num_left -= 1
+            prefetches = settings.num_prefetched_batches > 0 and num_left > 0
+            step = run_on_main_process(lambda prefetches=prefetches: self._next_step(prefetches))  # type: ignore[misc]
+            if step.micro_batches is None:
+                return
             self.num_tokens += step.num_tokens
             self.num_rollouts_trained += step.num_trained
             self.num_rollouts_dropped += step.num_dropped
             # Rank 0 saw the whole batch: its numbers are those of all ranks, and counted once.
-            self._metrics = step.metrics if settings.rank == 0 else {}
+            self._metrics = step.metrics or {} if settings.rank == 0 else {}
             micro_batches = step.micro_batches[settings.rank]
             if settings.max_tokens_per_micro_batch is None:
                 yield from ([micro_batch] for micro_batch in micro_batches)
@@ -163,48 +261,80 @@ class RolloutStream(IterableDataset):
         metrics, self._metrics = self._metrics, {}
         return metrics
 
-    def _next_step(self) -> _Step:
+    def _open(self) -> None:
+        assert self.open_batches is not None, "rank 0 has a source"
+        self._prefetcher = Prefetcher(self.open_batches())
+
+    def _next_step(self, prefetches: bool) -> _Step:
+        assert self._prefetcher is not None and self.quarantine is not None
         settings = self.settings
-        assert self.client is not None, "rank 0 has a client"
+        rejected: list[RejectedGroup] = []
+        stale: list[RolloutGroup] = []
         start = time.perf_counter()
-        raw_groups = self.client.wait_for_batch(
-            settings.batch_timeout_s, refresh_interval_s=settings.refresh_interval_s, on_wait=_report_wait
-        )
+        while True:
+            prepared = self._prefetcher.take()
+            if prepared is None:
+                return _Step(None)
+            fetched, batch = prepared.fetched, prepared.batch
+            self.next_batch = fetched.number + 1
+            if fetched.loss is not None:
+                self.quarantine.add_lost_batch(fetched.loss)
+                continue
+            self.quarantine.add(fetched.number, fetched.raw_groups, batch.rejected)
+            self._check_size(batch)
+            rejected += batch.rejected
+            version = self.policy_version()
+            for finding in self._history.add(batch.groups, batch.rejected, version):
+                logger.warning(f"{finding} See `{finding.name}` in docs/troubleshooting.md.")
+            result = limit_staleness(
+                batch.groups, version, prepared.fetched_version, settings.max_staleness, settings.stale_rollouts
+            )
+            if result.dropped:
+                self._report_stale(fetched.number, batch.groups, result.dropped)
+                stale += result.dropped
+            if result.kept:
+                break
         wait_s = time.perf_counter() - start
-        if self.journal is not None:
-            self.journal.append(raw_groups)
-        batch = parse_batch(raw_groups, settings.limits)
-        self._check_rejected(batch, len(raw_groups))
-        self._check_size(batch)
-        groups = self._with_policy_versions(batch.groups)
+        if prefetches:
+            self._prefetcher.start()
+        groups = result.kept
+        self.step_groups = tuple(groups)
         for name in settings.required_logprobs:
             _check_logprobs(groups, name)
         metrics = {
-            **_reward_metrics(groups),
-            **_length_metrics(groups),
-            **_staleness_metrics(groups, self.policy_version()),
+            **rollout_metrics(groups, version, settings.eos_token_ids),
+            **dropped_metrics(stale),
+            "staleness/downweighted_frac": mean_of(result.num_downweighted / len(groups)),
+            "data/replayed": mean_of(float(fetched.is_replayed)),
+            "data/num_unknown_fields": mean_of(float(sum(len(group.unknown_fields) for group in groups))),
             "perf/batch_wait_s": mean_of(wait_s),
+            "perf/fetch_s": mean_of(prepared.fetch_s),
         }
+        if self.environment_metrics is not None:
+            metrics |= self.environment_metrics.of_step(
+                groups,
+                rejected,
+                stale,
+                policy_version=version,
+                eos_token_ids=settings.eos_token_ids,
+                fetched_ago_s=time.monotonic() - prepared.fetched_at,
+            )
         rollouts = with_advantages(groups, settings.scale_rewards)
-        if settings.eos_token_ids is not None:
-            rollouts, is_truncated = _untrain_truncated(rollouts, settings.eos_token_ids)
-            metrics["completions/clipped_ratio"] = mean_of(is_truncated)
-        num_dropped = sum(rejected.num_rollouts for rejected in batch.rejected)
+        if settings.mask_truncated_completions:
+            assert settings.eos_token_ids is not None
+            rollouts = _untrain_truncated(rollouts, settings.eos_token_ids)
+        num_dropped = sum(group.num_rollouts for group in rejected) + sum(len(group.rollouts) for group in stale)
         num_tokens = sum(rollout.num_tokens for rollout in rollouts)
         return _Step(self._deal(rollouts), num_tokens, len(rollouts), num_dropped, metrics)
 
-    def _check_rejected(self, batch: RolloutBatch, num_groups: int) -> None:
-        for rejected in batch.rejected:
-            logger.warning(f"Dropped a group of environment {rejected.env_id}: {rejected.error}")
-        if len(batch.rejected) > self.settings.max_dropped_fraction * num_groups or not batch.groups:
-            error = batch.rejected[0].error
-            where = f" All {num_groups} raw groups of this batch are in {self.journal.path}." if self.journal else ""
-            raise AtroposProtocolError(
-                f"{len(batch.rejected)} of {num_groups} groups of a batch cannot be trained; the first: {error.what}",
-                f"{error.why}{where}",
-                f"{error.fix} Or let such groups be dropped and counted: raise --max_dropped_fraction "
-                f"({self.settings.max_dropped_fraction}).",
-            ) from error
+    def _report_stale(self, number: int, groups: Sequence[RolloutGroup], dropped: Sequence[RolloutGroup]) -> None:
+        logger.warning(
+            f"Dropped {len(dropped)} of {len(groups)} groups of batch {number}: staler than max_staleness "
+            f"({self.settings.max_staleness})."
+        )
+        if self.on_drop is not None:
+            origins = [group.rollouts[0].origin for group in dropped]
+            self.on_drop(number, [origin.group for origin in origins if origin is not None])
 
     def _check_size(self, batch: RolloutBatch) -> None:
         size = len(batch.rollouts) + sum(rejected.num_rollouts for rejected in batch.rejected)
@@ -215,18 +345,6 @@ class RolloutStream(IterableDataset):
                 "Restart run-api and the environments, or set --per_device_train_batch_size and "
                 "--gradient_accumulation_steps to its batch size (GET /info).",
             )
-
-    def _with_policy_versions(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-        if self.lookup_policy_versions is None:
-            return list(groups)
-        keys = [rollout_key(rollout.input_ids.tolist()) for group in groups for rollout in group.rollouts]
-        versions = iter(self.lookup_policy_versions(keys))
-        return [
-            replace(
-                group, rollouts=tuple(replace(rollout, policy_version=next(versions)) for rollout in group.rollouts)
-            )
-            for group in groups
-        ]
 
     def _deal(self, rollouts: list[Rollout]) -> list[list[MicroBatch]]:
         settings = self.settings
@@ -243,6 +361,18 @@ class RolloutStream(IterableDataset):
             num_micro_batches=settings.batch_size // (settings.micro_batch_size * settings.world_size),
             world_size=settings.world_size,
         )
+
+
+def _with_versions(groups: Sequence[RolloutGroup], versions: Sequence[Sequence[int | None]]) -> list[RolloutGroup]:
+    return [
+        replace(
+            group,
+            rollouts=tuple(
+                replace(rollout, policy_version=version) for rollout, version in zip(group.rollouts, row, strict=True)
+            ),
+        )
+        for group, row in zip(groups, versions, strict=True)
+    ]
 
 
 def with_advantages(groups: Sequence[RolloutGroup], scale_rewards: str) -> list[Rollout]:
@@ -274,25 +404,18 @@ def with_advantages(groups: Sequence[RolloutGroup], scale_rewards: str) -> list[
     ]
 
 
-def _untrain_truncated(
-    rollouts: Sequence[Rollout], eos_token_ids: frozenset[int]
-) -> tuple[list[Rollout], torch.Tensor]:
-    """Take every token of the rollouts that end in the middle of a completion out of the loss; (B,) says which those are.
-
-    The wire does not say why a completion ended: one that a stop string ended looks like one that was cut off.
-    """
-    last = torch.tensor([int(rollout.labels[-1]) for rollout in rollouts])
-    is_truncated = (last != IGNORE_INDEX) & ~torch.isin(last, torch.tensor(sorted(eos_token_ids)))
+def _untrain_truncated(rollouts: Sequence[Rollout], eos_token_ids: frozenset[int]) -> list[Rollout]:
+    """Take every token of the rollouts that end in the middle of a completion out of the loss."""
+    is_truncated = are_truncated(rollouts, eos_token_ids)
     if is_truncated.all():
         logger.warning(
             "mask_truncated_completions: no rollout of this batch ends with an end-of-sequence token, so none is "
             "trained. If the environment stops completions at a string, set --mask_truncated_completions false."
         )
-    kept = [
+    return [
         replace(rollout, labels=torch.full_like(rollout.labels, IGNORE_INDEX)) if truncated else rollout
         for rollout, truncated in zip(rollouts, is_truncated.tolist(), strict=True)
     ]
-    return kept, is_truncated
 
 
 def _check_logprobs(groups: Sequence[RolloutGroup], name: str) -> None:
@@ -312,42 +435,3 @@ def _check_logprobs(groups: Sequence[RolloutGroup], name: str) -> None:
             "In the environment, build rollouts with ManagedServer in collect_trajectories; or set "
             "--inference_logprobs use (such rollouts count as on-policy) or --loss_type weighted_sft.",
         )
-
-
-def _reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
-    rewards = [torch.tensor([rollout.reward for rollout in group.rollouts], dtype=torch.float64) for group in groups]
-    # Compared, not computed: the standard deviation of equal numbers need not round to 0.
-    ties = torch.tensor([bool((group == group[0]).all()) for group in rewards])
-    return {
-        "reward": mean_of(torch.cat(rewards)),
-        "reward_std": mean_of(
-            torch.stack([group.std() if group.numel() > 1 else group.sum() * 0 for group in rewards])
-        ),
-        "frac_reward_zero_std": mean_of(ties),
-    }
-
-
-def _length_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    lengths = torch.tensor([rollout.num_trained_tokens for rollout in rollouts])
-    missing = torch.tensor([rollout.inference_logprobs is None for rollout in rollouts])
-    return {
-        "completions/mean_length": mean_of(lengths),
-        "completions/min_length": minimum_of(lengths),
-        "completions/max_length": maximum_of(lengths),
-        "inference_logprobs/missing_frac": mean_of(missing),
-    }
-
-
-def _staleness_metrics(groups: Sequence[RolloutGroup], policy_version: int) -> dict[str, Metric]:
-    versions = [rollout.policy_version for group in groups for rollout in group.rollouts]
-    staleness = torch.tensor([policy_version - version for version in versions if version is not None])
-    return {
-        "staleness/mean": mean_of(staleness),
-        "staleness/max": maximum_of(staleness),
-        "staleness/unknown_frac": mean_of(torch.tensor([version is None for version in versions])),
-    }
-
-
-def _report_wait(elapsed_s: float, status: ApiStatus) -> None:
-    logger.info(f"Waiting for a batch: {elapsed_s:.0f} s, {status.queue_size} groups in the API's queue")

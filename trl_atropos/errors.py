@@ -2,7 +2,9 @@
 
     TrlAtroposError
     +-- AtroposConnectionError    (ConnectionError)   the Atropos API does not answer
+    |   +-- AtroposAnswerLost     (ConnectionError)   a request left, its answer did not arrive
     +-- AtroposProtocolError      (ValueError)        an answer or a group that breaks the wire format
+    |   +-- AtroposBatchLost      (ValueError)        the API took a batch from its queue and could not write it
     +-- AtroposRegistrationError  (RuntimeError)      the API did not take this registration
     +-- AtroposDataTimeout        (TimeoutError)      no batch was formed in time
     +-- JournalError              (OSError)           the journal of fetched groups cannot be written or read
@@ -56,8 +58,16 @@ class AtroposConnectionError(TrlAtroposError, ConnectionError):
     """The Atropos API could not be reached, or closed the connection in the middle of an answer."""
 
 
+class AtroposAnswerLost(AtroposConnectionError):
+    """A request was sent and its answer did not arrive whole: it may have had its effect."""
+
+
 class AtroposProtocolError(TrlAtroposError, ValueError):
     """The Atropos API, or an environment through it, sent something that is not what the wire format promises."""
+
+
+class AtroposBatchLost(AtroposProtocolError):
+    """The API took a batch out of its queue and could not write it as JSON. The next one may be fine."""
 
 
 class AtroposRegistrationError(TrlAtroposError, RuntimeError):

@@ -35,8 +35,8 @@ METRICS: dict[str, str] = {
     "completions/min_length": "Trained tokens of the shortest rollout. Near 0: it teaches nothing.",
     "completions/max_length": "Trained tokens of the longest rollout. At max_tokens: completions are cut off.",
     "completions/clipped_ratio": (
-        "Fraction of rollouts that do not end with an end-of-sequence token, 0 to 1, with mask_truncated_completions. High: "
-        "completions are cut off, or stopped at strings."
+        "Fraction of rollouts that end with a trained token that is no end-of-sequence token, 0 to 1, where these are known. "
+        "High: completions are cut off, or stopped at strings."
     ),
     "advantages/zero_std": (
         "1 if all advantages of the step were equal before normalisation, else 0. 1: nothing tells good from bad."
@@ -102,6 +102,28 @@ METRICS: dict[str, str] = {
     "staleness/mean": "Mean of the trainer's policy_version minus the rollout's, in versions, where it is known.",
     "staleness/max": "Largest staleness, in versions. Above 2 or 3: old batches wait in the API.",
     "staleness/unknown_frac": "Fraction of rollouts without a policy_version, 0 to 1. 1: staleness is not bounded.",
+    "staleness/num_dropped": (
+        "Rollouts dropped for a staleness above max_staleness, mean over steps. Count. Above 0: generation is slower than "
+        "the steps, or several batches wait in the API."
+    ),
+    "staleness/dropped_mean_length": (
+        "Mean number of trained tokens of a rollout that was dropped as too old. Above completions/mean_length: long rollouts "
+        "are lost more often, and training is biased towards short ones."
+    ),
+    "staleness/downweighted_frac": (
+        "Fraction of groups whose advantages count less because of their staleness, 0 to 1. High: most of the data is old."
+    ),
+    "data/num_unknown_fields": (
+        "Fields of the step's groups that nobody reads. Count. Above 0: an environment sends something that has no effect."
+    ),
+    "data/num_quarantined": "Groups refused since the start, all in quarantine.jsonl. Count. Growing: mend that environment.",
+    "data/num_api_restarts": (
+        "Restarts of the Atropos API since the start. Count. Above 0: environments of before it must be restarted."
+    ),
+    "data/num_batches_maybe_lost": (
+        "Batches since the start that the API may have handed out and that did not arrive. Count. Above 0: see the log."
+    ),
+    "data/replayed": "1 if the step trained a batch from the journal of an earlier run, else 0.",
     "policy_version": "Weight sets published so far; 0 is the starting checkpoint. Standing still: no publish.",
     "logprob_probe/mean_abs_diff": (
         "Mean |trainer - server| logprob on fixed prompts after a publish, in nats. Above what the dtype explains: "
@@ -109,6 +131,10 @@ METRICS: dict[str, str] = {
     ),
     "step_time": "Wall time of the optimizer step with data and publish, in seconds.",
     "perf/batch_wait_s": "Time waited for rollouts, in seconds. Most of step_time: generation is the bottleneck.",
+    "perf/fetch_s": (
+        "Time to fetch, journal and check the batch, the wait for it included, in seconds. What of it is not in "
+        "perf/batch_wait_s was spent while the step before was trained."
+    ),
     "perf/computed_tokens_frac": (
         "Positions that forward passes computed, padding included, per token of the rollouts. Above 1: padding; below 1: "
         "shared prefixes were computed once. 1 / groups' size at best."
@@ -140,6 +166,33 @@ METRICS: dict[str, str] = {
     "memory/peak_rss_bytes": "Peak resident memory of the trainer process, in bytes. Growing: a leak.",
 }
 """Every metric that a training run logs: what it is, its unit, and what a bad value means."""
+
+ENVIRONMENT_METRICS: dict[str, str] = {
+    "reward": "Mean reward of its rollouts, in the environment's unit.",
+    "reward_std": "Standard deviation of the rewards inside a group, mean over its groups, in the environment's unit.",
+    "frac_reward_zero_std": "Fraction of its groups whose rewards are all equal, 0 to 1. Near 1: it teaches nothing.",
+    "completions/mean_length": "Mean number of trained tokens of its rollouts.",
+    "completions/clipped_ratio": (
+        "Fraction of its rollouts that end with a trained token that is no end-of-sequence token, 0 to 1, where these are "
+        "known."
+    ),
+    "batch_frac": "Its share of the trained rollouts, 0 to 1. 0: it has fallen silent, or all of its groups are dropped.",
+    "num_dropped": (
+        "Its rollouts that were refused or dropped as too old, mean over steps. Count. Above 0: see quarantine.jsonl and the "
+        "log."
+    ),
+    "staleness": "Mean of the trainer's policy_version minus its rollouts', in versions, where it is known.",
+    "age_s": "Mean time since its groups were fetched, in seconds.",
+}
+"""The metrics of every environment, by what follows `env/<name>/`; `<name>` is that of `env_names`, or `env_<id>`."""
+
+EVALUATION_METRICS: dict[str, str] = {
+    "exact_match": "Fraction of the prompts with an answer whose completion, stripped, equals it, 0 to 1.",
+    "contains_answer": "Fraction of the prompts with an answer whose completion contains it, 0 to 1.",
+    "mean_length": "Mean number of tokens of a completion. At eval_max_tokens: completions are cut off.",
+    "num_prompts": "Prompts that were evaluated. Count.",
+}
+"""The metrics of the prompts of `eval_path`, by what follows `eval_`, or `eval_<env>/` for those with an `env`."""
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class RolloutCollator:
             over all rows, `targets` (U,) int64 and `temperature` (U,) float32 of the scored positions; `token_index`
             (N,) int64, the scored position of each trained token; `advantages`, `inference_logprobs`, `ref_logprobs`
             (N,) float32, the last two NaN where unknown; `rollout_index` (N,) int64; `num_rollout_tokens` (R,) int64;
-            `zero_advantage` (R,) bool; `num_rollouts`, those without trained tokens included; `names`, how messages
+            `advantage_scale` (R,) float32; `num_rollouts`, those without trained tokens included; `names`, how messages
             name each of the R rollouts; `num_sequence_tokens`, positions without sharing and padding; with a teacher
             `teacher_token_ids` (U, K) int64 and `teacher_logprobs` (N, K) float32, 0 and -inf where there is no token.
             Without any trained token, a dummy
@@ -147,7 +147,7 @@ class RolloutCollator:
             "ref_logprobs": flat([_aligned(r.ref_logprobs, r, torch.nan) for r in trained], no_floats),
             "rollout_index": torch.arange(len(trained)).repeat_interleave(numbers),
             "num_rollout_tokens": numbers,
-            "zero_advantage": torch.tensor([r.set_advantage_to_zero for r in trained], dtype=torch.bool),
+            "advantage_scale": torch.tensor([0.0 if r.set_advantage_to_zero else r.advantage_scale for r in trained]),
             "num_rollouts": len(rollouts),
             "num_sequence_tokens": sum(sequence.numel() for group in sequences for sequence in group),
             "names": [str(rollout.origin) for rollout in trained],

@@ -74,20 +74,20 @@ def use_sparse_embedding_gradient(model: PreTrainedModel) -> bool:
     return applies
 
 
-def eos_token_ids(model: nn.Module, processing_class: Any) -> frozenset[int]:
-    """Tokens that end a completion: of the tokenizer and of the generation config.
+def eos_token_ids(model: nn.Module, processing_class: Any, *, is_required: bool) -> frozenset[int] | None:
+    """Tokens that end a completion: of the tokenizer and of the generation config; None if there is none.
 
     Raises:
-        [`PreflightError`]: there is none.
+        [`PreflightError`]: there is none, and one is required.
     """
     of_generation = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [getattr(processing_class, "eos_token_id", None)]
     ids += of_generation if isinstance(of_generation, list) else [of_generation]
     found = frozenset(token_id for token_id in ids if token_id is not None)
-    if not found:
+    if not found and is_required:
         raise PreflightError(
             "mask_truncated_completions is on, and neither tokenizer nor generation config has an eos_token_id.",
             "Every rollout would count as truncated, and none would be trained.",
             "Pass a processing_class with an eos_token, or set --mask_truncated_completions false.",
         )
-    return found
+    return found or None

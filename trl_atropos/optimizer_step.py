@@ -5,6 +5,7 @@ Shape letters: N trained tokens of a micro-batch, R rollouts of a micro-batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,8 +51,8 @@ def prepare_step(
 
     Args:
         micro_batches (sequence of `dict`):
-            From [`~micro_batches.RolloutCollator`]. Changed: `advantages` are normalised, clipped, and 0 where the
-            environment asked for that; `token_weights` (N,), `token_mean_weight` and `teacher_mean_weight` of shape
+            From [`~micro_batches.RolloutCollator`]. Changed: `advantages` are normalised, clipped, and scaled: 0 where the
+            environment asked for that, less where a rollout is down-weighted; `token_weights` (N,), `token_mean_weight` and `teacher_mean_weight` of shape
             `()` are added, what a mean over the trained tokens, or over those with a teacher, of the step divides by;
             and `num_with_teacher`, those of the micro-batch.
         options ([`StepOptions`]):
@@ -86,7 +87,7 @@ def prepare_step(
             clipped_low.append(normalized < options.advantage_clipping[0])
             clipped_high.append(normalized > options.advantage_clipping[1])
         clipped = clip_advantages(normalized, options.advantage_clipping)
-        batch["advantages"] = clipped.masked_fill(batch["zero_advantage"][batch["rollout_index"]], 0.0)
+        batch["advantages"] = clipped * batch["advantage_scale"][batch["rollout_index"]]
         batch["token_weights"] = token_weights(
             batch["rollout_index"],
             batch["num_rollout_tokens"],
@@ -125,6 +126,13 @@ def teacher_cross_entropy(student_logprobs: Tensor, batch: dict[str, Any]) -> Te
     return -(teacher_logprobs[is_named].exp() * student_logprobs[is_named]).sum()
 
 
+def distillation_loss(student_logprobs: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Metric]:
+    """A micro-batch's share of the mean cross entropy to the teacher, and its metric; see [`teacher_cross_entropy`]."""
+    total = teacher_cross_entropy(student_logprobs, batch)
+    metric = Metric("mean", total.detach().double(), batch["num_with_teacher"])
+    return total * batch["teacher_mean_weight"], metric
+
+
 def _computed_tokens_frac(micro_batches: Sequence[dict[str, Any]]) -> Metric:
     computed = sum(batch["input_ids"].numel() for batch in micro_batches)
     num_tokens = sum(batch["num_sequence_tokens"] for batch in micro_batches)
@@ -135,6 +143,27 @@ def _num_with_teacher(batch: dict[str, Any]) -> int:
     if "teacher_logprobs" not in batch:
         return 0
     return int((batch["teacher_logprobs"] > -torch.inf).any(dim=-1).sum())
+
+
+def check_grad_norm(step: int, grad_norm: Any) -> None:
+    """Refuse a gradient with a norm that is not finite.
+
+    Args:
+        step (`int`):
+            Number of the optimizer step, for the message.
+        grad_norm (`float` or `torch.Tensor`, *optional*):
+            The norm over all parameters and ranks; None if nobody computed it.
+
+    Raises:
+        NonFiniteGradientError: it is NaN or infinite.
+    """
+    if grad_norm is not None and not math.isfinite(float(grad_norm)):
+        raise NonFiniteGradientError(
+            f"The gradient norm of step {step} is {float(grad_norm)}.",
+            "The optimizer step was not taken: the model and the server hold the last good policy.",
+            "Resume from the last checkpoint with a smaller --learning_rate, or set --max_grad_norm; in half "
+            "precision load the model in float32 (--dtype float32).",
+        )
 
 
 @dataclass
@@ -175,6 +204,6 @@ class LossWatch:
         raise NonFiniteGradientError(
             f"The loss of step {step} is not finite, because of {shown or 'a rollout of another rank'}.",
             "The optimizer step was not taken: the model and the server hold the last good policy.",
-            "Look these rollouts up in the journal (rollouts.jsonl). A trained token that the policy holds for impossible "
+            "Look these rollouts up in the journal (output_dir/journal). A trained token that the policy holds for impossible "
             "does that, and so does a loss_fn of your own.",
         )

@@ -11,14 +11,58 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import use_adapter
 
+from .advantages import clip_advantages, normalize_advantages
 from .atropos_config import AtroposConfig
-from .modeling import disable_dropout, load_model
+from .logprobs import select_positions_before, token_logprobs_and_entropy
+from .losses import select_trained, weighted_cross_entropy
+from .modeling import add_adapter, disable_dropout, load_model
 from .scoring import ForwardPlan, PolicyScorer, plan_forward
+
+
+@dataclass(frozen=True)
+class PreparedPolicy:
+    """What a trainer starts from.
+
+    Args:
+        model (`nn.Module`):
+            The policy, with its adapter.
+        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            Its tokenizer.
+        reference_model (`PreTrainedModel`, *optional*):
+            A frozen copy of the starting policy, if the KL term needs one.
+    """
+
+    model: nn.Module
+    processing_class: Any
+    reference_model: PreTrainedModel | None
+
+
+def prepare_policy(
+    model: str | PreTrainedModel | nn.Module, args: AtroposConfig, processing_class: Any, peft_config: Any
+) -> PreparedPolicy:
+    """Load what is given by name, add the adapter, switch dropout off, and copy the reference.
+
+    Args:
+        model, args, processing_class, peft_config:
+            See [`AtroposTrainer`].
+    """
+    policy = load_model(model, args)
+    if processing_class is None and getattr(policy.config, "_name_or_path", None):
+        processing_class = AutoTokenizer.from_pretrained(
+            policy.config._name_or_path, trust_remote_code=args.trust_remote_code
+        )
+    if peft_config is not None:
+        policy = add_adapter(policy, peft_config)
+    if args.disable_dropout:
+        disable_dropout(policy)
+    # Before the optimizer's first step: the copy must be of the starting policy.
+    needs_copy = args.beta != 0.0 and args.ref_logprobs == "recompute" and not hasattr(policy, "peft_config")
+    return PreparedPolicy(policy, processing_class, make_reference_model(model, args) if needs_copy else None)
 
 
 @dataclass(frozen=True)
@@ -155,3 +199,34 @@ def _prepare(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         return prepare_fsdp(model, accelerator)
     return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def weighted_sft_loss(
+    model: nn.Module,
+    head: nn.Module,
+    inputs: Mapping[str, Tensor],
+    advantages: Tensor,
+    loss_mask: Tensor,
+    args: AtroposConfig,
+) -> Tensor:
+    """The advantage-weighted cross entropy of a model, with logits at trained positions only.
+
+    Args:
+        model (`nn.Module`):
+            Called with `inputs`.
+        head (`nn.Module`):
+            Its output embeddings.
+        inputs (`Mapping[str, torch.Tensor]`):
+            `input_ids` of shape `(B, T)`, and what else the model takes.
+        advantages, loss_mask (`torch.Tensor`):
+            See [`~losses.advantage_weighted_sft_loss`].
+        args ([`AtroposConfig`]):
+            Temperature, normalisation and clipping.
+    """
+    positions, targets, trained_advantages = select_trained(inputs["input_ids"], advantages, loss_mask)
+    is_trained = torch.ones_like(targets, dtype=torch.bool)
+    normalized = normalize_advantages(trained_advantages, is_trained, args.advantage_normalization)
+    with select_positions_before(head, positions):
+        logits = model(**inputs, use_cache=False).logits.squeeze(0)
+    logprobs, _ = token_logprobs_and_entropy(logits, targets, args.temperature)
+    return weighted_cross_entropy(logprobs, clip_advantages(normalized, args.advantage_clipping))

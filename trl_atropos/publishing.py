@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -177,11 +176,15 @@ class TrainerPublishing:
             self._publisher, policy_version, self._dtype, lambda model: self._probe, on_main=run_on_main_process
         )
 
+    def resume(self, policy_version: int) -> None:
+        """Go on from the version that a checkpoint was saved under."""
+        self.policy_version = policy_version
+
     def _next_version(self, global_step: int) -> int:
-        if self._last_end is not None:
-            return self.policy_version + 1
-        # 0 at the start; after a resume, the publishes that led to the checkpoint.
-        return math.ceil(global_step / self.args.weight_sync_steps)
+        if self._last_end is None and global_step % self.args.weight_sync_steps == 0:
+            # 0 at the start; after a resume, the policy that the servers held when the checkpoint was saved.
+            return self.policy_version
+        return self.policy_version + 1
 
     def _account(self, report: PublishReport) -> dict[str, float]:
         self.policy_version = report.policy_version

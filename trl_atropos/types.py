@@ -9,7 +9,7 @@ model predicts from tokens 0..t-1. The causal shift happens once, in `logprobs.p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ class Rollout:
             Logprobs in nats under a reference policy, as the environment sent them.
         set_advantage_to_zero (`bool`):
             The environment asked for this rollout to count in its group's mean but not to push the policy.
+        advantage_scale (`float`, *optional*, defaults to 1.0):
+            Factor of the advantages after normalisation and clipping, in [0, 1]: below 1 if the rollout is down-weighted.
         temperature (`float`, *optional*):
             Sampling temperature, if the wire says so.
         teacher_token_ids (`torch.Tensor` of shape `(T, K)`, int64, *optional*):
@@ -77,9 +79,11 @@ class Rollout:
             Their logprobs in nats under the teacher; -inf where there is no token.
         origin ([`RolloutOrigin`], *optional*):
             Where it came from; None if made by hand.
+        messages (`tuple[dict, ...]`, *optional*):
+            The turns as the environment shows them, for people; the tokens are what is trained.
         policy_version (`int`, *optional*):
-            Version of the oldest policy that sampled any token of the rollout's last completion. None when unknown,
-            never a guess.
+            Version of the oldest policy that sampled any trained token, in whichever turn. None when unknown, never a
+            guess.
     """
 
     input_ids: torch.Tensor
@@ -89,11 +93,13 @@ class Rollout:
     inference_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
     set_advantage_to_zero: bool = False
+    advantage_scale: float = 1.0
     temperature: float | None = None
     policy_version: int | None = None
     teacher_token_ids: torch.Tensor | None = None
     teacher_logprobs: torch.Tensor | None = None
     origin: RolloutOrigin | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -115,10 +121,13 @@ class RolloutGroup:
             At least one.
         env_id (`int`, *optional*):
             The API's number of the environment that sent the group.
+        unknown_fields (`tuple[str, ...]`, *optional*):
+            Names of fields that came with the group and that nobody reads.
     """
 
     rollouts: tuple[Rollout, ...]
     env_id: int | None = None
+    unknown_fields: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,12 +143,15 @@ class RejectedGroup:
             How many rollouts are lost with it, as far as that can be told.
         error (`AtroposProtocolError`):
             Why.
+        reason (`str`, *optional*, defaults to `"invalid"`):
+            The same in one word, to be counted: the name of the field, mostly.
     """
 
     index: int
     env_id: int | None
     num_rollouts: int
     error: AtroposProtocolError
+    reason: str = "invalid"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """One answer of `/batch` -> typed, checked rollouts.
 
-No other file than this one, `teacher_validation.py` and `wire_values.py` knows the wire format (Atropos' `ScoredData`).
+No other file than this one, `teacher_validation.py`, `wire_options.py` and `wire_values.py` knows the wire format (Atropos'
+`ScoredData`).
 
 Shape letters: G rollouts of one group, T tokens of one rollout, K tokens that a teacher names for a position.
 
@@ -14,13 +15,17 @@ How this wire is read:
 - Token 0 has no prediction: whatever its mask says, it never counts as trained.
 - `distill_token_ids` and `distill_logprobs` hold one list per token: the teacher's likeliest tokens in its place, `[]`
   where it named none. They are the largest fields of the wire, so they are read only if the run distils.
-- `messages` are not read.
+- `group_overrides.policy_version` is this package's own addition: the version of the policy that sampled the group, or
+  a list with one, or `null`, per rollout.
+- `messages` are for people. Malformed ones do not cost the group: they are left out and counted as unknown.
+- What nobody reads is not an error: its name is in `RolloutGroup.unknown_fields`.
+
+Everything that does not run along the tokens is read in `wire_options.py`.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +42,8 @@ from .types import (
     RolloutGroup,
     RolloutOrigin,
 )
-from .wire_values import are_logprobs, bad_field, bad_group, integers, numbers, refuse_trained, show
+from .wire_options import RolloutOptions, is_absent, parse_options
+from .wire_values import GroupRefused, are_logprobs, bad_field, bad_group, integers, numbers, refuse_trained, show
 
 
 _LIST_FIELDS = ("tokens", "masks", "scores", "advantages", "inference_logprobs", "ref_logprobs")
@@ -88,7 +94,7 @@ def parse_batch(raw_groups: object, limits: WireLimits) -> RolloutBatch:
     for index, raw in enumerate(raw_groups):
         try:
             groups.append(parse_group(raw, limits, index=index))
-        except AtroposProtocolError as error:
+        except GroupRefused as error:
             env_id, tokens = raw.get("env_id"), raw.get("tokens")
             rejected.append(
                 RejectedGroup(
@@ -96,6 +102,7 @@ def parse_batch(raw_groups: object, limits: WireLimits) -> RolloutBatch:
                     env_id=env_id if type(env_id) is int else None,
                     num_rollouts=len(tokens) if isinstance(tokens, list) else 0,
                     error=error,
+                    reason=error.reason,
                 )
             )
     return RolloutBatch(groups=tuple(groups), rejected=tuple(rejected))
@@ -122,10 +129,11 @@ def parse_group(raw: object, limits: WireLimits, *, index: int = 0) -> RolloutGr
     where = f"Group {index}"
     if not isinstance(raw, dict):
         raise _not_a_batch(f"{where} is {show(raw)}, not an object.")
-    _refuse_images(raw.get("images"), where)
-    env_id = None if _is_absent(raw.get("env_id")) else raw["env_id"]
+    env_id = None if is_absent(raw.get("env_id")) else raw["env_id"]
     if env_id is not None and type(env_id) is not int:
-        raise bad_group(f"{where}: `env_id` is {show(env_id)}.", "It is the API's number of the environment.")
+        raise bad_group(
+            "env_id", f"{where}: `env_id` is {show(env_id)}.", "It is the API's number of the environment."
+        )
 
     tokens = raw.get("tokens")
     if not isinstance(tokens, list) or not tokens:
@@ -139,29 +147,24 @@ def parse_group(raw: object, limits: WireLimits, *, index: int = 0) -> RolloutGr
         position = int(infinite.nonzero()[0])
         raise bad_field("scores", f"{where}, rollout {position}: the score is {show(columns['scores'][position])}.")
 
-    options = _overrides(raw.get("overrides"), len(tokens), where)
-    overridden = _temperature(raw.get("group_overrides"), f"{where}: `group_overrides`")
-    generated = _temperature(raw.get("generation_params"), f"{where}: `generation_params`")
-    group_temperature = overridden if generated is None else generated
+    options, unknown_fields = parse_options(raw, len(tokens), where)
     rollouts = tuple(
         _parse_rollout(
             {name: column[i] for name, column in columns.items() if name != "scores"},
             float(scores[i]),
             options[i],
-            group_temperature,
             limits,
             RolloutOrigin(env_id=env_id, group=index, rollout=i),
         )
         for i in range(len(tokens))
     )
-    return RolloutGroup(rollouts=rollouts, env_id=env_id)
+    return RolloutGroup(rollouts=rollouts, env_id=env_id, unknown_fields=unknown_fields)
 
 
 def _parse_rollout(
     row: dict[str, Any],
     reward: float,
-    options: dict[str, Any],
-    group_temperature: float | None,
+    options: RolloutOptions,
     limits: WireLimits,
     origin: RolloutOrigin,
 ) -> Rollout:
@@ -177,13 +180,6 @@ def _parse_rollout(
     if not bool(trained.any()):
         raise bad_field("masks", f"{where}: none of its {input_ids.numel()} tokens is trained (token 0 never counts).")
 
-    set_advantage_to_zero = options.get("set_advantage_to_zero")
-    if set_advantage_to_zero is not None and type(set_advantage_to_zero) is not bool:
-        raise bad_group(
-            f"{where}: `set_advantage_to_zero` in `overrides` is {show(set_advantage_to_zero)}.",
-            "It is true or false.",
-        )
-    temperature = _temperature(options, f"{where}: `overrides`")
     teacher_token_ids, teacher_logprobs = parse_teacher(
         row.get("distill_token_ids"), row.get("distill_logprobs"), trained, limits.vocab_size, where
     )
@@ -194,11 +190,13 @@ def _parse_rollout(
         advantages=_advantages(row["advantages"], trained, where),
         inference_logprobs=_logprobs(row["inference_logprobs"], "inference_logprobs", trained, where),
         ref_logprobs=_logprobs(row["ref_logprobs"], "ref_logprobs", trained, where),
-        set_advantage_to_zero=bool(set_advantage_to_zero),
-        temperature=group_temperature if temperature is None else temperature,
+        set_advantage_to_zero=options.set_advantage_to_zero,
+        temperature=options.temperature,
+        policy_version=options.policy_version,
         teacher_token_ids=teacher_token_ids,
         teacher_logprobs=teacher_logprobs,
         origin=origin,
+        messages=options.messages,
     )
 
 
@@ -207,6 +205,7 @@ def _token_ids(values: object, limits: WireLimits, where: str) -> torch.Tensor:
         raise bad_field("tokens", f"{where}: `tokens` is {show(values)}; a rollout has at least one token.")
     if len(values) > limits.max_length:
         raise bad_group(
+            "too_long",
             f"{where}: it has {len(values)} tokens, `max_length` is {limits.max_length}.",
             "A rollout is trained whole or not at all: a cut one would earn its reward for tokens it does not hold.",
             "Raise `--max_length`, or lower the env's `max_tokens` per completion.",
@@ -216,6 +215,7 @@ def _token_ids(values: object, limits: WireLimits, where: str) -> torch.Tensor:
     if bool(outside.any()):
         position = int(outside.nonzero()[0])
         raise bad_group(
+            "vocabulary",
             f"{where}: `tokens` has {values[position]} at position {position}, the vocabulary has "
             f"{limits.vocab_size} entries.",
             "The env tokenises with another tokenizer than the trainer's model has.",
@@ -262,7 +262,7 @@ def _logprobs(values: object, name: str, trained: torch.Tensor, where: str) -> t
 def _column(raw: dict[str, Any], name: str, num_rollouts: int, where: str) -> list[Any]:
     """One entry per rollout; an absent optional field becomes G times None."""
     column, required = raw.get(name), name in ("tokens", "masks", "scores")
-    if not required and _is_absent(column):
+    if not required and is_absent(column):
         return [None] * num_rollouts
     if not isinstance(column, list):
         raise bad_field(name, f"{where}: `{name}` is {show(column)}, not a list with one entry per rollout.")
@@ -274,54 +274,6 @@ def _column(raw: dict[str, Any], name: str, num_rollouts: int, where: str) -> li
         position = next(i for i, entry in enumerate(column) if entry in (None, []))
         raise bad_field(name, f"{where}, rollout {position}: it has no `advantages`, others of its group have them.")
     return [None if entry in (None, []) else entry for entry in column]
-
-
-def _overrides(value: object, num_rollouts: int, where: str) -> list[dict[str, Any]]:
-    """One object per rollout: the wire may send fewer, or empty entries."""
-    if value is None:
-        value = []
-    if not isinstance(value, list) or len(value) > num_rollouts:
-        raise bad_group(
-            f"{where}: `overrides` is {show(value)}, the group has {num_rollouts} rollouts.",
-            "It is a list with at most one object per rollout.",
-        )
-    options: list[dict[str, Any]] = [{} for _ in range(num_rollouts)]
-    for i, entry in enumerate(value):
-        if isinstance(entry, dict):
-            options[i] = entry
-        elif entry not in (None, []):
-            raise bad_group(f"{where}, rollout {i}: its entry of `overrides` is {show(entry)}.", "It is an object.")
-    return options
-
-
-def _temperature(source: object, where: str) -> float | None:
-    if source is None or source == []:
-        return None
-    if not isinstance(source, dict):
-        raise bad_group(f"{where} is {show(source)}.", "It is an object.")
-    value = source.get("temperature")
-    if value is None:
-        return None
-    # Python compares integers of any size with floats, and every comparison with NaN is false.
-    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-        raise bad_group(
-            f"{where} has the temperature {show(value)}.",
-            "Logits are divided by the sampling temperature: it is a finite number above 0.",
-        )
-    return float(value)
-
-
-def _refuse_images(value: object, where: str) -> None:
-    if not _is_absent(value):
-        raise bad_group(
-            f"{where}: it has `images`.",
-            "Only text is trained: without its images the rollout has other probabilities than when it was sampled.",
-            "Use an environment without images.",
-        )
-
-
-def _is_absent(value: object) -> bool:
-    return value in (None, [], {}) or (isinstance(value, list) and all(entry in (None, [], {}) for entry in value))
 
 
 def _not_a_batch(what: str) -> AtroposProtocolError:

@@ -52,6 +52,25 @@ _HELP = {
 }
 
 
+class GroupRefused(AtroposProtocolError):
+    """A group that cannot be trained.
+
+    Args:
+        what (`str`):
+            See [`~errors.TrlAtroposError`].
+        why (`str`):
+            See [`~errors.TrlAtroposError`].
+        fix (`str`):
+            See [`~errors.TrlAtroposError`].
+        reason (`str`, *optional*, defaults to `"invalid"`):
+            The same in one word, to be counted: the name of the field, mostly.
+    """
+
+    def __init__(self, what: str, why: str, fix: str, reason: str = "invalid"):
+        super().__init__(what, why, fix)
+        self.reason = reason
+
+
 def integers(values: object, name: str, where: str, widths: Sequence[int] | None = None) -> torch.Tensor:
     """A list of integers as an int64 tensor.
 
@@ -142,11 +161,11 @@ def show(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def bad_field(name: str, what: str) -> AtroposProtocolError:
-    """The error about a field of a group, with its usual cause and remedy."""
-    return AtroposProtocolError(what, *_HELP[name])
+def bad_field(name: str, what: str) -> GroupRefused:
+    """The error about a field with one entry per rollout; its name is the reason."""
+    return GroupRefused(what, *_HELP[name], reason=name)
 
 
-def bad_group(what: str, why: str, fix: str = SCORED_DATA_FIX) -> AtroposProtocolError:
+def bad_group(reason: str, what: str, why: str, fix: str = SCORED_DATA_FIX) -> GroupRefused:
     """The error about anything else in a group."""
-    return AtroposProtocolError(what, why, fix)
+    return GroupRefused(what, why, fix, reason=reason)

@@ -10,7 +10,7 @@ CPU
     python examples/envs/capitals.py serve --env.tokenizer_name MODEL --openai.model_name MODEL \
         --openai.tokenizer_name MODEL --openai.base_url http://127.0.0.1:8001/v1
     OMP_WAIT_POLICY=passive accelerate launch --cpu examples/scripts/atropos.py \
-        --config examples/configs/quickstart.yaml --model_name_or_path MODEL
+        --config examples/configs/quickstart.yaml --model_name_or_path MODEL --atropos_api_url http://localhost:8000
 
 GPU: the server and the trainer on different devices; the weights travel over NCCL.
     run-api --port 8000
@@ -18,7 +18,9 @@ GPU: the server and the trainer on different devices; the weights travel over NC
         --middleware trl_atropos.serving.generate_endpoint.GenerateEndpoint
     python ENVIRONMENT.py serve --openai.server_type vllm --openai.base_url http://127.0.0.1:8001/v1
     CUDA_VISIBLE_DEVICES=1,2,3 accelerate launch examples/scripts/atropos.py --model_name_or_path MODEL \
-        --output_dir out --per_device_train_batch_size 8 --gradient_accumulation_steps 4
+        --atropos_api_url http://localhost:8000 --output_dir out --per_device_train_batch_size 8
+
+A run that ended early goes on with `--resume_from_checkpoint true`, or with the path of a checkpoint.
 
 Options: `python examples/scripts/atropos.py --help`.
 """
@@ -26,7 +28,6 @@ Options: `python examples/scripts/atropos.py --help`.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -34,16 +35,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl_atropos import AtroposConfig, AtroposTrainer
 
 
-@dataclass
-class ScriptArguments:
-    """Options of this script alone."""
-
-    checkpoint: str | None = field(
-        default=None, metadata={"help": "Checkpoint directory to resume from; `last` takes the newest in output_dir."}
-    )
-
-
-def main(script_args: ScriptArguments, training_args: AtroposConfig, model_args: ModelConfig) -> None:
+def main(training_args: AtroposConfig, model_args: ModelConfig) -> None:
     logging.basicConfig(level=training_args.get_process_log_level(), format="%(levelname)s %(name)s: %(message)s")
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path,
@@ -61,8 +53,9 @@ def main(script_args: ScriptArguments, training_args: AtroposConfig, model_args:
     trainer = AtroposTrainer(
         model=model, args=training_args, processing_class=tokenizer, peft_config=get_peft_config(model_args)
     )
-    checkpoint = True if script_args.checkpoint == "last" else script_args.checkpoint
-    trainer.train(resume_from_checkpoint=checkpoint)
+    # From the command line everything is a string.
+    checkpoint = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
     trainer.save_model()
     trainer.save_state()
     if training_args.push_to_hub:
@@ -70,4 +63,4 @@ def main(script_args: ScriptArguments, training_args: AtroposConfig, model_args:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ScriptArguments, AtroposConfig, ModelConfig)).parse_args_and_config())
+    main(*TrlParser((AtroposConfig, ModelConfig)).parse_args_and_config())

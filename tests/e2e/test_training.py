@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from trl_atropos import AtroposConfig, AtroposTrainer
 from trl_atropos.cli.model import fetch_smollm2
 from trl_atropos.errors import AtroposDataTimeout, PreflightError
-from trl_atropos.journal import read_journal
+from trl_atropos.journal import Journal
 from trl_atropos.metrics import METRICS
 from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
 
@@ -132,8 +132,8 @@ def test_lora_training_moves_the_server_and_leaves_the_base_bit_identical(
     assert steps[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=0.05)
     undocumented = {name for entry in steps for name in entry} - set(METRICS) - TRANSFORMERS_METRICS
     assert not undocumented
-    journal = list(read_journal(tmp_path / "out" / "rollouts.jsonl"))
-    assert sum(len(group["tokens"]) for group in journal) == 96
+    batches = list(Journal(tmp_path / "out" / "journal").batches())
+    assert [sum(len(group["tokens"]) for group in batch.raw_groups) for batch in batches] == [32, 32, 32]
 
 
 def test_starving_and_mismatched_runs_end_with_a_diagnosis(smollm2: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -11,7 +12,9 @@ from atroposlib.api.server import app
 from starlette.datastructures import State
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from trl_atropos.atropos_client import Registration
+from trl_atropos.atropos_client import AtroposClient, Registration
+from trl_atropos.journal import Journal
+from trl_atropos.sources import ApiBatches, ApiPatience
 
 
 class RequestRecorder:
@@ -96,3 +99,15 @@ def make_registration(**fields: Any) -> Registration:
 def restart_api() -> None:
     """Forgets everything, as a new process of `run-api` does: all state of the API lives in `app.state`."""
     app.state = State()
+
+
+def wait_for_batch(
+    client: AtroposClient,
+    directory: Path,
+    timeout_s: float,
+    refresh_interval_s: float = 10.0,
+) -> list[Any]:
+    """The groups of the next batch, as the trainer waits for them; they are in the journal `directory`."""
+    patience = ApiPatience(timeout_s, refresh_interval_s, api_timeout_s=5.0)
+    batches = ApiBatches(client, Journal(directory), patience, lambda: client.register(make_registration()))
+    return next(iter(batches)).raw_groups

@@ -50,3 +50,9 @@ def api(served_app: tuple[str, RequestRecorder]) -> AtroposApi:
 def client(api: AtroposApi) -> Iterator[AtroposClient]:
     with AtroposClient(api.base_url, read_timeout_s=10.0) as client:
         yield client
+
+
+@pytest.fixture
+def unused_url() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import pytest
 import requests
-from atropos_api import make_registration
+from atropos_api import make_registration, wait_for_batch
 
 from trl_atropos.atropos_client import ApiStatus, AtroposClient
 from trl_atropos.errors import (
@@ -101,12 +101,6 @@ def client_of(answer: Answer | Callable[[str], Answer]) -> Iterator[tuple[Atropo
         yield client, server
 
 
-@pytest.fixture
-def unused_url() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
 # The way things go
 
 
@@ -143,84 +137,74 @@ def test_a_slash_at_the_end_of_the_url_does_no_harm(api):
         assert client.info() == (-1, -1)
 
 
-def test_waiting_polls_quickly_at_first_and_returns_a_batch_that_comes_later(api, client):
+def test_waiting_polls_quickly_at_first_and_returns_a_batch_that_comes_later(api, client, tmp_path):
     client.register(make_registration())
     timer = threading.Timer(0.5, api.post_group, args=(4,))
     timer.start()
 
     start = time.monotonic()
-    batch = client.wait_for_batch(timeout_s=10)
+    batch = wait_for_batch(client, tmp_path, timeout_s=10)
 
-    # Pauses of 0.1, 0.2, 0.4, ... s: polls at 0, 0.1, 0.3 and 0.7 s, so the batch of 0.5 s is found at 0.7 s; a busy
-    # machine polls later, never more often.
+    # Pauses of 0.1, 0.125, 0.156, 0.195 s: polls at 0, 0.1, 0.225, 0.381 and 0.576 s, where the batch of 0.5 s is found; a
+    # busy machine polls later, never more often.
     assert 0.5 <= time.monotonic() - start < 3
-    assert 2 <= api.count("GET", "/batch") <= 4
+    assert 2 <= api.count("GET", "/batch") <= 5
     assert len(batch) == 1
     timer.join()
 
 
-def test_a_batch_that_is_ready_is_taken_with_one_request(api, client):
+def test_a_batch_that_is_ready_is_taken_with_one_request(api, client, tmp_path):
     client.register(make_registration())
     api.post_group(4)
 
-    client.wait_for_batch(timeout_s=10)
+    wait_for_batch(client, tmp_path, timeout_s=10)
 
     assert api.count("GET", "/batch") == 1
 
 
-def test_the_pause_between_polls_is_capped(api, client):
+def test_the_pause_between_polls_is_capped(api, client, tmp_path):
     client.register(make_registration())
 
     with pytest.raises(AtroposDataTimeout):
-        client.wait_for_batch(timeout_s=0.5, refresh_interval_s=0.05)
-    # 0.5 s of pauses of 0.05 s are 10 polls and a last one; without the cap there are 4 (at 0, 0.1, 0.3 and 0.5 s).
-    assert 4 < api.count("GET", "/batch") <= 12
+        wait_for_batch(client, tmp_path, timeout_s=0.5, refresh_interval_s=0.05)
+    # 0.5 s of pauses of 0.05 s are 10 polls and a last one; without the cap there are 5 (at 0, 0.1, 0.225, 0.381 and 0.5 s).
+    assert 5 < api.count("GET", "/batch") <= 12
 
 
-def test_progress_is_reported_with_the_status(api, client, monkeypatch):
-    monkeypatch.setattr("trl_atropos.atropos_client.PROGRESS_INTERVAL_S", 0.2)
+def test_progress_is_reported_with_the_status_and_the_likeliest_cause(api, client, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr("trl_atropos.sources.PROGRESS_INTERVAL_S", 0.2)
+    caplog.set_level("INFO", logger="trl_atropos.sources")
     client.register(make_registration())
-    api.post_group(2)
-    reports = []
+    api.post_group(3)
 
     with pytest.raises(AtroposDataTimeout):
-        client.wait_for_batch(0.9, refresh_interval_s=0.02, on_wait=lambda *report: reports.append(report))
-    waited = [seconds for seconds, _ in reports]
-    assert 1 <= len(waited) <= 4  # at most every 0.2 s in 0.9 s
-    assert waited[0] >= 0.2
-    assert all(later - earlier >= 0.2 for earlier, later in itertools.pairwise(waited))
-    assert {status for _, status in reports} == {ApiStatus(current_step=0, queue_size=1)}
-
-
-def test_without_on_wait_only_batches_are_asked_for(api, client, monkeypatch):
-    monkeypatch.setattr("trl_atropos.atropos_client.PROGRESS_INTERVAL_S", 0.0)
-    client.register(make_registration())
-    threading.Timer(0.2, api.post_group, args=(4,)).start()
-
-    client.wait_for_batch(timeout_s=10)
-
-    assert api.count("GET", "/status") == 0
+        wait_for_batch(client, tmp_path, timeout_s=0.9, refresh_interval_s=0.02)
+    reports = [record for record in caplog.records if "Waiting for a batch" in record.message]
+    assert 1 <= len(reports) <= 4  # at most every 0.2 s in 0.9 s
+    assert all(later.created - earlier.created >= 0.19 for earlier, later in itertools.pairwise(reports))
+    assert "current_step 0 and queue_size 1 (groups)" in reports[0].message
+    assert reports[0].message.endswith("those of 3 do not pack. (group_sizes_do_not_pack)")
 
 
 # No data
 
 
-def test_a_timeout_without_any_data_names_what_the_api_shows_and_why_nothing_comes(client):
+def test_a_timeout_without_any_data_names_what_the_api_shows_and_why_nothing_comes(client, tmp_path):
     client.register(make_registration(starting_step=5))
 
     with pytest.raises(AtroposDataTimeout) as caught:
-        client.wait_for_batch(timeout_s=0.3)
+        wait_for_batch(client, tmp_path, timeout_s=0.3)
     assert caught.value.what.startswith("No batch within 0.3 s from http://127.0.0.1:")
     assert "current_step 5 and queue_size 0 (groups), the registered batch_size is 4" in caught.value.what
-    assert "ensure_scores_are_not_same" in caught.value.why
-    assert "batch_timeout_s" in caught.value.fix
+    assert "No environment posts groups: none is started, it died" in caught.value.why
+    assert "`no_environment` in docs/troubleshooting.md" in caught.value.fix
 
 
-def test_a_timeout_of_zero_asks_once(api, client):
+def test_a_timeout_of_zero_asks_once(api, client, tmp_path):
     client.register(make_registration())
 
     with pytest.raises(AtroposDataTimeout):
-        client.wait_for_batch(timeout_s=0)
+        wait_for_batch(client, tmp_path, timeout_s=0)
     assert api.count("GET", "/batch") == 1
 
 

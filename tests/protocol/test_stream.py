@@ -3,54 +3,68 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from atropos_api import make_group, make_registration
+from atropos_api import make_group, make_registration, restart_api
 
-from trl_atropos.data import RolloutStream, StreamSettings
-from trl_atropos.errors import AtroposDataTimeout, AtroposProtocolError
-from trl_atropos.journal import Journal, read_journal
+from trl_atropos.atropos_client import AtroposClient
+from trl_atropos.data import BatchPreparer, RolloutStream, StreamSettings
+from trl_atropos.errors import AtroposConnectionError, AtroposDataTimeout, AtroposProtocolError
+from trl_atropos.journal import Journal
+from trl_atropos.quarantine import Quarantine
+from trl_atropos.sources import ApiBatches, ApiPatience, replayed_batches
 from trl_atropos.validation import WireLimits
 
 
 class Setting:
-    """A stream over the API, and the file that it journals to."""
+    """A stream over the API, with its journal and its quarantine in a directory."""
 
-    def __init__(self, client: Any, path: Path, batch_size: int = 4, **changes: Any):
-        self.path = path
+    def __init__(
+        self,
+        client: Any,
+        directory: Path,
+        max_dropped_fraction: float = 0.0,
+        batch_timeout_s: float = 10.0,
+        **changes: Any,
+    ):
         self.registrations: list[int] = []
+        self.journal = Journal(directory / "journal")
+        self.quarantine = Quarantine(directory / "quarantine.jsonl", max_dropped_fraction)
+        self.batches = ApiBatches(
+            client,
+            self.journal,
+            ApiPatience(batch_timeout_s, refresh_interval_s=0.1, api_timeout_s=5.0),
+            self.register,
+        )
+        self.client = client
+        prepare = BatchPreparer(WireLimits(vocab_size=100, max_length=32), lambda: 0, journal=self.journal)
         values = {
-            "batch_size": batch_size,
+            "batch_size": 4,
             "micro_batch_size": 2,
             "rank": 0,
             "world_size": 1,
-            "limits": WireLimits(vocab_size=100, max_length=32),
             "scale_rewards": "none",
             "required_logprobs": ("inference_logprobs",),
-            "max_dropped_fraction": 0.0,
-            "batch_timeout_s": 10.0,
-            "refresh_interval_s": 0.1,
         }
         self.stream = RolloutStream(
-            client=client,
-            journal=Journal(path),
-            settings=StreamSettings(**{**values, **changes}),
-            register=lambda: self.registrations.append(client.register(make_registration(batch_size=4))),
+            StreamSettings(**{**values, **changes}),
+            lambda: prepare(iter(self.batches)),
+            self.quarantine,
             policy_version=lambda: 0,
-            lookup_policy_versions=None,
+            num_steps=lambda: 10,
             layout=lambda: "padded",
         )
 
+    def register(self) -> None:
+        self.client.register(make_registration(batch_size=4))
+        self.registrations.append(4)
+
     def journaled(self) -> list[dict]:
-        return list(read_journal(self.path))
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "out" / "rollouts.jsonl"
+        return [group for batch in self.journal.batches() for group in batch.raw_groups]
 
 
 def register_and_post(api: Any, client: Any, *groups: dict) -> None:
@@ -73,9 +87,8 @@ def longer(first_id: int) -> dict[str, Any]:
 BAD = make_group(masks=[[-100, 6, 7], [-100, 1, 1]])
 
 
-def test_a_batch_arrives_journaled_validated_and_dealt_with_its_exact_tokens(api, client, path):
-    setting = Setting(client, path)
-    setting.stream.register = lambda: None
+def test_a_batch_arrives_journaled_validated_and_dealt_with_its_exact_tokens(api, client, tmp_path):
+    setting = Setting(client, tmp_path)
     register_and_post(api, client, make_group(), longer(20))
 
     iterator = iter(setting.stream)
@@ -92,38 +105,26 @@ def test_a_batch_arrives_journaled_validated_and_dealt_with_its_exact_tokens(api
     assert setting.stream.num_tokens == 5 + 4 + 3 + 3
 
 
-def test_the_stream_registers_once_and_before_its_first_fetch(api, client, path):
-    setting = Setting(client, path, batch_timeout_s=0.2)
-    batches = iter(setting.stream)
-    # Making the iterator must not register: environments start to work for a registered trainer.
-    assert api.count("POST", "/register") == 0
-    with pytest.raises(AtroposDataTimeout):
-        next(batches)
-
-    assert len(setting.registrations) == 1
-    routes = [path for _, path in api.requests]
-    assert routes.index("/register") < routes.index("/batch")
-
-
-def test_one_bad_group_stops_the_run_and_the_raw_batch_is_on_the_disk(api, client, path):
-    setting = Setting(client, path)
-    setting.stream.register = lambda: None
+def test_one_bad_group_stops_the_run_and_the_raw_batch_is_on_the_disk(api, client, tmp_path):
+    setting = Setting(client, tmp_path)
     register_and_post(api, client, make_group(), BAD)
 
     with pytest.raises(AtroposProtocolError) as caught:
         next(iter(setting.stream))
 
-    assert caught.value.what.startswith("1 of 2 groups of a batch cannot be trained; the first: Group ")
+    # Half of one batch of 20.
+    assert caught.value.what.startswith(
+        "Refused groups make 2.5% of the last 20 batches (environment None: 1 x masks)"
+    )
     assert "rollout 1: `masks` has 1 at position 1, `tokens` has 6" in caught.value.what
-    assert f"All 2 raw groups of this batch are in {path}." in caught.value.why
+    assert f"All refused groups are in {setting.quarantine.path}." in caught.value.why
     assert "--max_dropped_fraction (0.0)" in caught.value.fix
     assert len(setting.journaled()) == 2
     assert BAD["masks"] in [group["masks"] for group in setting.journaled()]
 
 
-def test_a_bad_group_is_dropped_and_counted_where_that_is_allowed(api, client, path, caplog):
-    setting = Setting(client, path, max_dropped_fraction=0.5)
-    setting.stream.register = lambda: None
+def test_a_bad_group_is_dropped_and_counted_where_that_is_allowed(api, client, tmp_path, caplog):
+    setting = Setting(client, tmp_path, max_dropped_fraction=0.5)
     register_and_post(api, client, make_group(), BAD)
 
     iterator = iter(setting.stream)
@@ -133,22 +134,29 @@ def test_a_bad_group_is_dropped_and_counted_where_that_is_allowed(api, client, p
     assert [len(first), len(second)] == [2, 0]
     assert (setting.stream.num_rollouts_trained, setting.stream.num_rollouts_dropped) == (2, 2)
     assert len(setting.journaled()) == 2
-    assert "Dropped a group" in caplog.text
+    assert "Quarantined a group of environment None (1 with the reason `masks` so far)" in caplog.text
+    (entry,) = map(json.loads, setting.quarantine.path.read_text().splitlines())
+    assert (entry["batch"], entry["env_id"], entry["reason"]) == (0, None, "masks")
+    assert entry["raw"]["masks"] == BAD["masks"]
 
 
-def test_a_batch_of_bad_groups_only_stops_whatever_may_be_dropped(api, client, path):
-    setting = Setting(client, path, max_dropped_fraction=0.99)
-    setting.stream.register = lambda: None
+def test_a_batch_of_bad_groups_only_is_quarantined_and_the_next_one_trained(api, client, tmp_path):
+    setting = Setting(client, tmp_path, max_dropped_fraction=0.1)
     register_and_post(api, client, BAD, BAD)
+    timer = threading.Timer(0.3, lambda: [api.post("/scored_data", make_group()) for _ in range(2)])
+    timer.start()
 
-    with pytest.raises(AtroposProtocolError, match="2 of 2 groups of a batch cannot be trained"):
-        next(iter(setting.stream))
+    (first,) = next(iter(setting.stream))
+
+    timer.join()
+    assert len(first) == 2
+    assert (setting.stream.num_rollouts_dropped, setting.quarantine.num_groups) == (4, 2)
+    assert setting.stream.next_batch == 2
 
 
-def test_a_batch_larger_than_the_step_is_refused_and_kept(api, client, path):
+def test_a_batch_larger_than_the_step_is_refused_and_kept(api, client, tmp_path):
     # The API is registered with 4, by another trainer; this one trains 2 a step.
-    setting = Setting(client, path, batch_size=2)
-    setting.stream.register = lambda: None
+    setting = Setting(client, tmp_path, batch_size=2)
     register_and_post(api, client, make_group(), make_group())
 
     with pytest.raises(AtroposProtocolError) as caught:
@@ -159,8 +167,8 @@ def test_a_batch_larger_than_the_step_is_refused_and_kept(api, client, path):
     assert len(setting.journaled()) == 2
 
 
-def test_no_data_ends_in_a_timeout_and_an_empty_journal(api, client, path):
-    setting = Setting(client, path, batch_timeout_s=0.3)
+def test_no_data_ends_in_a_timeout_and_an_empty_journal(api, client, tmp_path):
+    setting = Setting(client, tmp_path, batch_timeout_s=0.3)
     start = time.monotonic()
     with pytest.raises(AtroposDataTimeout):
         next(iter(setting.stream))
@@ -168,11 +176,116 @@ def test_no_data_ends_in_a_timeout_and_an_empty_journal(api, client, path):
     assert setting.journaled() == []
 
 
-def test_the_journal_holds_what_the_wire_sent_and_not_what_was_made_of_it(api, client, path):
-    setting = Setting(client, path)
-    setting.stream.register = lambda: None
+def test_the_journal_holds_what_the_wire_sent_and_not_what_was_made_of_it(api, client, tmp_path):
+    setting = Setting(client, tmp_path)
     register_and_post(api, client, make_group(messages=None, overrides=None), make_group())
     next(iter(setting.stream))
 
-    lines = path.read_text().splitlines()
-    assert [json.loads(line)["inference_logprobs"] for line in lines] == [[[1.0, -0.5, -0.25]] * 2] * 2
+    assert [group["inference_logprobs"] for group in setting.journaled()] == [[[1.0, -0.5, -0.25]] * 2] * 2
+    assert all("journal" not in group for group in setting.journaled())
+
+
+# An API that does not stay
+
+
+def test_an_api_that_was_restarted_is_registered_with_again_and_the_stream_goes_on(api, client, tmp_path, caplog):
+    setting = Setting(client, tmp_path)
+    register_and_post(api, client, make_group(), make_group())
+    iterator = iter(setting.stream)
+    next(iterator), next(iterator)
+    restart_api()
+    timer = threading.Timer(0.3, lambda: [api.post("/scored_data", longer(20)) for _ in range(2)])
+    timer.start()
+
+    (first,) = next(iterator)
+
+    timer.join()
+    assert [r.input_ids[0].item() for r in first] == [20, 20]
+    assert (setting.registrations, setting.batches.num_restarts) == ([4], 1)
+    assert client.info()[0] == 4
+    assert "start them again" in caplog.text
+
+
+def test_an_api_that_took_data_before_the_registration_is_emptied_and_registered_with(api, client, tmp_path, caplog):
+    setting = Setting(client, tmp_path)
+    register_and_post(api, client, make_group(), make_group())
+    iterator = iter(setting.stream)
+    next(iterator), next(iterator)
+    restart_api()
+    # An environment that outlived the API posts before the trainer is back: no registration is taken any more.
+    assert api.post("/scored_data", make_group()).status_code == 200
+    timer = threading.Timer(0.5, lambda: [api.post("/scored_data", longer(20)) for _ in range(2)])
+    timer.start()
+
+    (first,) = next(iterator)
+
+    timer.join()
+    assert [r.input_ids[0].item() for r in first] == [20, 20]
+    assert api.count("GET", "/reset_data") == 1
+    assert "Emptying it with /reset_data" in caplog.text
+
+
+def test_a_batch_that_the_api_cannot_write_is_counted_and_the_next_one_trained(api, client, tmp_path, caplog):
+    setting = Setting(client, tmp_path, max_dropped_fraction=0.1)
+    register_and_post(api, client, make_group(scores=[float("nan"), 1.0]), make_group())
+    timer = threading.Timer(0.3, lambda: [api.post("/scored_data", longer(20)) for _ in range(2)])
+    timer.start()
+
+    (first,) = next(iter(setting.stream))
+
+    timer.join()
+    assert [r.input_ids[0].item() for r in first] == [20, 20]
+    assert setting.batches.num_batches_lost == 1
+    assert list(setting.quarantine.fractions) == [1.0, 0.0]
+    assert "A batch is lost" in caplog.text
+
+
+def test_a_lost_batch_ends_a_run_that_puts_up_with_none(api, client, tmp_path):
+    setting = Setting(client, tmp_path)
+    register_and_post(api, client, make_group(scores=[float("nan"), 1.0]), make_group())
+
+    with pytest.raises(AtroposProtocolError, match="NaN or infinity in the `scores`"):
+        next(iter(setting.stream))
+
+
+def test_an_api_that_does_not_come_back_ends_the_run_after_its_timeout(tmp_path, unused_url):
+    with AtroposClient(unused_url) as client:
+        setting = Setting(client, tmp_path)
+        setting.batches.patience = ApiPatience(batch_timeout_s=10.0, refresh_interval_s=0.1, api_timeout_s=0.5)
+        start = time.monotonic()
+        with pytest.raises(AtroposConnectionError, match=r"did not answer within 0\.5 s"):
+            next(iter(setting.stream))
+        assert time.monotonic() - start < 5
+
+
+def test_a_stopped_source_asks_for_nothing_more(api, client, tmp_path):
+    setting = Setting(client, tmp_path)
+    register_and_post(api, client)
+    thread = threading.Thread(target=lambda: list(setting.batches))
+    thread.start()
+    time.sleep(0.3)
+    setting.batches.stop()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+    assert setting.journaled() == []
+
+
+# Resuming
+
+
+def test_what_was_fetched_and_not_trained_is_replayed_with_the_versions_that_were_looked_up(api, client, tmp_path):
+    setting = Setting(client, tmp_path)
+    register_and_post(api, client, make_group(), longer(20))
+    iterator = iter(setting.stream)
+    dealt = [r.input_ids.tolist() for _ in range(2) for r in next(iterator)[0]]
+
+    (batch,) = replayed_batches(Journal(tmp_path / "journal"), first=0)
+    prepare = BatchPreparer(WireLimits(vocab_size=100, max_length=32), lambda: 7, lookup=lambda keys: [5] * len(keys))
+    (prepared,) = prepare(iter([batch]))
+
+    assert batch.is_replayed
+    assert sorted(r.input_ids.tolist() for r in prepared.batch.rollouts) == sorted(dealt)
+    # The mark says that they were unknown under version 0: nobody is asked again.
+    assert [r.policy_version for r in prepared.batch.rollouts] == [None] * 4
+    assert prepared.fetched_version == 0
+    assert list(replayed_batches(Journal(tmp_path / "journal"), first=1)) == []

@@ -19,6 +19,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from trl import ModelConfig, TrlParser
 
 from trl_atropos import AtroposConfig
+from trl_atropos.data_config import DataConfig
 from trl_atropos.loss_options import LossOptions
 from trl_atropos.publish_config import PublishConfig
 
@@ -34,7 +35,7 @@ def config(**options: Any) -> AtroposConfig:
 
 def declared_options() -> set[str]:
     """The options in the bodies of our classes, as opposed to those of TrainingArguments."""
-    trees = [ast.parse(inspect.getsource(config_class)) for config_class in (AtroposConfig, PublishConfig)]
+    trees = [ast.parse(inspect.getsource(config_class)) for config_class in (AtroposConfig, DataConfig, PublishConfig)]
     body = [
         statement for tree in trees for node in ast.walk(tree) if hasattr(node, "bases") for statement in node.body
     ]
@@ -170,7 +171,7 @@ class TestContradictions:
     @pytest.mark.parametrize("name", CHOICES)
     def test_every_offered_choice_is_accepted(self, name):
         # What some of the choices need.
-        needed = {"cispo": {"epsilon_high": 5.0}}
+        needed = {"cispo": {"epsilon_high": 5.0}, "downweight": {"max_staleness": 1}}
         for choice in choices_of(name):
             options = {"beta": 0.1} if name == "ref_logprobs" else needed.get(choice, {})
             assert getattr(config(**{name: choice, **options}), name) == choice
@@ -187,6 +188,28 @@ class TestContradictions:
     def test_dropped_fraction_is_below_1(self, value):
         with pytest.raises(ValueError, match=r"max_dropped_fraction is .*, it must lie in \[0, 1\)"):
             config(max_dropped_fraction=value)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (
+                {"atropos_api_url": "http://a:1", "data_path": "b.jsonl"},
+                "atropos_api_url is http://a:1 and data_path is b.jsonl",
+            ),
+            ({"max_staleness": -1}, "max_staleness is -1, it must be 0 or more"),
+            ({"stale_rollouts": "downweight"}, "stale_rollouts is downweight and max_staleness is not set"),
+            ({"num_prefetched_batches": 2}, "num_prefetched_batches is 2"),
+            (
+                {"journal_max_bytes": 10, "journal_segment_bytes": 6},
+                "journal_max_bytes is 10 and journal_segment_bytes 6",
+            ),
+            ({"batch_timeout_s": 10, "ddp_timeout": 10}, r"batch_timeout_s \(10\) is not below ddp_timeout \(10\)"),
+        ],
+        ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    )
+    def test_options_of_the_data_that_contradict_each_other(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            config(**options)
 
     @pytest.mark.parametrize("bounds", [[5, -5], [1, 1], [1], [1, 2, 3], [float("-inf"), 0], [float("nan"), 1]])
     def test_clipping_takes_two_finite_ascending_numbers(self, bounds):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,11 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_atropos.data import RolloutStream, StreamSettings, with_advantages
+from trl_atropos.data import BatchPreparer, RolloutStream, StreamSettings, with_advantages
 from trl_atropos.errors import AtroposProtocolError
 from trl_atropos.metrics import METRICS, MetricAccumulator
 from trl_atropos.micro_batches import MicroBatch
+from trl_atropos.quarantine import Quarantine
 from trl_atropos.rollout_key import rollout_key
+from trl_atropos.sources import FetchedBatch
 from trl_atropos.types import Rollout, RolloutGroup
 from trl_atropos.validation import WireLimits
 
@@ -27,13 +31,10 @@ SETTINGS = StreamSettings(
     micro_batch_size=2,
     rank=0,
     world_size=1,
-    limits=WireLimits(vocab_size=100, max_length=32),
     scale_rewards="none",
     required_logprobs=(),
-    max_dropped_fraction=0.0,
-    batch_timeout_s=1.0,
-    refresh_interval_s=0.1,
 )
+LIMITS = WireLimits(vocab_size=100, max_length=32)
 
 
 def rollout(length: int = 4, reward: float = 0.0, first_id: int = 10, **fields: Any) -> Rollout:
@@ -41,16 +42,6 @@ def rollout(length: int = 4, reward: float = 0.0, first_id: int = 10, **fields: 
     input_ids = torch.arange(first_id, first_id + length)
     labels = input_ids.masked_fill(torch.arange(length) < length // 2, -100)
     return Rollout(input_ids=input_ids, labels=labels, reward=reward, **fields)
-
-
-class FetchedBatches:
-    """Plays the wire: batches that have arrived. Everything behind it is the real stream."""
-
-    def __init__(self, batches: list[list[dict]]):
-        self.batches = iter(batches)
-
-    def wait_for_batch(self, timeout_s: float, **kwargs: Any) -> list[dict]:
-        return next(self.batches)
 
 
 def wire_group(lengths: list[int], first_id: int = 10, **fields: Any) -> dict[str, Any]:
@@ -67,18 +58,25 @@ def wire_group(lengths: list[int], first_id: int = 10, **fields: Any) -> dict[st
 def make_stream(
     batches: list[list[dict]],
     lookup: Any = None,
-    policy_version: int = 0,
+    policy_version: int | Callable[[], int] = 0,
     layout: Callable[[], str] = lambda: "padded",
+    fractions: float = 0.0,
+    num_steps: int = 10,
+    on_drop: Any = None,
     **changes: Any,
 ) -> RolloutStream:
+    """The stream over batches that have arrived. Refused groups go nowhere: the first one ends the run."""
+    get_version = policy_version if callable(policy_version) else lambda: policy_version
+    prepare = BatchPreparer(LIMITS, get_version, lookup)
+    fetched = (FetchedBatch(number, raw_groups) for number, raw_groups in enumerate(batches))
     return RolloutStream(
-        client=FetchedBatches(batches),
-        journal=None,
-        settings=replace(SETTINGS, **changes),
-        register=lambda: None,
-        policy_version=lambda: policy_version,
-        lookup_policy_versions=lookup,
-        layout=layout,
+        replace(SETTINGS, **changes),
+        lambda: prepare(fetched),
+        Quarantine(os.devnull, fractions),
+        get_version,
+        lambda: num_steps,
+        layout,
+        on_drop=on_drop,
     )
 
 
@@ -340,7 +338,9 @@ class TestTruncatedCompletions:
     WARNING = "no rollout of this batch ends with an end-of-sequence token"
 
     def test_rollouts_that_end_without_eos_are_not_trained(self, caplog):
-        stream = make_stream([[wire_group([4, 5, 6, 3])]], eos_token_ids=frozenset({13, 12}))
+        stream = make_stream(
+            [[wire_group([4, 5, 6, 3])]], eos_token_ids=frozenset({13, 12}), mask_truncated_completions=True
+        )
         dealt = {r.num_tokens: r for micro_batch in take_step(stream) for r in micro_batch}
         assert {length: r.num_trained_tokens for length, r in dealt.items()} == {6: 0, 5: 0, 4: 3, 3: 2}
         assert dealt[5].labels.tolist() == [-100] * 5
@@ -349,7 +349,9 @@ class TestTruncatedCompletions:
         assert self.WARNING not in caplog.text
 
     def test_their_reward_still_counts_in_the_mean_of_the_group(self):
-        stream = make_stream([[wire_group([4, 5], scores=[0.0, 8.0])]], eos_token_ids=frozenset({13}))
+        stream = make_stream(
+            [[wire_group([4, 5], scores=[0.0, 8.0])]], eos_token_ids=frozenset({13}), mask_truncated_completions=True
+        )
         dealt = {r.num_tokens: r for micro_batch in take_step(stream) for r in micro_batch}
         # 0 - (0 + 8) / 2
         assert dealt[4].advantages.tolist() == [0.0, -4.0, -4.0, -4.0]
@@ -357,13 +359,13 @@ class TestTruncatedCompletions:
     def test_a_rollout_that_ends_with_an_untrained_turn_is_not_truncated(self):
         group = wire_group([4, 4])
         group["masks"] = [[-100, 11, 12, -100], [-100, 11, 12, 13]]
-        stream = make_stream([[group]], eos_token_ids=frozenset({99}))
+        stream = make_stream([[group]], eos_token_ids=frozenset({99}), mask_truncated_completions=True)
         trained = sorted(r.num_trained_tokens for micro_batch in take_step(stream) for r in micro_batch)
         assert trained == [0, 2]
         assert reported(stream)["completions/clipped_ratio"] == 0.5
 
     def test_a_batch_of_truncated_rollouts_only_says_what_the_usual_cause_is(self, caplog):
-        stream = make_stream([[wire_group([4, 5])]], eos_token_ids=frozenset({2}))
+        stream = make_stream([[wire_group([4, 5])]], eos_token_ids=frozenset({2}), mask_truncated_completions=True)
         with caplog.at_level(logging.WARNING):
             dealt = take_step(stream)
         assert [r.num_trained_tokens for micro_batch in dealt for r in micro_batch] == [0, 0]
@@ -371,7 +373,138 @@ class TestTruncatedCompletions:
         assert "--mask_truncated_completions false" in caplog.text
         assert reported(stream)["completions/clipped_ratio"] == 1.0
 
-    def test_without_the_option_all_are_trained_and_nothing_is_reported(self):
-        stream = make_stream([[wire_group([4, 5])]])
+    def test_without_the_option_all_are_trained_and_the_share_is_reported(self):
+        stream = make_stream([[wire_group([4, 5])]], eos_token_ids=frozenset({13}))
         assert [r.num_trained_tokens for micro_batch in take_step(stream) for r in micro_batch] == [4, 3]
+        assert reported(stream)["completions/clipped_ratio"] == 0.5
+
+    def test_without_known_ends_nothing_is_reported(self):
+        stream = make_stream([[wire_group([4, 5])]])
+        take_step(stream)
         assert "completions/clipped_ratio" not in reported(stream)
+
+
+class TestStaleness:
+    """Groups of two rollouts: their ids begin with 10, 40, ...; the table says which policy sampled them."""
+
+    @staticmethod
+    def lookup_by_first_id(table: dict[int, int], groups: list[dict]) -> Any:
+        versions = {rollout_key(ids): table.get(ids[0]) for group in groups for ids in group["tokens"]}
+        return lambda keys: [versions[key] for key in keys]
+
+    def stream(self, groups: list[dict], table: dict[int, int], **changes: Any) -> RolloutStream:
+        return make_stream([groups], lookup=self.lookup_by_first_id(table, groups), policy_version=6, **changes)
+
+    def test_groups_above_the_limit_are_dropped_whole_and_reported_with_their_lengths(self):
+        groups = [wire_group([3, 4]), wire_group([6, 8], first_id=40)]
+        noted = []
+        stream = self.stream(
+            groups, {10: 5, 40: 3}, max_staleness=2, on_drop=lambda batch, dropped: noted.append((batch, dropped))
+        )
+        dealt = take_step(stream)
+        assert [r.num_tokens for micro_batch in dealt for r in micro_batch] == [4, 3]
+        assert noted == [(0, [1])]
+        assert (stream.num_rollouts_trained, stream.num_rollouts_dropped) == (2, 2)
+        metrics = reported(stream)
+        # 5 and 7 trained tokens
+        assert (metrics["staleness/num_dropped"], metrics["staleness/dropped_mean_length"]) == (2, 6)
+        assert metrics["staleness/max"] == 1
+
+    def test_a_group_is_as_stale_as_its_stalest_rollout(self):
+        group = wire_group([3, 4])
+        group["tokens"][1][0] = 50
+        stream = self.stream([group, wire_group([2, 2], first_id=70)], {10: 6, 50: 3, 70: 6}, max_staleness=2)
+        assert [r.input_ids[0].item() for micro_batch in take_step(stream) for r in micro_batch] == [70, 70]
+
+    def test_down_weighted_groups_are_trained_with_less(self):
+        groups = [wire_group([3, 4]), wire_group([6, 8], first_id=40)]
+        stream = self.stream(groups, {10: 5, 40: 1}, max_staleness=1, stale_rollouts="downweight")
+        scales = {r.num_tokens: r.advantage_scale for micro_batch in take_step(stream) for r in micro_batch}
+        # (1 + 1) / (5 + 1) for staleness 5
+        assert scales == {3: 1.0, 4: 1.0, 6: pytest.approx(1 / 3), 8: pytest.approx(1 / 3)}
+        assert reported(stream)["staleness/downweighted_frac"] == 0.5
+
+    def test_a_batch_that_is_dropped_as_a_whole_is_followed_by_the_next_one(self):
+        batches = [[wire_group([3, 3])], [wire_group([5, 5], first_id=40)]]
+        stream = make_stream(
+            batches,
+            lookup=self.lookup_by_first_id({10: 1, 40: 6}, [group for batch in batches for group in batch]),
+            policy_version=6,
+            max_staleness=2,
+        )
+        assert [r.num_tokens for micro_batch in take_step(stream) for r in micro_batch] == [5, 5]
+        assert stream.next_batch == 2
+        assert (stream.num_rollouts_trained, stream.num_rollouts_dropped) == (2, 2)
+
+    def test_what_was_fetched_ahead_is_judged_by_the_policy_that_trains_it(self):
+        version = [0]
+        batches = [[wire_group([2, 2])], [wire_group([3, 3])]]
+        stream = make_stream(
+            batches,
+            policy_version=lambda: version[0],
+            max_staleness=1,
+            num_prefetched_batches=1,
+            batch_size=2,
+            num_steps=2,
+        )
+        iterator = iter(stream)
+        next(iterator)
+        assert wait_for(lambda: stream._prefetcher._pending.done())
+        # Two publishes later: the versions are unknown, but not later than that of the fetch, 0.
+        version[0] = 2
+        with pytest.raises(StopIteration):
+            next(iterator)
+        assert stream.num_rollouts_dropped == 0  # the data ended before the step
+
+    def test_without_a_limit_everything_is_trained(self):
+        stream = self.stream([wire_group([3, 4])], {10: 0})
+        assert [r.advantage_scale for r in take_step(stream)[0]] == [1.0, 1.0]
+        assert reported(stream)["staleness/max"] == 6
+
+
+class TestPrefetching:
+    def batches(self, taken: list[int]) -> Any:
+        for number in range(5):
+            taken.append(number)
+            yield [wire_group([2, 2, 2, 2])]
+
+    def test_the_next_batch_is_fetched_while_this_one_is_trained_and_none_beyond_the_last_step(self):
+        taken: list[int] = []
+        stream = make_stream(self.batches(taken), num_prefetched_batches=1, num_steps=2, micro_batch_size=4)
+        iterator = iter(stream)
+        next(iterator)
+        assert wait_for(lambda: taken == [0, 1])
+        next(iterator)
+        time.sleep(0.1)
+        assert taken == [0, 1]
+
+    def test_nothing_is_fetched_ahead_if_not_asked_for(self):
+        taken: list[int] = []
+        iterator = iter(make_stream(self.batches(taken), micro_batch_size=4))
+        next(iterator)
+        time.sleep(0.1)
+        assert taken == [0]
+
+    def test_an_error_of_the_source_is_raised_by_the_step_that_needs_the_batch(self):
+        def batches() -> Any:
+            yield [wire_group([2, 2, 2, 2])]
+            raise AtroposProtocolError("The wire broke.", "It does.", "Mend it.")
+
+        stream = make_stream(batches(), num_prefetched_batches=1, micro_batch_size=4)
+        iterator = iter(stream)
+        assert len(next(iterator)[0]) == 4
+        with pytest.raises(AtroposProtocolError, match="The wire broke"):
+            next(iterator)
+
+
+def test_the_stream_ends_with_its_data():
+    stream = make_stream([[wire_group([2, 2, 2, 2])]], micro_batch_size=4)
+    assert len(list(stream)) == 1
+    assert stream.next_batch == 1
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return condition()

@@ -1,4 +1,7 @@
-"""docs/metrics.md against `METRICS`, and `METRICS` against the code that makes metrics."""
+"""docs/metrics.md against the tables of `metrics.py`, and `METRICS` against the code that makes metrics.
+
+Whether environments and evaluations report what their tables say: test_environment_metrics.py and test_evaluation.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from types import ModuleType
 import pytest
 
 import trl_atropos
-from trl_atropos.metrics import METRICS
+from trl_atropos.metrics import ENVIRONMENT_METRICS, EVALUATION_METRICS, METRICS
 
 
 PACKAGE = Path(trl_atropos.__file__).parent
@@ -101,26 +104,35 @@ def test_every_described_metric_is_made():
     assert set(METRICS) - names_in_package() == set()
 
 
-@pytest.mark.parametrize("name", METRICS)
-def test_a_description_ends_with_a_period_and_names_a_unit_or_a_range(name):
-    assert METRICS[name].endswith(".")
-    assert UNIT_OR_RANGE.search(METRICS[name])
+@pytest.mark.parametrize(
+    "description",
+    [
+        pytest.param(description, id=name)
+        for table in (METRICS, ENVIRONMENT_METRICS, EVALUATION_METRICS)
+        for name, description in table.items()
+    ],
+)
+def test_a_description_ends_with_a_period_and_names_a_unit_or_a_range(description):
+    assert description.endswith(".")
+    assert UNIT_OR_RANGE.search(description)
 
 
 def test_the_page_is_what_the_script_makes_of_the_descriptions():
     script = metrics_doc()
     assert script.TARGET == ROOT / "docs" / "metrics.md"
-    assert script.TARGET.read_text() == script.render(METRICS), "run `python packaging/metrics_doc.py`"
+    assert script.TARGET.read_text() == script.render(), "run `python packaging/metrics_doc.py`"
 
 
-def test_the_page_has_every_metric_under_the_heading_of_its_prefix():
+def test_the_page_has_every_metric_under_its_heading():
     # Of the text alone, not of the function that made it.
-    found = {}
+    found: dict[str, dict[str, str]] = {}
     for part in (ROOT / "docs" / "metrics.md").read_text().split("\n## ")[1:]:
         heading, _, table = part.partition("\n")
         rows = re.findall(r"^\| `(\S+)` \| (.+) \|$", table, re.MULTILINE)
         assert rows, heading
-        for name, meaning in rows:
-            assert heading == (f"`{name.split('/')[0]}/`" if "/" in name else "Without a prefix")
-            found[name] = meaning.replace("\\|", "|")
-    assert found == METRICS
+        found[heading] = {name: meaning.replace("\\|", "|") for name, meaning in rows}
+    assert found.pop("Each environment: `env/<name>/`") == ENVIRONMENT_METRICS
+    assert found.pop("Evaluations: `eval_`") == EVALUATION_METRICS
+    for heading, names in found.items():
+        assert {f"`{name.split('/')[0]}/`" if "/" in name else "Without a prefix" for name in names} == {heading}
+    assert {name: meaning for names in found.values() for name, meaning in names.items()} == METRICS

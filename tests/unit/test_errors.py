@@ -13,7 +13,9 @@ from trl_atropos import errors
 STANDARD_BASE = {
     errors.TrlAtroposError: Exception,
     errors.AtroposConnectionError: ConnectionError,
+    errors.AtroposAnswerLost: ConnectionError,
     errors.AtroposProtocolError: ValueError,
+    errors.AtroposBatchLost: ValueError,
     errors.AtroposRegistrationError: RuntimeError,
     errors.AtroposDataTimeout: TimeoutError,
     errors.JournalError: OSError,

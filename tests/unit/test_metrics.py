@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_atropos.metrics import (
+    ENVIRONMENT_METRICS,
+    EVALUATION_METRICS,
     METRICS,
     Metric,
     MetricAccumulator,
@@ -124,6 +126,6 @@ def test_any_split_gives_the_same_result(values, cuts):
 
 
 def test_every_metric_is_described_in_one_line():
-    for name, description in METRICS.items():
+    for name, description in (METRICS | ENVIRONMENT_METRICS | EVALUATION_METRICS).items():
         assert description.endswith("."), name
         assert "\n" not in description, name

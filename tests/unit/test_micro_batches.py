@@ -209,7 +209,7 @@ class TestRolloutCollator:
         assert batch["ref_logprobs"][:3].tolist() == pytest.approx([-1.1, -1.3, -1.4])
         assert batch["rollout_index"].tolist() == [0, 0, 0, 1]
         assert batch["num_rollout_tokens"].tolist() == [3, 1]
-        assert batch["zero_advantage"].tolist() == [False, False]
+        assert batch["advantage_scale"].tolist() == [1.0, 1.0]
         assert batch["names"] == ["environment 0, group 0, rollout 0", "environment 0, group 1, rollout 2"]
 
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -218,7 +218,7 @@ class TestRolloutCollator:
         tensors = {name: value.dtype for name, value in batch.items() if isinstance(value, torch.Tensor)}
         floats = ("temperature", "advantages", "inference_logprobs", "ref_logprobs")
         expected = {**dict.fromkeys(tensors, torch.int64), **dict.fromkeys(floats, torch.float32)}
-        assert tensors == {**expected, "zero_advantage": torch.bool}
+        assert tensors == {**expected, "advantage_scale": torch.float32}
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_unknown_logprobs_are_nan(self, layout):
@@ -260,7 +260,7 @@ class TestRolloutCollator:
         assert read(batch, batch["targets"]) == [21, 22, 31]
         assert read(batch, batch["input_ids"].flatten()[batch["prediction_index"]]) == [20, 20, 30]
         assert batch["advantages"].tolist() == [1.0, 3.0, 2.0]
-        assert batch["zero_advantage"].tolist() == [False, True, False]
+        assert batch["advantage_scale"].tolist() == [1.0, 0.0, 1.0]
         assert batch["names"] == [
             "environment 0, group 1, rollout 0",
             "environment 0, group 1, rollout 1",
@@ -313,7 +313,7 @@ class TestRolloutCollator:
         assert batch["num_rollouts"] == 3
         assert batch["num_rollout_tokens"].tolist() == [1]
         assert batch["names"] == ["environment 0, group 1, rollout 2"]
-        assert batch["zero_advantage"].shape == (1,)
+        assert batch["advantage_scale"].shape == (1,)
         assert batch["input_ids"].tolist() == [[20]]
 
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -322,7 +322,7 @@ class TestRolloutCollator:
         batch = self.collate(layout, rollouts)
         assert batch["input_ids"].tolist() == [[3, 3]]
         for name in ("prediction_index", "targets", "temperature", "token_index", "advantages", "inference_logprobs",
-                     "ref_logprobs", "rollout_index", "num_rollout_tokens", "zero_advantage"):  # fmt: skip
+                     "ref_logprobs", "rollout_index", "num_rollout_tokens", "advantage_scale"):  # fmt: skip
             assert batch[name].shape == (0,), name
         assert batch["names"] == []
         assert (batch["num_rollouts"], batch["num_sequence_tokens"]) == (len(rollouts), 0)

@@ -57,10 +57,11 @@ class TestEosTokenIds:
     def test_of_tokenizer_and_generation_config(self, of_generation, expected):
         model = tiny_llama()
         model.generation_config.eos_token_id = of_generation
-        assert eos_token_ids(model, SimpleNamespace(eos_token_id=2)) == expected
+        assert eos_token_ids(model, SimpleNamespace(eos_token_id=2), is_required=True) == expected
 
     def test_none_at_all_is_refused(self):
         model = tiny_llama()
         model.generation_config.eos_token_id = None
         with pytest.raises(PreflightError, match="neither tokenizer nor generation config has an eos_token_id"):
-            eos_token_ids(model, None)
+            eos_token_ids(model, None, is_required=True)
+        assert eos_token_ids(model, None, is_required=False) is None

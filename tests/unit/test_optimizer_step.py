@@ -289,7 +289,7 @@ class TestLossWatch:
             watch.check(7, CPU)
         assert caught.value.what == "The loss of step 7 is not finite, because of group 1, rollout 1."
         assert "not taken" in caught.value.why
-        assert "rollouts.jsonl" in caught.value.fix
+        assert "output_dir/journal" in caught.value.fix
 
     def test_many_are_counted_after_three_names(self):
         watch = LossWatch()

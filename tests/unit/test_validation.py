@@ -10,11 +10,13 @@ import contextlib
 import copy
 import json
 import math
+import pickle
 import time
 from typing import Any
 
 import pytest
 import torch
+from atroposlib.api.server import ScoredData
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -164,12 +166,110 @@ def test_temperature_comes_from_the_most_specific_place():
     assert [rollout.temperature for rollout in parse_group(group, LIMITS).rollouts] == [None, 0.5]
 
 
-def test_the_wire_carries_no_policy_version():
-    assert parse_group(GOOD, LIMITS).rollouts[0].policy_version is None
+@pytest.mark.parametrize(
+    ("value", "versions"),
+    [(4, [4, 4]), (0, [0, 0]), ([4, 5], [4, 5]), ([None, 5], [None, 5]), ([None, None], [None, None])]
+    + [(absent, [None, None]) for absent in (None, [])],
+)
+def test_an_environment_may_send_the_policy_version_of_the_group_or_of_each_rollout(value, versions):
+    group = parse_group(changed(("group_overrides", "policy_version"), value), LIMITS)
+
+    assert [rollout.policy_version for rollout in group.rollouts] == versions
+    assert group.unknown_fields == ()
+
+
+def test_without_the_environment_no_policy_version_is_known():
+    assert [rollout.policy_version for rollout in parse_group(GOOD, LIMITS).rollouts] == [None, None]
+
+
+def test_messages_arrive_as_they_are():
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]
+    group = parse_group({**GOOD, "messages": [turns, []]}, LIMITS)
+
+    assert [rollout.messages for rollout in group.rollouts] == [tuple(turns), None]
+    assert group.rollouts[0].messages[1] is turns[1]
+    assert group.unknown_fields == ()
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        "hello",
+        {"role": "user", "content": "?"},
+        [[{"role": "user", "content": "?"}]],
+        [[{"role": "user", "content": "?"}], [], []],
+        [[{"role": "user", "content": "?"}], "hello"],
+        [[{"role": "user", "content": "?"}], ["hello"]],
+        [[{"role": "user", "content": "?"}], [{"role": "user"}]],
+        [[{"role": "user", "content": "?"}], [{"content": "?"}]],
+        [{"role": "user", "content": "?"}, None],
+    ],
+)
+def test_malformed_messages_do_not_cost_the_group_and_are_counted_as_unknown(messages):
+    group = parse_group({**GOOD, "messages": messages}, LIMITS)
+
+    assert [rollout.messages for rollout in group.rollouts] == [None, None]
+    assert group.unknown_fields == ("messages",)
+    assert group.rollouts[0].input_ids.tolist() == GOOD["tokens"][0]
+
+
+def test_a_group_as_the_api_writes_it_has_no_unknown_fields():
+    assert set(GOOD) == set(ScoredData.model_fields)
+    assert parse_group(GOOD, LIMITS).unknown_fields == ()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "name"),
+    [
+        (("priority",), 1, "priority"),
+        (("loss_mask",), None, "loss_mask"),
+        (("overrides", 1, "top_p"), 0.5, "overrides.top_p"),
+        (("group_overrides", "kl_coef"), 0.1, "group_overrides.kl_coef"),
+        (("generation_params", "top_k"), 20, "generation_params.top_k"),
+    ],
+)
+def test_what_nobody_reads_is_named(path, value, name):
+    group = parse_group(changed(path, value), LIMITS)
+
+    assert group.unknown_fields == (name,)
+    assert len(group.rollouts) == 2
+
+
+def test_an_unknown_option_of_several_rollouts_is_named_once():
+    group = parse_group({**GOOD, "overrides": [{"top_p": 0.5}, {"top_p": 0.6}]}, LIMITS)
+
+    assert group.unknown_fields == ("overrides.top_p",)
+
+
+def test_the_keys_of_the_journal_and_of_the_environment_are_not_unknown():
+    group = changed(("group_overrides", "skip_teacher_top_k"), True)
+    group["group_overrides"]["teacher_top_k"] = 5
+    group["journal"] = {"batch": 0, "group": 0, "crc32": "89abcdef"}
+
+    assert parse_group(group, LIMITS).unknown_fields == ()
+
+
+def test_rollouts_of_different_prompts_and_lengths_make_one_group():
+    tokens = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14, 15]]
+    group = {"tokens": tokens, "masks": [[-100, *rest] for _, *rest in tokens], "scores": [0, 1, 2]}
+
+    rollouts = parse_group(group, LIMITS).rollouts
+
+    assert [rollout.input_ids.tolist() for rollout in rollouts] == tokens
+    assert [rollout.num_trained_tokens for rollout in rollouts] == [2, 5, 1]
+
+
+def test_groups_of_different_sizes_make_one_batch():
+    groups = [{**{name: GOOD[name][:1] for name in REQUIRED}, "env_id": 1}, GOOD, {**GOOD, "env_id": 0}]
+
+    batch = parse_batch(groups, LIMITS)
+
+    assert [(group.env_id, len(group.rollouts)) for group in batch.groups] == [(1, 1), (3, 2), (0, 2)]
+    assert batch.rejected == ()
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
-@pytest.mark.parametrize("absent", ["missing", None, []])
+@pytest.mark.parametrize("absent", ["missing", None, [], {}])
 def test_null_missing_and_empty_mean_the_same(name, absent):
     group = copy.deepcopy(GOOD)
     if absent == "missing":
@@ -298,6 +398,21 @@ def test_first_and_last_token_id_of_the_vocabulary_are_accepted():
         (("overrides",), {"temperature": 1.0}, "`overrides` is an object with 1 keys, the group has 2 rollouts."),
         (("overrides", 0), 1, "rollout 0: its entry of `overrides` is 1."),
         (("overrides", 0, "set_advantage_to_zero"), 1, "`set_advantage_to_zero` in `overrides` is 1."),
+        (("group_overrides", "policy_version"), -1, "`policy_version` in `group_overrides` has -1."),
+        (("group_overrides", "policy_version"), "3", '`policy_version` in `group_overrides` has "3".'),
+        (("group_overrides", "policy_version"), True, "`policy_version` in `group_overrides` has true."),
+        (
+            ("group_overrides", "policy_version"),
+            2**63,
+            "`policy_version` in `group_overrides` has 9223372036854775808.",
+        ),
+        (("group_overrides", "policy_version"), [3, 3.0], "`policy_version` in `group_overrides` has 3.0."),
+        (("group_overrides", "policy_version"), [3], "`policy_version` in `group_overrides` is a list of 1 entries"),
+        (
+            ("group_overrides", "policy_version"),
+            {},
+            "`policy_version` in `group_overrides` has an object with 0 keys.",
+        ),
         (("images",), [["aGVsbG8="], None], "it has `images`."),
         (("env_id",), "3", '`env_id` is "3".'),
         (("env_id",), True, "`env_id` is true."),
@@ -338,6 +453,36 @@ def test_a_long_value_is_shortened_in_the_message():
 @pytest.mark.parametrize("raw", [None, [], 3, "group", b"bytes"])
 def test_a_group_that_is_no_object_is_refused(raw):
     assert refusal(raw).startswith("Group 0 is ")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        (("tokens", 0, 1), 6.5, "tokens"),
+        (("tokens", 0), list(range(9)), "too_long"),
+        (("tokens", 0, 1), 100, "vocabulary"),
+        (("masks", 0), [0, 0, 1, 1], "masks"),
+        (("scores", 0), math.nan, "scores"),
+        (("advantages", 0), [1.0], "advantages"),
+        (("inference_logprobs", 0, 3), 0.5, "inference_logprobs"),
+        (("ref_logprobs", 0), [-1.0], "ref_logprobs"),
+        (("images",), "pixels", "images"),
+        (("env_id",), "3", "env_id"),
+        (("overrides",), {"temperature": 1.0}, "overrides"),
+        (("overrides", 0), 1, "overrides"),
+        (("overrides", 0, "set_advantage_to_zero"), 1, "overrides"),
+        (("overrides", 0, "temperature"), 0, "temperature"),
+        (("generation_params", "temperature"), 0, "temperature"),
+        (("generation_params",), 7, "generation_params"),
+        (("group_overrides",), 7, "group_overrides"),
+        (("group_overrides", "policy_version"), -1, "policy_version"),
+    ],
+)
+def test_a_refused_group_has_a_reason_to_be_counted(path, value, reason):
+    (rejected,) = parse_batch([changed(path, value)], LIMITS).rejected
+
+    assert rejected.reason == reason
+    assert pickle.loads(pickle.dumps(rejected.error)).reason == reason
 
 
 # Batches

@@ -153,7 +153,6 @@ def _own_run_dir(run_dir: Path) -> Iterator[None]:
             "reward.png",
             "completions.json",
             "model/trainer_state.json",
-            "model/rollouts.jsonl",
         ):
             (run_dir / name).unlink(missing_ok=True)
         yield

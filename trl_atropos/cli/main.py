@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             Arguments without the program's name. Defaults to those of the process.
 
     Returns:
-        `int`: The exit code: 0, 1 after an error of trl_atropos, 128 + n when ended by signal n.
+        `int`: The exit code: 0, 1 after an error of trl_atropos or one that the doctor found, 128 + n when ended by
+        signal n.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Everything after `--` belongs to the environment's command; argparse would swallow its flags.
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "model":
             print(fetch_smollm2(args.output_dir))
+        elif args.command == "doctor":
+            return _run_doctor(args)
         else:
             _launch(args, arguments[split + 1 :])
     except TrlAtroposError as exc:
@@ -51,7 +54,7 @@ def _exit_on_signal(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _launch(args: argparse.Namespace, env_command: Sequence[str]) -> None:
-    # Imported here so that `--help` and `model` need neither requests nor rich.
+    # Imported here, as for the doctor, so that `--help` and `model` need neither requests nor rich.
     from .launch import run_launch
     from .launch_config import load_launch_config
 
@@ -62,6 +65,19 @@ def _launch(args: argparse.Namespace, env_command: Sequence[str]) -> None:
         "env_command": shlex.join(env_command) or None,
     }
     run_launch(load_launch_config(args.config, overrides))
+
+
+def _run_doctor(args: argparse.Namespace) -> int:
+    from .doctor import run_doctor
+
+    findings = run_doctor(
+        args.api_url,
+        vllm_url=args.vllm_url,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        watch_s=args.watch_s,
+    )
+    return int(any(finding.level == "error" for finding in findings))
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -76,6 +92,8 @@ def _make_parser() -> argparse.ArgumentParser:
         "--output_dir", type=Path, default=SMOLLM2_DIR, help="directory of the checkpoint (default: %(default)s)"
     )
 
+    _add_doctor(commands)
+
     launch = commands.add_parser(
         "launch",
         help="run API, inference server, environment and trainer on this machine",
@@ -87,6 +105,45 @@ def _make_parser() -> argparse.ArgumentParser:
     launch.add_argument("--model_name_or_path", help="hub id or directory of the model")
     launch.add_argument("--trainer_args", help="further arguments of the trainer, as one string")
     return parser
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="find out why no data comes",
+        usage="%(prog)s --api-url URL [--vllm-url URL] [options]",
+        description="Look at a live Atropos API, and at the vLLM server that its environments ask, for the traps that end "
+        "in silence: nobody registered, no environment, groups that never make a batch, a frozen server. Each finding has "
+        "a name, which docs/troubleshooting.md explains.",
+        epilog="Disturbs nothing, also during training: it asks for no batch, registers nothing, posts nothing. The one "
+        "trace it leaves is an IndexError in the log of run-api. An API key of the vLLM server is read from VLLM_API_KEY. "
+        "Exit code: 1 if there is an error, 0 otherwise, also with warnings.",
+    )
+    doctor.add_argument("--api-url", required=True, help="root of run-api, for example http://localhost:8000")
+    doctor.add_argument("--vllm-url", help="root of the vLLM server, for example http://localhost:8001")
+    doctor.add_argument(
+        "--batch-size",
+        type=int,
+        help="rollouts of one optimizer step, over all ranks, to compare with the registration",
+    )
+    doctor.add_argument(
+        "--max-length",
+        type=int,
+        help="--max_length of the trainer in tokens, to compare with the registration and the server",
+    )
+    doctor.add_argument(
+        "--watch-s",
+        type=_seconds,
+        default=3.0,
+        help="seconds to watch whether something moves (default: %(default)s)",
+    )
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
+    return value
 
 
 if __name__ == "__main__":

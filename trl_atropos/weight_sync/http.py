@@ -22,6 +22,9 @@ from ..errors import PreflightError, VLLMServerError, VLLMServerUnreachable, Wei
 
 T = TypeVar("T")
 
+MAX_CONCURRENT_REQUESTS = 64
+"""Beyond as many at once, urllib3 warns of each."""
+
 MAX_QUOTED_CHARS = 500
 """How much of a server's answer an error repeats."""
 
@@ -73,7 +76,7 @@ class ServerSession(requests.Session):
         self.auth = _BearerAuth(_checked_key(api_key))
         self.headers["Connection"] = "close"
         for scheme in ("http://", "https://"):
-            self.mount(scheme, _InterruptibleAdapter())
+            self.mount(scheme, _InterruptibleAdapter(pool_maxsize=MAX_CONCURRENT_REQUESTS))
 
     def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> requests.Response:
         """Send a request and read the whole answer. See the class.

@@ -1,0 +1,16 @@
+"""What several end-to-end tests need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from live_api import PublishTarget
+
+
+@pytest.fixture(scope="session")
+def publish_target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PublishTarget]:
+    """Takes the policies of all trainers of resume_run.py, and saw no request that a real server would not survive."""
+    with PublishTarget(tmp_path_factory.mktemp("served")) as target:
+        yield target
+        assert target.offences == []

@@ -1,0 +1,245 @@
+"""Three real environments at once into one trainer, two of them with several turns and a tool: nothing but the tokens that the
+policy sampled is trained, and everything of them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from envs.calculator import NUM_TURNS
+from live_api import ApiProcess
+from servers import HOST, save_tiny_model, serve
+from transformers import AutoTokenizer, TrainerCallback
+
+from trl_atropos import AtroposConfig, AtroposTrainer
+from trl_atropos.journal import Journal, JournalBatch
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CALCULATOR = ROOT / "tests" / "e2e" / "envs" / "calculator.py"
+CAPITALS = ROOT / "examples" / "envs" / "capitals.py"
+EOS = 256
+# Every turn ends with the end of a sequence. A completion has one already, so that it is there twice at a turn's border.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'][0] }}:{{ message['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+# Program, group size, share of the environments' requests.
+ENVIRONMENTS = ((CALCULATOR, 2, 1.0), (CALCULATOR, 4, 2.0), (CAPITALS, 8, 0.5))
+BATCH_SIZE = 16
+MAX_STEPS = 1000
+NUM_STEPS_OF_EACH = 3
+
+
+class Recorder(ThreadingHTTPServer):
+    """Stands between environments and server, and notes what was really sampled.
+
+    Attributes:
+        sampled (`dict[tuple[int, ...], int]`):
+            Prompt and completion of every call -> length of the prompt.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, target: str):
+        super().__init__((HOST, 0), RecordingHandler)
+        self.target = target
+        self.sampled: dict[tuple[int, ...], int] = {}
+
+    def note(self, request: dict[str, Any], answer: dict[str, Any]) -> None:
+        prompt = request["prompt"]["prompt_token_ids"]
+        for completion in answer["logprobs"]:
+            ids = [int(next(iter(token[0]))) for token in completion]
+            self.sampled[(*prompt, *ids)] = len(prompt)
+
+
+class RecordingHandler(BaseHTTPRequestHandler):
+    server: Recorder
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        headers = {"Content-Type": self.headers["Content-Type"] or "", "Accept-Encoding": "identity"}
+        answer = requests.request(
+            self.command, self.server.target + self.path, data=body, headers=headers, timeout=120
+        )
+        if self.path == "/generate" and answer.status_code == 200:
+            self.server.note(json.loads(body), answer.json())
+        self.send_response(answer.status_code)
+        self.send_header("Content-Type", answer.headers.get("Content-Type", ""))
+        self.send_header("Content-Length", str(len(answer.content)))
+        self.end_headers()
+        self.wfile.write(answer.content)
+
+    do_POST = do_GET
+
+    def log_message(self, *args: object) -> None:
+        """Nothing is printed."""
+
+
+@contextmanager
+def recording(target: str) -> Iterator[tuple[str, Recorder]]:
+    with Recorder(target) as recorder:
+        thread = threading.Thread(target=recorder.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://{HOST}:{recorder.server_address[1]}", recorder
+        recorder.shutdown()
+
+
+@contextmanager
+def environment(
+    program: Path, group_size: int, weight: float, *, api_url: str, server_url: str, model: Path, log_path: Path
+) -> Iterator[None]:
+    command = [
+        *(sys.executable, str(program), "serve", "--env.rollout_server_url", api_url),
+        *(
+            "--env.tokenizer_name",
+            str(model),
+            "--openai.tokenizer_name",
+            str(model),
+            "--openai.model_name",
+            str(model),
+        ),
+        *("--openai.base_url", f"{server_url}/v1", "--env.total_steps", "100000"),
+        *("--env.group_size", str(group_size), "--env.inference_weight", str(weight)),
+    ]
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+class StopWhenAllWereTrained(TrainerCallback):
+    """Ends the run when every environment was in several steps."""
+
+    def __init__(self) -> None:
+        self.num_steps: Counter[str] = Counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        names = [f"env/env_{env_id}/batch_frac" for env_id in range(len(ENVIRONMENTS))]
+        self.num_steps.update(name for name in names if (logs or {}).get(name, 0.0) > 0)
+        if all(self.num_steps[name] >= NUM_STEPS_OF_EACH for name in names):
+            control.should_training_stop = True
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = save_tiny_model(tmp_path_factory.mktemp("model"), tied=True, seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[AtroposTrainer, Recorder, list[JournalBatch]]:
+    """One run of all three environments; what the tests look at afterwards."""
+    directory = tmp_path_factory.mktemp("run")
+    with ExitStack() as stack:
+        vllm_url = stack.enter_context(serve(model, "--enforce_eager", "True", log_path=directory / "vllm.log"))
+        server_url, recorder = stack.enter_context(recording(vllm_url))
+        api = stack.enter_context(ApiProcess(directory / "api.log"))
+        for number, (program, group_size, weight) in enumerate(ENVIRONMENTS):
+            stack.enter_context(
+                environment(
+                    program,
+                    group_size,
+                    weight,
+                    api_url=api.url,
+                    server_url=server_url,
+                    model=model,
+                    log_path=directory / f"env{number}.log",
+                )
+            )
+        args = AtroposConfig(
+            output_dir=str(directory / "out"),
+            atropos_api_url=api.url,
+            vllm_server_base_url=vllm_url,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            max_length=128,
+            max_steps=MAX_STEPS,
+            per_device_train_batch_size=BATCH_SIZE,
+            max_tokens_per_micro_batch=1024,
+        )
+        trainer = AtroposTrainer(str(model), args, callbacks=[StopWhenAllWereTrained()])
+        trainer.train()
+    assert trainer.state.global_step < MAX_STEPS, "an environment was not heard of"
+    return trainer, recorder, list(Journal(directory / "out" / "journal").batches())
+
+
+def calls_of(tokens: list[int], recorder: Recorder) -> list[tuple[int, int]]:
+    """Start and end of what each call sampled of a rollout."""
+    prefixes = (tuple(tokens[:length]) for length in range(1, len(tokens) + 1))
+    return [(recorder.sampled[prefix], len(prefix)) for prefix in prefixes if prefix in recorder.sampled]
+
+
+def calculator_rollouts(batches: list[JournalBatch]) -> list[tuple[list[int], list[int]]]:
+    """Tokens and masks of the rollouts with several turns."""
+    groups = [group for batch in batches for group in batch.raw_groups if group["messages"]]
+    return [row for group in groups for row in zip(group["tokens"], group["masks"], strict=True)]
+
+
+def test_every_environment_is_trained_with_whole_groups_of_its_own_size(run):
+    trainer, _, batches = run
+    groups = [group for batch in batches for group in batch.raw_groups]
+    sizes = {env_id: {len(g["tokens"]) for g in groups if g["env_id"] == env_id} for env_id in range(3)}
+    assert sorted(size for found in sizes.values() for size in found) == [2, 4, 8]
+    assert {sum(len(group["tokens"]) for group in batch.raw_groups) for batch in batches} == {BATCH_SIZE}
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert steps[-1]["num_rollouts_trained"] == BATCH_SIZE * len(steps)
+    assert steps[-1]["num_rollouts_dropped"] == 0
+    for entry in steps:
+        # Those that were heard of share the step.
+        shares = [entry.get(f"env/env_{env_id}/batch_frac", 0.0) for env_id in range(3)]
+        assert sum(shares) == pytest.approx(1.0)
+        assert all(f"env/env_{env_id}/reward" in entry for env_id, share in enumerate(shares) if share > 0)
+
+
+def test_exactly_the_tokens_that_the_policy_sampled_are_trained_in_every_turn(run):
+    _, recorder, batches = run
+    rollouts = calculator_rollouts(batches)
+    assert len(rollouts) >= 4
+    for tokens, masks in rollouts:
+        calls = calls_of(tokens, recorder)
+        assert len(calls) == NUM_TURNS
+        is_sampled = {position for start, end in calls for position in range(start, end)}
+        expected = [token if position in is_sampled else -100 for position, token in enumerate(tokens)]
+        assert masks == expected
+        # The last token of the last call is the end of the rollout.
+        assert calls[-1][1] == len(tokens)
+
+
+def test_the_second_end_of_a_turn_is_the_templates_and_not_trained(run):
+    _, _, batches = run
+    doubled = [
+        masks[position]
+        for tokens, masks in calculator_rollouts(batches)
+        for position in range(1, len(tokens))
+        if tokens[position] == tokens[position - 1] == EOS and masks[position - 1] == EOS
+    ]
+    # Completions that ended by themselves, and did not sample the end twice.
+    assert doubled
+    assert set(doubled) == {-100}
+
+
+def test_the_policy_of_every_turn_is_known(run):
+    trainer, _, _ = run
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert {entry["staleness/unknown_frac"] for entry in steps} == {0.0}
+    assert all(0 <= entry["staleness/mean"] <= entry["staleness/max"] for entry in steps)

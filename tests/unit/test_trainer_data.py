@@ -1,0 +1,160 @@
+"""The trainer on recorded rollouts: what a run leaves, what a resume continues, and what a new run does not touch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_llama
+from transformers import TrainerCallback
+
+from trl_atropos import AtroposConfig, AtroposTrainer
+from trl_atropos.errors import AtroposProtocolError, PreflightError
+from trl_atropos.journal import Journal
+
+
+NUM_BATCHES = 6
+
+
+class Interruption(Exception):
+    """What ends a run in the middle."""
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Interruption
+
+
+def group(number: int, **fields: Any) -> dict[str, Any]:
+    tokens = [[5, 6, 7 + number, 8 + i] for i in range(2)]
+    return {
+        "tokens": tokens,
+        "masks": [[-100, -100, *ids[2:]] for ids in tokens],
+        "scores": [0.0, 1.0 + number],
+        "inference_logprobs": [[1.0, 1.0, -3.0, -3.0]] * 2,
+        **fields,
+    }
+
+
+@pytest.fixture
+def data_path(tmp_path: Path) -> str:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(group(i)) + "\n" for i in range(NUM_BATCHES)))
+    return str(path)
+
+
+def trainer(output_dir: Path, data_path: str | None, **options: Any) -> AtroposTrainer:
+    torch.manual_seed(0)
+    args = AtroposConfig(
+        output_dir=str(output_dir),
+        data_path=data_path,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        max_length=16,
+        report_to="none",
+        use_cpu=True,
+        **{"save_steps": 2, **options},
+    )
+    return AtroposTrainer(tiny_llama(), args)
+
+
+def losses(trained: AtroposTrainer) -> list[float]:
+    return [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
+
+
+def weights(trained: AtroposTrainer) -> list[torch.Tensor]:
+    return [parameter.detach() for parameter in trained.model.parameters()]
+
+
+def test_a_run_on_recorded_data_ends_with_the_data(tmp_path, data_path):
+    run = trainer(tmp_path / "out", data_path)
+    run.train()
+    assert run.state.global_step == run.state.max_steps == NUM_BATCHES
+    last = run.state.log_history[-2]
+    assert (last["num_rollouts_trained"], last["num_rollouts_dropped"], last["policy_version"]) == (12, 0, 0)
+    # Nothing was fetched, so nothing is journaled.
+    assert not (tmp_path / "out" / "journal").exists()
+
+
+@pytest.mark.parametrize(("options", "num_steps"), [({"max_steps": 3}, 3), ({"num_train_epochs": 2.5}, 15)])
+def test_max_steps_and_epochs_limit_it(tmp_path, data_path, options, num_steps):
+    run = trainer(tmp_path / "out", data_path, **options)
+    run.train()
+    assert len(losses(run)) == num_steps
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 5])
+def test_an_interrupted_run_that_resumes_ends_as_the_straight_one(tmp_path, data_path, step):
+    straight = trainer(tmp_path / "straight", data_path)
+    straight.train()
+    interrupted = trainer(tmp_path / "out", data_path)
+    interrupted.add_callback(Interrupt(step))
+    with pytest.raises(Interruption):
+        interrupted.train()
+    resumed = trainer(tmp_path / "out", data_path)
+    resumed.train(resume_from_checkpoint=True)
+    # Steps after the checkpoint that were trained before the interruption are trained again, from the checkpoint.
+    assert losses(resumed) == losses(straight)
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(straight), strict=True))
+    names = ("num_rollouts_trained", "num_tokens")
+    entries = [run.state.log_history[-2] for run in (resumed, straight)]
+    assert entries[0]["step"] == entries[1]["step"] == NUM_BATCHES
+    assert [entries[0][name] for name in names] == [entries[1][name] for name in names] == [12, 48]
+
+
+def test_the_state_of_the_data_is_in_the_checkpoint(tmp_path, data_path):
+    trainer(tmp_path / "out", data_path).train()
+    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["AtroposTrainer"] == {
+        "next_batch": 4,
+        "policy_version": 0,
+        "num_tokens": 32,
+        "num_rollouts_trained": 8,
+        "num_rollouts_dropped": 0,
+        "num_quarantined": 0,
+        "rejected_fractions": [0.0] * 4,
+    }
+
+
+def test_refused_groups_are_quarantined_and_the_rest_is_trained(tmp_path):
+    path = tmp_path / "data.jsonl"
+    bad = group(1, scores=[None, 1.0])
+    path.write_text("".join(json.dumps(g) + "\n" for g in (group(0), bad, group(2))))
+    run = trainer(tmp_path / "out", str(path))
+    run.train()
+    # The batch of the bad group makes no step.
+    assert len(losses(run)) == 2
+    (entry,) = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
+    assert (entry["batch"], entry["raw"]) == (1, bad)
+
+
+def test_too_many_refused_groups_end_the_run(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(g) + "\n" for g in (group(0), group(1, scores=[None, 1.0]))))
+    with pytest.raises(AtroposProtocolError, match=r"Refused groups make 5\.0% of the last 20 batches"):
+        trainer(tmp_path / "out", str(path), max_dropped_fraction=0.0).train()
+
+
+def test_a_new_run_moves_the_journal_of_an_earlier_one_aside(tmp_path, data_path, caplog):
+    for first_id in (1, 2):
+        Journal(tmp_path / "out" / "journal").append([{"tokens": [[first_id]]}])
+        with caplog.at_level(logging.WARNING):
+            trainer(tmp_path / "out", data_path, max_steps=1).train()
+    assert "is now journal-2" in caplog.text
+    kept = [next(Journal(tmp_path / "out" / f"journal-{n}").batches()).raw_groups for n in (1, 2)]
+    assert kept == [[{"tokens": [[1]]}], [{"tokens": [[2]]}]]
+
+
+def test_without_a_source_the_error_names_both_options(tmp_path):
+    with pytest.raises(PreflightError, match="Neither atropos_api_url nor data_path is given") as caught:
+        trainer(tmp_path / "out", None).train()
+    assert "--atropos_api_url" in caught.value.fix
+    assert "--data_path" in caught.value.fix
