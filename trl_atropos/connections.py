@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import torch
 
 from .atropos_client import AtroposClient, Registration
 from .atropos_config import AtroposConfig
-from .errors import PreflightError
+from .errors import PreflightError, VLLMServerUnreachable, WeightSyncTimeout
 from .preflight import ServerFacts, inspect_server
 from .weight_sync.adapter_publisher import AdapterPublisher
 from .weight_sync.base import WeightTransport
@@ -21,6 +22,9 @@ from .weight_sync.publisher import PolicyPublisher, PublishOptions
 from .weight_sync.server_link import LinkOptions, ServerLink
 from .weight_sync.transports import make_transport
 from .weight_sync.vllm_client import AtroposVLLMClient
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,19 @@ class Connections:
         )
 
     def get_policy_versions(self, rollout_keys: Sequence[str]) -> list[int | None]:
-        """Under which policy version each sequence was sampled, by whichever server knows it; None if none does."""
-        answers = [client.get_policy_versions(rollout_keys) for client in self.vllm_clients]
-        return [
-            next((version for version in versions if version is not None), None)
-            for versions in zip(*answers, strict=True)
-        ]
+        """Under which policy version each sequence was sampled, by whichever server knows it; None if none does.
+
+        A server that is away is not asked: the next publish waits for it, and what it remembered is gone with it.
+        """
+        found: list[int | None] = [None] * len(rollout_keys)
+        for client in self.vllm_clients:
+            try:
+                versions = client.get_policy_versions(rollout_keys)
+            except (VLLMServerUnreachable, WeightSyncTimeout) as exc:
+                logger.warning(f"{exc.what} The staleness of rollouts that it sampled is unknown.")
+                continue
+            found = [new if old is None else old for old, new in zip(found, versions, strict=True)]
+        return found
 
     def close(self) -> None:
         """Close transport and clients. The server keeps the policy that it has."""

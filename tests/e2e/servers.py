@@ -15,9 +15,7 @@ from typing import Any
 
 import requests
 import torch
-from tiny_models import tiny_llama, tiny_qwen3
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_models import byte_tokenizer, tiny_llama, tiny_qwen3
 
 
 HOST = "127.0.0.1"
@@ -40,14 +38,7 @@ def save_tiny_model(directory: Path, *, tied: bool, seed: int, architecture: str
         pad_token_id=256,
     )
     model.to(torch.bfloat16).save_pretrained(directory)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: index for index, character in enumerate(alphabet)} | {"<eos>": 256}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(
-        directory
-    )
+    byte_tokenizer().save_pretrained(directory)
     return directory
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import wandb
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny_models import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from trl_atropos.completions import CompletionsTable
@@ -24,12 +24,7 @@ EOS = 256
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for every byte, and `<eos>`."""
-    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<eos>": EOS}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    return byte_tokenizer()
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
-from tiny_models import tiny_llama
+from tiny_models import byte_tokenizer, tiny_llama
 from transformers import TrainerCallback
 
 from trl_atropos import AtroposConfig, AtroposTrainer
@@ -51,7 +52,7 @@ def data_path(tmp_path: Path) -> str:
     return str(path)
 
 
-def trainer(output_dir: Path, data_path: str | None, **options: Any) -> AtroposTrainer:
+def trainer(output_dir: Path, data_path: str | None, processing_class: Any = None, **options: Any) -> AtroposTrainer:
     torch.manual_seed(0)
     args = AtroposConfig(
         output_dir=str(output_dir),
@@ -63,7 +64,7 @@ def trainer(output_dir: Path, data_path: str | None, **options: Any) -> AtroposT
         use_cpu=True,
         **{"save_steps": 2, **options},
     )
-    return AtroposTrainer(tiny_llama(), args)
+    return AtroposTrainer(tiny_llama(), args, processing_class=processing_class)
 
 
 def losses(trained: AtroposTrainer) -> list[float]:
@@ -158,3 +159,38 @@ def test_without_a_source_the_error_names_both_options(tmp_path):
         trainer(tmp_path / "out", None).train()
     assert "--atropos_api_url" in caught.value.fix
     assert "--data_path" in caught.value.fix
+
+
+def test_what_environments_evaluate_is_logged_at_the_steps_that_were_asked_for(tmp_path, data_path):
+    class EvaluatingEnvironment(TrainerCallback):
+        """Writes what atroposlib's `evaluate_log` writes, before each step."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            values = {"results": {"atropos|capitals_eval|0": {}, "all": {"eval/accuracy": state.global_step / 10}}}
+            (tmp_path / "evals").mkdir(exist_ok=True)
+            (tmp_path / "evals" / "metrics.json").write_text(json.dumps(values))
+
+    run = trainer(
+        tmp_path / "out", data_path, eval_strategy="steps", eval_steps=2, eval_log_dir=str(tmp_path / "evals")
+    )
+    run.add_callback(EvaluatingEnvironment())
+    run.train()
+    found = [
+        (entry["step"], value)
+        for entry in run.state.log_history
+        for name, value in entry.items()
+        if name.startswith("eval_") and name.endswith("/accuracy")
+    ]
+    # At step 2, what was written before the second step: 1 / 10.
+    assert found == [(2, 0.1), (4, 0.3), (6, 0.5)]
+
+
+def test_completions_of_a_step_are_written_when_it_is_logged(tmp_path, data_path):
+    run = trainer(tmp_path / "out", data_path, log_completions=True, max_steps=2, processing_class=byte_tokenizer())
+    run.train()
+    tables = sorted((tmp_path / "out" / "completions").iterdir())
+    assert [path.name for path in tables] == ["completions_00001.parquet", "completions_00002.parquet"]
+    # The second group: rewards 0 and 2, tokens 5, 6 | 8, 8 and 5, 6 | 8, 9.
+    table = pd.read_parquet(tables[1])
+    assert sorted(table["reward"]) == [0.0, 2.0]
+    assert set(table["environment"]) == {"env_unknown"}

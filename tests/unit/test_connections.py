@@ -1,0 +1,47 @@
+"""What the trainer asks of several servers, of which one may be away."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+from scripted_server import ScriptedServer
+
+from trl_atropos.connections import Connections
+from trl_atropos.errors import VLLMServerError
+from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
+
+
+@pytest.fixture
+def servers() -> Iterator[list[ScriptedServer]]:
+    with ScriptedServer() as first, ScriptedServer() as second:
+        first.script["POST /atropos/policy_versions"] = {"policy_versions": [4, None, None]}
+        second.script["POST /atropos/policy_versions"] = {"policy_versions": [7, 5, None]}
+        yield [first, second]
+
+
+@pytest.fixture
+def connections(servers: list[ScriptedServer]) -> Connections:
+    clients = [AtroposVLLMClient(server.base_url, connection_timeout=5, request_timeout=20) for server in servers]
+    unused = SimpleNamespace()
+    return Connections(unused, clients, unused, unused, unused)
+
+
+def test_whichever_server_knows_a_sequence_says_its_version(connections):
+    assert connections.get_policy_versions(["a", "b", "c"]) == [4, 5, None]
+
+
+def test_of_a_server_that_is_away_the_versions_are_unknown_and_that_is_said(connections, servers, caplog):
+    servers[0].script["POST /atropos/policy_versions"] = "close"
+    with caplog.at_level(logging.WARNING):
+        assert connections.get_policy_versions(["a", "b", "c"]) == [7, 5, None]
+    assert servers[0].base_url in caplog.text
+    assert "staleness of rollouts that it sampled is unknown" in caplog.text
+
+
+def test_a_server_that_refuses_the_question_is_an_error(connections, servers):
+    servers[1].script["POST /atropos/policy_versions"] = 500
+    with pytest.raises(VLLMServerError):
+        connections.get_policy_versions(["a", "b", "c"])
