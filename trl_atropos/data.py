@@ -29,7 +29,7 @@ from .policy_versions import PolicyVersionLookup, with_policy_versions
 from .prefetch import Prefetcher
 from .quarantine import Quarantine
 from .sources import FetchedBatch
-from .staleness import limit_staleness
+from .staleness import StalenessResult, limit_staleness
 from .types import IGNORE_INDEX, RejectedGroup, Rollout, RolloutBatch, RolloutGroup
 from .validation import WireLimits, parse_batch
 
@@ -301,13 +301,31 @@ class RolloutStream(IterableDataset):
         self.step_groups = tuple(groups)
         for name in settings.required_logprobs:
             _check_logprobs(groups, name)
+        metrics = self._step_metrics(prepared, result, rejected, stale, version)
+        metrics["perf/batch_wait_s"] = mean_of(wait_s)
+        rollouts = with_advantages(groups, settings.scale_rewards)
+        if settings.mask_truncated_completions:
+            assert settings.eos_token_ids is not None
+            rollouts = _untrain_truncated(rollouts, settings.eos_token_ids)
+        num_dropped = sum(group.num_rollouts for group in rejected) + sum(len(group.rollouts) for group in stale)
+        num_tokens = sum(rollout.num_tokens for rollout in rollouts)
+        return _Step(self._deal(rollouts), num_tokens, len(rollouts), num_dropped, metrics)
+
+    def _step_metrics(
+        self,
+        prepared: PreparedBatch,
+        result: StalenessResult,
+        rejected: Sequence[RejectedGroup],
+        stale: Sequence[RolloutGroup],
+        version: int,
+    ) -> dict[str, Metric]:
+        groups, eos_token_ids = result.kept, self.settings.eos_token_ids
         metrics = {
-            **rollout_metrics(groups, version, settings.eos_token_ids),
+            **rollout_metrics(groups, version, eos_token_ids),
             **dropped_metrics(stale),
             "staleness/downweighted_frac": mean_of(result.num_downweighted / len(groups)),
-            "data/replayed": mean_of(float(fetched.is_replayed)),
+            "data/replayed": mean_of(float(prepared.fetched.is_replayed)),
             "data/num_unknown_fields": mean_of(float(sum(len(group.unknown_fields) for group in groups))),
-            "perf/batch_wait_s": mean_of(wait_s),
             "perf/fetch_s": mean_of(prepared.fetch_s),
         }
         if self.environment_metrics is not None:
@@ -316,16 +334,10 @@ class RolloutStream(IterableDataset):
                 rejected,
                 stale,
                 policy_version=version,
-                eos_token_ids=settings.eos_token_ids,
+                eos_token_ids=eos_token_ids,
                 fetched_ago_s=time.monotonic() - prepared.fetched_at,
             )
-        rollouts = with_advantages(groups, settings.scale_rewards)
-        if settings.mask_truncated_completions:
-            assert settings.eos_token_ids is not None
-            rollouts = _untrain_truncated(rollouts, settings.eos_token_ids)
-        num_dropped = sum(group.num_rollouts for group in rejected) + sum(len(group.rollouts) for group in stale)
-        num_tokens = sum(rollout.num_tokens for rollout in rollouts)
-        return _Step(self._deal(rollouts), num_tokens, len(rollouts), num_dropped, metrics)
+        return metrics
 
     def _report_stale(self, number: int, groups: Sequence[RolloutGroup], dropped: Sequence[RolloutGroup]) -> None:
         logger.warning(

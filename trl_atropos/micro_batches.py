@@ -165,10 +165,11 @@ class RolloutCollator:
 
 def _score_equal_tokens_once(batch: dict[str, Any]) -> dict[str, Any]:
     """Rollouts that share trained tokens have the same logprobs there: project their hidden state once."""
-    scored = torch.stack(
-        [batch["prediction_index"].double(), batch["targets"].double(), batch["temperature"].double()]
-    )
-    _, token_index = torch.unique(scored, dim=1, return_inverse=True)
+    temperatures, temperature_index = torch.unique(batch["temperature"], return_inverse=True)
+    num_targets = int(batch["targets"].max()) + 1 if batch["targets"].numel() else 1
+    # One number instead of three columns: torch.unique of rows took five times as long as all else in here.
+    scored = (batch["prediction_index"] * num_targets + batch["targets"]) * temperatures.numel() + temperature_index
+    _, token_index = torch.unique(scored, return_inverse=True)
     any_of = torch.zeros(int(token_index.max()) + 1 if token_index.numel() else 0, dtype=torch.int64)
     any_of[token_index] = torch.arange(token_index.numel())
     for name in ("prediction_index", "targets", "temperature"):

@@ -179,11 +179,15 @@ class ApiBatches:
         if self.client.info()[0] != UNREGISTERED:
             if isinstance(exc, AtroposRegistrationError):
                 raise exc
-            logger.warning("The Atropos API answers again. It was not restarted: its queue goes on.")
+            # Compares the sizes, too: another trainer may have been the first after a restart.
+            self.register()
+            logger.warning("The Atropos API answers again, and a registration with this trainer's sizes holds.")
             return
         try:
             self.register()
         except AtroposRegistrationError as refused:
+            if self.client.info()[0] != UNREGISTERED:
+                raise
             logger.warning(f"{refused.what} {refused.why} Emptying it with /reset_data and registering again.")
             self.client.reset_data()
             self.register()

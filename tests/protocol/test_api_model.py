@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from atropos_api import make_registration, restart_api
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trl_atropos.atropos_client import AtroposClient
@@ -136,7 +136,8 @@ VARIANTS = {
     "flat": Variant(lambda group: group.update(tokens=[5, 6]), NOT_TAKEN),
     "turn without content": Variant(lambda group: group.update(messages=[[{"role": "user"}]]), NOT_TAKEN),
 }
-POISON = {"NaN score", "infinite score", "NaN logprob"}
+# What cannot be written as JSON, and a group that fills no part of a batch.
+NEVER_HANDED_OUT = {"NaN score", "infinite score", "NaN logprob", "no rollouts"}
 GOOD = [name for name, variant in VARIANTS.items() if variant.reason is None]
 
 
@@ -158,12 +159,14 @@ def make_good_group(seed: int, num_rollouts: int) -> Group:
 
 @dataclass(frozen=True)
 class Post:
-    """Groups that an environment posts: one by one, or all at once."""
+    """An environment posts groups, one by one or all at once, and the trainer asks for some batches."""
 
-    groups: list[tuple[int, int, str]]
+    num_rollouts: int
+    seeds_and_variants: list[tuple[int, str]]
     env_id: int | None
     is_list: bool
     is_gzipped: bool
+    num_takes: int
 
 
 @dataclass(frozen=True)
@@ -182,35 +185,42 @@ class RegisterEnvironment:
     min_batch_allocation: float | None
 
 
-Call = Post | Register | RegisterEnvironment | str
+@dataclass(frozen=True)
+class Forget:
+    """The API forgets everything, after which the trainer may register again."""
 
-# Groups that fill a batch of 4, alone or together, are the rule: most sequences are to end in batches.
-posted_groups = st.tuples(
-    st.integers(0, 2**16),
-    st.sampled_from([4, 4, 4, 2, 2, 1, 3]),
-    st.sampled_from(GOOD) | st.sampled_from(list(VARIANTS)),
-)
+    is_restart: bool
+    registers_again: bool
+
+
+Call = Post | Register | RegisterEnvironment | Forget | str
+
 posts = st.builds(
     Post,
-    st.lists(posted_groups, min_size=1, max_size=3),
-    st.sampled_from([None, None, 0, 1, 9, -1]),
+    # Groups that fill a batch of 4, alone or together, are the rule: most sequences are to end in batches.
+    st.sampled_from([4, 4, 4, 4, 2, 1, 3]),
+    st.lists(
+        st.tuples(st.integers(0, 2**16), st.sampled_from(GOOD) | st.sampled_from(list(VARIANTS))),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from([None, None, None, 0, 1, 9, -1]),
     st.booleans(),
     st.booleans(),
+    st.integers(0, 4),
 )
-calls: st.SearchStrategy[list[Call]] = st.lists(
-    posts
-    | st.just("take_batch")
-    | st.sampled_from(["take_batch", "take_batch", "take_batch", "ask_for_status", "reset", "restart"])
+other_calls = (
+    st.sampled_from(["take_batch", "ask_for_status"])
     | st.builds(Register, st.sampled_from([4, 4, 2, 8]))
+    | st.builds(Forget, st.booleans(), st.booleans())
     | st.builds(
         RegisterEnvironment,
-        st.integers(-1, 4),
+        st.sampled_from([4, 4, 2, 1, 0, -1]),
         st.sampled_from([1.0, 0.0, -1.0]),
-        st.sampled_from([None, None, 0.5, 2.0, math.nan]),
-    ),
-    min_size=1,
-    max_size=MAX_CALLS,
+        st.sampled_from([None, None, None, 0.5, 2.0, math.nan]),
+    )
 )
+calls: st.SearchStrategy[list[Call]] = st.lists(posts | posts | other_calls, min_size=1, max_size=MAX_CALLS)
 
 
 class ApiModel:
@@ -230,13 +240,20 @@ class ApiModel:
             for call in sequence:
                 if isinstance(call, Post):
                     self.post_groups(call)
+                    for _ in range(call.num_takes):
+                        self.take_batch()
                 elif isinstance(call, Register):
-                    with self.our_errors_only():
-                        self.client.register(make_registration(batch_size=call.batch_size))
+                    self.register(call.batch_size)
                 elif isinstance(call, RegisterEnvironment):
                     self.register_environment(call)
+                elif isinstance(call, Forget):
+                    self.forget(call)
                 else:
                     getattr(self, call)()
+
+    def register(self, batch_size: int) -> None:
+        with self.our_errors_only():
+            self.client.register(make_registration(batch_size=batch_size))
 
     def register_environment(self, call: RegisterEnvironment) -> None:
         status, answer = self.request(
@@ -251,9 +268,9 @@ class ApiModel:
 
     def post_groups(self, call: Post) -> None:
         posted = []
-        for seed, num_rollouts, name in call.groups:
+        for seed, name in call.seeds_and_variants:
             self.num_posted += 1
-            good = with_serial(make_good_group(seed, num_rollouts), self.num_posted, call.env_id)
+            good = with_serial(make_good_group(seed, call.num_rollouts), self.num_posted, call.env_id)
             body = copy.deepcopy(good)
             VARIANTS[name].change(body)
             posted.append((self.num_posted, good, name, body))
@@ -298,18 +315,17 @@ class ApiModel:
             self.client.status()
         self.request("GET", "/status-env", {"env_id": 0})
 
-    def reset(self) -> None:
-        with self.our_errors_only():
-            self.client.reset_data()
-        self.forget()
-
-    def restart(self) -> None:
-        restart_api()
-        self.forget()
-
-    def forget(self) -> None:
+    def forget(self, call: Forget) -> None:
+        if call.is_restart:
+            restart_api()
+        else:
+            with self.our_errors_only():
+                self.client.reset_data()
         self.held.clear()
         self.has_poison = False
+        if call.registers_again:
+            self.register(4)
+            self.take_batch()
 
     def request(self, method: str, path: str, body: Any, is_gzipped: bool = False) -> tuple[int, bytes]:
         """What an environment sends: status and body of the answer."""
@@ -408,8 +424,14 @@ def test_any_sequence_of_calls_ends_in_time_with_our_errors_and_trains_what_was_
             sequence = ["take_batch", *sequence]
         model.run(sequence)
 
+    for name in VARIANTS:
+        check = example(1, [Post(4, [(0, "plain")] * 2 + [(0, name)], None, False, False, 3)])(check)
     check()
 
-    # The sequences reach what they are for: batches, of all sorts, and both kinds of the client's errors.
-    assert len(seen.keys() & set(HANDED_OUT)) >= len(HANDED_OUT) / 2
-    assert seen.keys() >= {AtroposBatchLost.__name__, AtroposRegistrationError.__name__}
+    # Drawn sequences reach what they are for. By the examples alone, each good variant is trained once, and 'plain' twice
+    # for each variant.
+    num_trained = sum(seen[name] for name in GOOD) - len(GOOD) - 2 * len(VARIANTS)
+    assert num_trained > NUM_EXAMPLES // 10
+    handed_out = {name for name, variant in VARIANTS.items() if variant.reason != NOT_TAKEN} - NEVER_HANDED_OUT
+    errors = {AtroposBatchLost.__name__, AtroposRegistrationError.__name__}
+    assert (handed_out | errors) - set(seen) == set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ from atropos_api import make_group, make_registration, restart_api
 
 from trl_atropos.atropos_client import AtroposClient
 from trl_atropos.data import BatchPreparer, RolloutStream, StreamSettings
-from trl_atropos.errors import AtroposConnectionError, AtroposDataTimeout, AtroposProtocolError
+from trl_atropos.errors import (
+    AtroposConnectionError,
+    AtroposDataTimeout,
+    AtroposProtocolError,
+    AtroposRegistrationError,
+)
 from trl_atropos.journal import Journal
 from trl_atropos.quarantine import Quarantine
 from trl_atropos.sources import ApiBatches, ApiPatience, replayed_batches
@@ -289,3 +295,21 @@ def test_what_was_fetched_and_not_trained_is_replayed_with_the_versions_that_wer
     assert [r.policy_version for r in prepared.batch.rollouts] == [None] * 4
     assert prepared.fetched_version == 0
     assert list(replayed_batches(Journal(tmp_path / "journal"), first=1)) == []
+
+
+def test_an_api_that_another_trainer_registered_with_after_a_restart_is_left_alone(api, client, tmp_path, monkeypatch):
+    setting = Setting(client, tmp_path)
+    register_and_post(api, client)
+    fetch_batch, restarts = client.fetch_batch, iter([True])
+
+    def fetch_once_the_other_was_first() -> Any:
+        if next(restarts, False):
+            restart_api()
+            api.post("/register", asdict(make_registration(batch_size=8)))
+            raise AtroposConnectionError("The API went away.", "It was restarted.", "Wait.")
+        return fetch_batch()
+
+    monkeypatch.setattr(client, "fetch_batch", fetch_once_the_other_was_first)
+    with pytest.raises(AtroposRegistrationError, match="is registered with batch_size 8"):
+        next(iter(setting.stream))
+    assert api.count("GET", "/reset_data") == 0
