@@ -35,10 +35,11 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'][0] }}:{{ message['content'] }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
 )
-# Program, group size, share of the environments' requests.
-ENVIRONMENTS = ((CALCULATOR, 2, 1.0), (CALCULATOR, 4, 2.0), (CAPITALS, 8, 0.5))
+# Program, group size, share of the environments' requests, batches that may wait in the API before it stops. The last is what
+# keeps the fast environment from filling the API's queue alone: with 1 for all, the slow ones stop before they begin.
+ENVIRONMENTS = ((CALCULATOR, 2, 1.0, 4), (CALCULATOR, 4, 2.0, 4), (CAPITALS, 8, 0.5, 1))
 BATCH_SIZE = 16
-MAX_STEPS = 1000
+MAX_STEPS = 300
 NUM_STEPS_OF_EACH = 3
 
 
@@ -98,7 +99,15 @@ def recording(target: str) -> Iterator[tuple[str, Recorder]]:
 
 @contextmanager
 def environment(
-    program: Path, group_size: int, weight: float, *, api_url: str, server_url: str, model: Path, log_path: Path
+    program: Path,
+    group_size: int,
+    weight: float,
+    max_batches: int,
+    *,
+    api_url: str,
+    server_url: str,
+    model: Path,
+    log_path: Path,
 ) -> Iterator[None]:
     command = [
         *(sys.executable, str(program), "serve", "--env.rollout_server_url", api_url),
@@ -112,6 +121,7 @@ def environment(
         ),
         *("--openai.base_url", f"{server_url}/v1", "--env.total_steps", "100000"),
         *("--env.group_size", str(group_size), "--env.inference_weight", str(weight)),
+        *("--env.max_batches_offpolicy", str(max_batches)),
     ]
     with log_path.open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -152,12 +162,10 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[AtroposT
         vllm_url = stack.enter_context(serve(model, "--enforce_eager", "True", log_path=directory / "vllm.log"))
         server_url, recorder = stack.enter_context(recording(vllm_url))
         api = stack.enter_context(ApiProcess(directory / "api.log"))
-        for number, (program, group_size, weight) in enumerate(ENVIRONMENTS):
+        for number, settings in enumerate(ENVIRONMENTS):
             stack.enter_context(
                 environment(
-                    program,
-                    group_size,
-                    weight,
+                    *settings,
                     api_url=api.url,
                     server_url=server_url,
                     model=model,
