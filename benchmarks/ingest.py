@@ -20,8 +20,8 @@ it, while the main thread multiplies matrices on one core:
 
     fetched_bytes        of one answer
     fetch_s              for a batch, beside the multiplications
-    main_thread_speed    multiplications per second while the batches come / without; 1: not slowed down
-    longest_stall_s      longest multiplication while the batches come, less a usual one
+    main_thread_speed    multiplications per second while a batch comes / just before; 1: not slowed down
+    longest_stall_s      longest multiplication while a batch comes, less a usual one
 """
 
 from __future__ import annotations
@@ -179,22 +179,23 @@ def measure_fetching(fetches: int, directory: Path) -> dict[str, Any]:
             for group in groups:
                 api.post(group)
         take_batch(client, journal)  # the API forms all batches now
-        usual = multiply_until(for_seconds(1.0))
-        beside, fetch_s = [], []
+        speeds, stalls_s, fetch_s = [], [], []
         for _ in range(fetches):
+            # Just before each fetch, because other processes of the machine come and go.
+            usual_s = statistics.mean(multiply_until(for_seconds(0.5)))
             start = time.perf_counter()
             pending = thread.submit(take_batch, client, journal)
-            beside += multiply_until(pending.done)
+            beside = multiply_until(pending.done)
             fetch_s.append(time.perf_counter() - start)
             assert len(pending.result().rollouts) == num_rollouts
-        usual += multiply_until(for_seconds(1.0))
+            speeds.append(usual_s / statistics.mean(beside))
+            stalls_s.append(max(beside) - usual_s)
     fetched_bytes = len(json.dumps({"batch": groups}, separators=(",", ":")))
-    usual_s = statistics.mean(usual)
     return {
         "fetched_bytes": fetched_bytes,
         "fetch_s": round(statistics.median(fetch_s), 3),
-        "main_thread_speed": round(usual_s / statistics.mean(beside), 3),
-        "longest_stall_s": round(max(beside) - usual_s, 3),
+        "main_thread_speed": round(statistics.median(speeds), 3),
+        "longest_stall_s": round(statistics.median(stalls_s), 3),
     }
 
 

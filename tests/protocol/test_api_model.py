@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from atropos_api import make_registration, restart_api
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_atropos.atropos_client import AtroposClient
@@ -136,8 +136,7 @@ VARIANTS = {
     "flat": Variant(lambda group: group.update(tokens=[5, 6]), NOT_TAKEN),
     "turn without content": Variant(lambda group: group.update(messages=[[{"role": "user"}]]), NOT_TAKEN),
 }
-# What cannot be written as JSON, and a group that fills no part of a batch.
-NEVER_HANDED_OUT = {"NaN score", "infinite score", "NaN logprob", "no rollouts"}
+POISON = {"NaN score", "infinite score", "NaN logprob"}
 GOOD = [name for name, variant in VARIANTS.items() if variant.reason is None]
 
 
@@ -405,7 +404,7 @@ def test_a_batch_of_one_group_is_trained_or_refused_as_its_variant_says(served_a
     seen: Counter[str] = Counter()
     model = ApiModel(served_app[0], seen)
     assert model.request("POST", "/register", asdict(make_registration()))[0] == 200
-    model.run([Post([(1, 4, name)], env_id=None, is_list=False, is_gzipped=False), "take_batch"])
+    model.run(["take_batch", Post(4, [(1, name)], env_id=None, is_list=False, is_gzipped=False, num_takes=1)])
     assert seen[name] == 1
 
 
@@ -424,14 +423,11 @@ def test_any_sequence_of_calls_ends_in_time_with_our_errors_and_trains_what_was_
             sequence = ["take_batch", *sequence]
         model.run(sequence)
 
-    for name in VARIANTS:
-        check = example(1, [Post(4, [(0, "plain")] * 2 + [(0, name)], None, False, False, 3)])(check)
     check()
 
-    # Drawn sequences reach what they are for. By the examples alone, each good variant is trained once, and 'plain' twice
-    # for each variant.
-    num_trained = sum(seen[name] for name in GOOD) - len(GOOD) - 2 * len(VARIANTS)
-    assert num_trained > NUM_EXAMPLES // 10
-    handed_out = {name for name, variant in VARIANTS.items() if variant.reason != NOT_TAKEN} - NEVER_HANDED_OUT
-    errors = {AtroposBatchLost.__name__, AtroposRegistrationError.__name__}
-    assert (handed_out | errors) - set(seen) == set()
+    # The sequences reach what they are for: batches with groups to train and to refuse, and both kinds of the client's errors.
+    num_trained = sum(seen[name] for name in GOOD)
+    num_refused = sum(seen[name] for name in set(HANDED_OUT) - set(GOOD))
+    assert num_trained > NUM_EXAMPLES / 5
+    assert num_refused > NUM_EXAMPLES / 20
+    assert seen.keys() >= {AtroposBatchLost.__name__, AtroposRegistrationError.__name__}
