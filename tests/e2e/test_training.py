@@ -23,7 +23,7 @@ from trl_atropos import AtroposConfig, AtroposTrainer
 from trl_atropos.cli.model import fetch_smollm2
 from trl_atropos.errors import AtroposDataTimeout, PreflightError
 from trl_atropos.journal import Journal
-from trl_atropos.metrics import METRICS
+from trl_atropos.metrics import ENVIRONMENT_METRICS, METRICS
 from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
 
 
@@ -130,7 +130,8 @@ def test_lora_training_moves_the_server_and_leaves_the_base_bit_identical(
     assert [entry["perf/weight_sync_paused_s"] > 0 for entry in steps] == [mode != "adapter"] * 3
     # On policy, the ratio only shows the rounding of the server's dtype.
     assert steps[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=0.05)
-    undocumented = {name for entry in steps for name in entry} - set(METRICS) - TRANSFORMERS_METRICS
+    of_environment = {f"env/env_0/{name}" for name in ENVIRONMENT_METRICS}
+    undocumented = {name for entry in steps for name in entry} - set(METRICS) - of_environment - TRANSFORMERS_METRICS
     assert not undocumented
     batches = list(Journal(tmp_path / "out" / "journal").batches())
     assert [sum(len(group["tokens"]) for group in batch.raw_groups) for batch in batches] == [32, 32, 32]
