@@ -18,6 +18,7 @@ import torch
 from tiny_models import byte_tokenizer, tiny_llama, tiny_qwen3
 
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 240.0
 VOCAB_SIZE = 320
@@ -47,6 +48,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return probe.getsockname()[1]
+
+
+@contextmanager
+def running(*command: str, log_path: Path) -> Iterator[None]:
+    """A process that is killed at the end; it starts in the repository's root."""
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 class VLLMServer:

@@ -5,12 +5,11 @@ policy sampled is trained, and everything of them.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,13 @@ import pytest
 import requests
 from envs.calculator import NUM_TURNS
 from live_api import ApiProcess
-from servers import HOST, save_tiny_model, serve
+from servers import HOST, ROOT, running, save_tiny_model, serve
 from transformers import AutoTokenizer, TrainerCallback
 
 from trl_atropos import AtroposConfig, AtroposTrainer
 from trl_atropos.journal import Journal, JournalBatch
 
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 CALCULATOR = ROOT / "tests" / "e2e" / "envs" / "calculator.py"
 CAPITALS = ROOT / "examples" / "envs" / "capitals.py"
 EOS = 256
@@ -97,7 +95,6 @@ def recording(target: str) -> Iterator[tuple[str, Recorder]]:
         recorder.shutdown()
 
 
-@contextmanager
 def environment(
     program: Path,
     group_size: int,
@@ -108,8 +105,8 @@ def environment(
     server_url: str,
     model: Path,
     log_path: Path,
-) -> Iterator[None]:
-    command = [
+) -> AbstractContextManager[None]:
+    return running(
         *(sys.executable, str(program), "serve", "--env.rollout_server_url", api_url),
         *(
             "--env.tokenizer_name",
@@ -122,14 +119,8 @@ def environment(
         *("--openai.base_url", f"{server_url}/v1", "--env.total_steps", "100000"),
         *("--env.group_size", str(group_size), "--env.inference_weight", str(weight)),
         *("--env.max_batches_offpolicy", str(max_batches)),
-    ]
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
+        log_path=log_path,
+    )
 
 
 class StopWhenAllWereTrained(TrainerCallback):

@@ -8,14 +8,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from live_api import ApiProcess
 from peft import LoraConfig
-from servers import HOST, free_port, serve
+from servers import ROOT, running, serve
 from summary_keys import SUMMARY_KEYS
 from transformers import AutoModelForCausalLM
 
@@ -27,32 +27,12 @@ from trl_atropos.metrics import ENVIRONMENT_METRICS, METRICS
 from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
 
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 TRANSFORMERS_METRICS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
 
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     return fetch_smollm2(ROOT / ".models" / "SmolLM2-135M-Instruct")
-
-
-@contextmanager
-def running(*command: str, log_path: Path) -> Iterator[None]:
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
-@contextmanager
-def api(log_path: Path) -> Iterator[str]:
-    port = str(free_port())
-    bin_dir = Path(sys.executable).parent
-    with running(str(bin_dir / "run-api"), "--host", HOST, "--port", port, log_path=log_path):
-        yield f"http://{HOST}:{port}"
 
 
 def config(output_dir: Path, api_url: str, vllm_url: str, **options: object) -> AtroposConfig:
@@ -91,11 +71,11 @@ def test_lora_training_moves_the_server_and_leaves_the_base_bit_identical(
     log_path = tmp_path / "vllm.log"
     with (
         serve(smollm2, "--enforce_eager", "True", *flags, log_path=log_path, environment=environment) as vllm_url,
-        api(tmp_path / "api.log") as api_url,
+        ApiProcess(tmp_path / "api.log") as api,
     ):
         environment_command = [
             *(sys.executable, "examples/envs/capitals.py", "serve"),
-            *("--env.rollout_server_url", api_url, "--env.tokenizer_name", str(smollm2)),
+            *("--env.rollout_server_url", api.url, "--env.tokenizer_name", str(smollm2)),
             *("--openai.base_url", f"{vllm_url}/v1", "--openai.model_name", str(smollm2)),
             *("--openai.tokenizer_name", str(smollm2), "--env.total_steps", "1000"),
         ]
@@ -104,7 +84,7 @@ def test_lora_training_moves_the_server_and_leaves_the_base_bit_identical(
         before = digest(iter(base))
         args = config(
             tmp_path / "out",
-            api_url,
+            api.url,
             vllm_url,
             max_steps=3,
             per_device_train_batch_size=8,
@@ -140,9 +120,9 @@ def test_lora_training_moves_the_server_and_leaves_the_base_bit_identical(
 def test_starving_and_mismatched_runs_end_with_a_diagnosis(smollm2: Path, tmp_path: Path) -> None:
     with (
         serve(smollm2, "--enforce_eager", "True", log_path=tmp_path / "vllm.log") as vllm_url,
-        api(tmp_path / "api.log") as api_url,
+        ApiProcess(tmp_path / "api.log") as api,
     ):
-        args = config(tmp_path / "out", api_url, vllm_url, max_steps=1, batch_timeout_s=3.0)
+        args = config(tmp_path / "out", api.url, vllm_url, max_steps=1, batch_timeout_s=3.0)
         with pytest.raises(AtroposDataTimeout, match=r"queue.* 0"):
             AtroposTrainer(str(smollm2), args).train()
 
