@@ -35,8 +35,8 @@ from trl_atropos.validation import WireLimits, parse_batch
 
 NUM_EXAMPLES = 2000
 MAX_CALLS = 8
-DEADLINE_S = 5.0
-"""For each call of the client; the slowest request of the API takes some milliseconds."""
+DEADLINE_S = 30.0
+"""For each call of the client. The slowest request of the API takes some milliseconds, on a busy machine seconds."""
 
 LIMITS = WireLimits(vocab_size=1000, max_length=12)
 SENTINEL = 1.0
