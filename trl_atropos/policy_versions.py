@@ -1,11 +1,12 @@
 """Which policy sampled a rollout, of one call or of many.
 
-The server remembers, for every sequence that it finished, the oldest policy that sampled any of its new tokens, under a digest of
-prompt and completion (`rollout_key.py`). A rollout of several turns is several such sequences, each a prefix of the next: the
-prefix that ends where a run of trained tokens ends is what one call answered.
+The server remembers, for every call that it finished, the oldest policy that sampled any of its completion, under a
+digest of prompt and completion and of the border between them (`rollout_key.py`). In a rollout of several turns each run
+of trained tokens is one completion, and what lies before it is the prompt of that call. The end of sequence that a chat
+template writes after the sampled one is masked, so a run ends where the call ended.
 
-Two calls without a masked token between them look like one: then only the last of them is looked up, and the version is that of
-its tokens.
+The version is unknown where runs are not completions: two calls without a masked token between them look like one of
+another prompt; an environment may cut a completion, mask a part of it, or train tokens of its own.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from dataclasses import replace
 
 import torch
 
-from .rollout_key import prefix_keys
+from .rollout_key import span_keys
 from .types import IGNORE_INDEX, Rollout, RolloutGroup
 
 
 PolicyVersionLookup = Callable[[Sequence[str]], Sequence["int | None"]]
-"""Keys of sequences -> the oldest policy version that sampled any new token of each; None where nobody knows."""
+"""Keys of calls -> the oldest policy version that sampled any token of each; None where nobody knows."""
 
 
 def with_policy_versions(groups: Sequence[RolloutGroup], lookup: PolicyVersionLookup) -> list[RolloutGroup]:
@@ -33,11 +34,11 @@ def with_policy_versions(groups: Sequence[RolloutGroup], lookup: PolicyVersionLo
             Asks the servers.
 
     Returns:
-        `list[RolloutGroup]`: with the version of the oldest policy that sampled a trained token of each rollout. None where that
-        of any run of trained tokens is unknown: never a guess. A version that the environment sent stays.
+        `list[RolloutGroup]`: with the version of the oldest policy that sampled a trained token of each rollout. None
+        where that of any run of trained tokens is unknown: never a guess. A version that the environment sent stays.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts if rollout.policy_version is None]
-    keys = [prefix_keys(rollout.input_ids.tolist(), span_ends(rollout)) for rollout in rollouts]
+    keys = [span_keys(rollout.input_ids.tolist(), trained_spans(rollout)) for rollout in rollouts]
     versions = iter(lookup([key for of_rollout in keys for key in of_rollout]))
     found = {id(rollout): _oldest([next(versions) for _ in row]) for rollout, row in zip(rollouts, keys, strict=True)}
     return [
@@ -52,12 +53,12 @@ def with_policy_versions(groups: Sequence[RolloutGroup], lookup: PolicyVersionLo
     ]
 
 
-def span_ends(rollout: Rollout) -> list[int]:
-    """Where runs of trained tokens end: for each the number of tokens up to and including its last one, ascending."""
+def trained_spans(rollout: Rollout) -> list[tuple[int, int]]:
+    """Runs of trained tokens: the first token of each and the one after its last, ascending."""
     is_trained = rollout.labels != IGNORE_INDEX
-    goes_on = torch.zeros_like(is_trained)
-    goes_on[:-1] = is_trained[1:]
-    return ((is_trained & ~goes_on).nonzero().squeeze(-1) + 1).tolist()
+    changes = torch.diff(torch.nn.functional.pad(is_trained.int(), (1, 1)))
+    starts, ends = (changes == 1).nonzero()[:, 0], (changes == -1).nonzero()[:, 0]
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
 
 
 def _oldest(versions: Sequence[int | None]) -> int | None:

@@ -1,7 +1,8 @@
-"""The name under which the serving side remembers which policy sampled a sequence.
+"""The name under which the serving side remembers which policy sampled a completion.
 
 The Atropos wire carries no policy version. The server knows it for every sequence that it finishes, and the trainer
-later holds the same token ids: a digest of the ids joins the two without the environment's help.
+later holds the same token ids: a digest of the ids, and of where the completion begins, joins the two without the
+environment's help. Completions that are equal after equal prompts share a key; the one sampled last counts.
 """
 
 from __future__ import annotations
@@ -14,32 +15,36 @@ from hashlib import blake2b
 DIGEST_BYTES = 16
 
 
-def rollout_key(token_ids: Iterable[int]) -> str:
-    """Return the key of a sequence.
+def rollout_key(token_ids: Sequence[int], num_prompt_tokens: int) -> str:
+    """Return the key of what one call sampled.
 
     Args:
-        token_ids (`Iterable[int]`):
+        token_ids (`Sequence[int]`):
             Prompt and completion ids, in order, without padding.
+        num_prompt_tokens (`int`):
+            How many of them the call was given. The same ids with another border are another call's.
 
     Returns:
-        `str`: 32 hexadecimal digits; equal for equal sequences on machines of the same byte order.
+        `str`: 32 hexadecimal digits; equal for equal arguments on machines of the same byte order.
     """
-    return blake2b(array("q", token_ids).tobytes(), digest_size=DIGEST_BYTES).hexdigest()
+    return span_keys(token_ids, [(num_prompt_tokens, len(token_ids))])[0]
 
 
-def prefix_keys(token_ids: Sequence[int], lengths: Iterable[int]) -> list[str]:
-    """Return the keys of prefixes of a sequence, in one pass over it.
+def span_keys(token_ids: Sequence[int], spans: Iterable[tuple[int, int]]) -> list[str]:
+    """Return the keys of the calls that sampled parts of a sequence, in one pass over it.
 
     Args:
         token_ids (`Sequence[int]`):
             The sequence.
-        lengths (`Iterable[int]`):
-            Numbers of tokens, ascending.
+        spans (`Iterable[tuple[int, int]]`):
+            Start and end of what each call sampled, ascending: its prompt is everything before.
     """
     digest = blake2b(digest_size=DIGEST_BYTES)
-    keys, start = [], 0
-    for length in lengths:
-        digest.update(array("q", token_ids[start:length]).tobytes())
-        keys.append(digest.hexdigest())
-        start = length
+    keys, num_digested = [], 0
+    for start, end in spans:
+        digest.update(array("q", token_ids[num_digested:end]).tobytes())
+        num_digested = end
+        of_span = digest.copy()
+        of_span.update(array("q", [start]).tobytes())
+        keys.append(of_span.hexdigest())
     return keys

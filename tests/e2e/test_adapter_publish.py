@@ -209,7 +209,7 @@ def test_requests_end_with_the_adapter_and_the_version_that_they_began_with(trai
     assert still_loaded == names
     for seed, ids in zip(seeds, answers, strict=True):
         assert behind_the_best(policies[seed], ids) < NOISE_MARGIN * rounding_noise(trainer, seed)
-    versions = trainer.client.get_policy_versions([rollout_key([*PROMPT, *ids]) for ids in answers])
+    versions = trainer.client.get_policy_versions([rollout_key([*PROMPT, *ids], len(PROMPT)) for ids in answers])
     assert versions == list(seeds)
 
 

@@ -4,6 +4,7 @@ policy sampled is trained, and everything of them.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import threading
@@ -16,13 +17,20 @@ from typing import Any
 
 import pytest
 import requests
+import torch
+from atroposlib.envs.base import APIServerConfig
+from atroposlib.envs.server_handling.managed_server import SequenceNode
+from atroposlib.envs.server_handling.server_manager import ServerManager
 from envs.calculator import NUM_TURNS
 from live_api import ApiProcess
+from publishing import Publishing, load
 from servers import HOST, ROOT, running, save_tiny_model, serve
 from transformers import AutoTokenizer, TrainerCallback
 
 from trl_atropos import AtroposConfig, AtroposTrainer
 from trl_atropos.journal import Journal, JournalBatch
+from trl_atropos.policy_versions import with_policy_versions
+from trl_atropos.types import Rollout, RolloutGroup
 
 
 CALCULATOR = ROOT / "tests" / "e2e" / "envs" / "calculator.py"
@@ -138,7 +146,14 @@ class StopWhenAllWereTrained(TrainerCallback):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that often ends a completion by itself."""
     directory = save_tiny_model(tmp_path_factory.mktemp("model"), tied=True, seed=0)
+    policy = load(directory)
+    with torch.no_grad():
+        # Zeros until now, because it pads, too. The wider a logit spreads, the more often it is the largest.
+        weight = policy.get_input_embeddings().weight
+        weight[EOS] = 4 * weight[EOS - 1]
+    policy.to(torch.bfloat16).save_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(directory)
@@ -146,11 +161,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[AtroposTrainer, Recorder, list[JournalBatch]]:
+def vllm_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    log_path = tmp_path_factory.mktemp("served") / "vllm.log"
+    with serve(model, "--enforce_eager", "True", log_path=log_path) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def run(
+    model: Path, vllm_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[AtroposTrainer, Recorder, list[JournalBatch]]:
     """One run of all three environments; what the tests look at afterwards."""
     directory = tmp_path_factory.mktemp("run")
     with ExitStack() as stack:
-        vllm_url = stack.enter_context(serve(model, "--enforce_eager", "True", log_path=directory / "vllm.log"))
         server_url, recorder = stack.enter_context(recording(vllm_url))
         api = stack.enter_context(ApiProcess(directory / "api.log"))
         for number, settings in enumerate(ENVIRONMENTS):
@@ -242,3 +265,32 @@ def test_the_policy_of_every_turn_is_known(run):
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert {entry["staleness/unknown_frac"] for entry in steps} == {0.0}
     assert all(0 <= entry["staleness/mean"] <= entry["staleness/max"] for entry in steps)
+
+
+def test_the_oldest_policy_counts_when_another_is_published_between_two_turns(vllm_url: str, model: Path):
+    publishing = Publishing(vllm_url, model)
+    policy = load(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    server = APIServerConfig(
+        server_type="vllm", base_url=f"{vllm_url}/v1", api_key="x", model_name=str(model), tokenizer_name=str(model)
+    )
+
+    async def play() -> SequenceNode:
+        messages = []
+        async with ServerManager([server]).managed_server(tokenizer=tokenizer) as managed:
+            for policy_version in (1001, 1002):
+                publishing.publish(policy, policy_version)
+                messages.append({"role": "user", "content": "1+1"})
+                answer = await managed.chat_completion(messages=messages, n=1, max_tokens=6, temperature=1.0)
+                messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+            (node,) = managed.get_state()["nodes"]
+        return node
+
+    node = asyncio.run(play())
+    input_ids, labels = torch.tensor(node.tokens), torch.tensor(node.masked_tokens)
+    last_turn = labels.clone()
+    last_turn[: (labels == -100).nonzero().max()] = -100
+    assert (last_turn != -100).sum() < (labels != -100).sum()
+    rollouts = [Rollout(input_ids, trained, reward=0.0) for trained in (labels, last_turn)]
+    (group,) = with_policy_versions([RolloutGroup(tuple(rollouts))], publishing.client.get_policy_versions)
+    assert [rollout.policy_version for rollout in group.rollouts] == [1001, 1002]

@@ -209,7 +209,8 @@ def test_server_remembers_which_policy_sampled_a_rollout(setting: Setting, publi
     body = {"prompt": {"prompt_token_ids": prompt}, "max_tokens": 5, "temperature": 1.0, "ignore_eos": True}
     answer = requests.post(f"{setting.url}/generate", json=body, timeout=60).json()
     completion = [int(token) for entry in answer["logprobs"][0] for token in entry[0]]
-    versions = publishing.client.get_policy_versions([rollout_key(prompt + completion), rollout_key(prompt)])
+    keys = [rollout_key(prompt + completion, length) for length in (len(prompt), len(prompt) + 1)]
+    versions = publishing.client.get_policy_versions(keys)
     assert versions == [40, None]
 
 

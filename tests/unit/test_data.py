@@ -273,7 +273,7 @@ class TestMetrics:
 
     def test_staleness_is_measured_when_the_batch_is_used(self):
         versions = {(10, 11): 3, (10, 11, 12): 5}
-        table = {rollout_key(ids): version for ids, version in versions.items()}
+        table = {rollout_key(ids, 1): version for ids, version in versions.items()}
         stream = make_stream(
             [[wire_group([2, 3])]], lookup=lambda keys: [table.get(key) for key in keys], policy_version=6
         )
@@ -389,7 +389,7 @@ class TestStaleness:
 
     @staticmethod
     def lookup_by_first_id(table: dict[int, int], groups: list[dict]) -> Any:
-        versions = {rollout_key(ids): table.get(ids[0]) for group in groups for ids in group["tokens"]}
+        versions = {rollout_key(ids, 1): table.get(ids[0]) for group in groups for ids in group["tokens"]}
         return lambda keys: [versions[key] for key in keys]
 
     def stream(self, groups: list[dict], table: dict[int, int], **changes: Any) -> RolloutStream:

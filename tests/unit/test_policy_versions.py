@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from trl_atropos.policy_versions import span_ends, with_policy_versions
-from trl_atropos.rollout_key import prefix_keys, rollout_key
+from trl_atropos.policy_versions import trained_spans, with_policy_versions
+from trl_atropos.rollout_key import rollout_key
 from trl_atropos.types import Rollout, RolloutGroup
 
 
@@ -22,10 +20,12 @@ def rollout(trained: str, first_id: int = 10, policy_version: int | None = None)
 
 
 class Table:
-    """What the server remembers: sequences, by their first id and length, and who sampled them."""
+    """What the server remembers: by first id, number of prompt tokens and of all tokens of a call, who sampled it."""
 
-    def __init__(self, versions: dict[tuple[int, int], int]):
-        self.versions = {rollout_key(range(first, first + length)): v for (first, length), v in versions.items()}
+    def __init__(self, versions: dict[tuple[int, int, int], int]):
+        self.versions = {
+            rollout_key(range(first, first + end), start): version for (first, start, end), version in versions.items()
+        }
         self.requests: list[list[str]] = []
 
     def __call__(self, keys: Sequence[str]) -> list[int | None]:
@@ -39,32 +39,47 @@ def versions_of(rollouts: list[Rollout], table: Table) -> list[int | None]:
 
 
 @pytest.mark.parametrize(
-    ("trained", "ends"),
+    ("trained", "spans"),
     [
-        ("..xx", [4]),
-        ("..xx.x", [4, 6]),
-        ("..xx..xx..", [4, 8]),
-        ("x.x", [1, 3]),
-        ("xxx", [3]),
+        ("..xx", [(2, 4)]),
+        ("..xx.x", [(2, 4), (5, 6)]),
+        ("..xx..xx..", [(2, 4), (6, 8)]),
+        ("x.x", [(0, 1), (2, 3)]),
+        ("xxx", [(0, 3)]),
         ("...", []),
     ],
 )
-def test_a_call_ends_where_a_run_of_trained_tokens_ends(trained, ends):
-    assert span_ends(rollout(trained)) == ends
+def test_a_call_sampled_a_run_of_trained_tokens(trained, spans):
+    assert trained_spans(rollout(trained)) == spans
 
 
 def test_the_oldest_policy_of_all_turns_counts():
-    table = Table({(10, 4): 7, (10, 8): 5, (10, 12): 9})
+    table = Table({(10, 2, 4): 7, (10, 6, 8): 5, (10, 10, 12): 9})
     assert versions_of([rollout("..xx..xx..xx")], table) == [5]
 
 
 def test_one_turn_that_nobody_knows_makes_the_rollout_unknown():
-    table = Table({(10, 4): 7, (10, 12): 9})
+    table = Table({(10, 2, 4): 7, (10, 10, 12): 9})
     assert versions_of([rollout("..xx..xx..xx")], table) == [None]
 
 
+@pytest.mark.parametrize(
+    "versions",
+    [
+        # Two calls of two tokens each, without a masked token between them: the second is not the older one's version.
+        {(10, 2, 4): 3, (10, 4, 6): 5},
+        # The environment trains two tokens of its own before the completion, after it, or masks the completion's first.
+        {(10, 4, 6): 5},
+        {(10, 2, 4): 5},
+        {(10, 1, 6): 5},
+    ],
+)
+def test_a_run_of_trained_tokens_that_is_not_one_completion_is_unknown(versions):
+    assert versions_of([rollout("..xxxx")], Table(versions)) == [None]
+
+
 def test_all_rollouts_of_a_batch_are_asked_for_at_once():
-    table = Table({(10, 4): 1, (20, 3): 2, (20, 5): 3})
+    table = Table({(10, 2, 4): 1, (20, 1, 3): 2, (20, 4, 5): 3})
     groups = [RolloutGroup((rollout("..xx"),)), RolloutGroup((rollout(".xx.x", 20),))]
     found = with_policy_versions(groups, table)
     assert [group.rollouts[0].policy_version for group in found] == [1, 2]
@@ -72,17 +87,11 @@ def test_all_rollouts_of_a_batch_are_asked_for_at_once():
 
 
 def test_what_the_environment_said_is_kept_and_not_asked_for():
-    table = Table({(10, 4): 7, (20, 4): 8})
+    table = Table({(10, 2, 4): 7, (20, 2, 4): 8})
     assert versions_of([rollout("..xx", policy_version=3), rollout("..xx", 20)], table) == [3, 8]
     assert [len(request) for request in table.requests] == [1]
 
 
 def test_equal_rollouts_of_a_group_get_the_same_version():
     twin = rollout("..xx")
-    assert versions_of([twin, twin, rollout("..xx")], Table({(10, 4): 6})) == [6, 6, 6]
-
-
-@given(ids=st.lists(st.integers(0, 2**40), min_size=1, max_size=30), data=st.data())
-def test_the_key_of_a_prefix_is_that_of_the_sequence(ids, data):
-    lengths = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=5)))
-    assert prefix_keys(ids, lengths) == [rollout_key(ids[:length]) for length in lengths]
+    assert versions_of([twin, twin, rollout("..xx")], Table({(10, 2, 4): 6})) == [6, 6, 6]

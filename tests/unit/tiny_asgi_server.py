@@ -116,5 +116,5 @@ def generate(app: Any, headers: Any = (), **fields: Any) -> Answer:
 
 
 def policy_versions(app: Any, *sequences: list[int]) -> Answer:
-    body = json.dumps({"rollout_keys": [rollout_key(sequence) for sequence in sequences]}).encode()
+    body = json.dumps({"rollout_keys": [rollout_key(sequence, len(PROMPT)) for sequence in sequences]}).encode()
     return call(app, "/atropos/policy_versions", body)

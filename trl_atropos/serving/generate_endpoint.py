@@ -14,7 +14,9 @@ Routes:
   `{"logprobs": [[[{"<token id>": logprob}], ...], ...], "finish_reasons": [str, ...]}`, one entry per completion, and
   `"prompt_logprobs": [null, {"<token id>": logprob, ...}, ...]` when the request asks for it.
 - `POST /atropos/policy_versions`: `{"rollout_keys": [str]}` gives `{"policy_versions": [int | null]}`: under which
-  policy the sequences were sampled that passed through `/generate` (see `rollout_key`).
+  policy the completions were sampled that passed through `/generate` (see `rollout_key`), each of `n` under its own
+  key. Every API server process has its own table: with `--api-server-count` above 1, the default of data parallel
+  servers, most versions stay unknown.
 - `POST /atropos/adapter`: `{"lora_name": str | null, "policy_version": int}`: from now on that loaded adapter, or the
   model itself, answers the requests for the model, on `/generate`, `/v1/completions`, `/v1/chat/completions` and
   `/inference/v1/generate`. It and `GET /atropos/adapter` give both and `{"num_in_flight": {"<lora_name>": int}}`.
@@ -160,7 +162,7 @@ class GenerateEndpoint:
             version = _oldest_version(choice) if adapter_version is None else adapter_version
             if version is None:
                 continue
-            key = rollout_key([*prompt_ids, *choice["token_ids"]])
+            key = rollout_key([*prompt_ids, *choice["token_ids"]], len(prompt_ids))
             self.policy_versions[key] = version
             self.policy_versions.move_to_end(key)
         while len(self.policy_versions) > MAX_REMEMBERED_ROLLOUTS:

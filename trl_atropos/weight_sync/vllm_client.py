@@ -317,7 +317,7 @@ class AtroposVLLMClient(VLLMClient):
     # Rollouts
 
     def get_policy_versions(self, rollout_keys: Sequence[str]) -> list[int | None]:
-        """Return under which policy version each sequence was sampled; None where the server does not know.
+        """Return under which policy version each completion was sampled; None where the server does not know.
 
         Args:
             rollout_keys (`Sequence[str]`):
