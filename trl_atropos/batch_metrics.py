@@ -98,12 +98,12 @@ def _length_metrics(rollouts: Sequence[Rollout]) -> dict[str, Metric]:
 
 
 def _staleness_metrics(rollouts: Sequence[Rollout], policy_version: int) -> dict[str, Metric]:
-    versions = [rollout.policy_version for rollout in rollouts]
-    staleness = torch.tensor([float(abs(policy_version - version)) for version in versions if version is not None])
+    staleness = [rollout.staleness(policy_version) for rollout in rollouts]
+    known = torch.tensor([float(value) for value in staleness if value is not None])
     return {
-        "staleness/mean": mean_of(staleness),
-        "staleness/max": maximum_of(staleness),
-        "staleness/unknown_frac": mean_of(_flags([version is None for version in versions])),
+        "staleness/mean": mean_of(known),
+        "staleness/max": maximum_of(known),
+        "staleness/unknown_frac": mean_of(_flags([value is None for value in staleness])),
     }
 
 

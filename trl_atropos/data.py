@@ -25,7 +25,7 @@ from .errors import AtroposProtocolError
 from .journal import Journal
 from .metrics import Metric, mean_of
 from .micro_batches import MicroBatch, deal_by_count, deal_by_tokens
-from .policy_versions import PolicyVersionLookup, with_policy_versions
+from .policy_versions import PolicyVersionLookup, set_policy_versions, with_policy_versions
 from .prefetch import Prefetcher
 from .quarantine import Quarantine
 from .sources import FetchedBatch
@@ -148,7 +148,7 @@ class BatchPreparer:
     ) -> tuple[list[RolloutGroup], int | None]:
         mark = fetched.versions
         if mark is not None and [len(row) for row in mark["policy_versions"]] == [len(g.rollouts) for g in groups]:
-            return _with_versions(groups, mark["policy_versions"]), mark["fetched_version"]
+            return set_policy_versions(groups, mark["policy_versions"]), mark["fetched_version"]
         # Before the lookup: what is fetched now cannot come from a later policy than this.
         fetched_version = None if fetched.is_replayed else self.policy_version()
         found = list(groups) if self.lookup is None else with_policy_versions(groups, self.lookup)
@@ -276,10 +276,10 @@ class RolloutStream(IterableDataset):
             if prepared is None:
                 return _Step(None)
             fetched, batch = prepared.fetched, prepared.batch
-            self.next_batch = fetched.number + 1
             if fetched.loss is not None:
                 self.quarantine.add_lost_batch(fetched.loss)
                 continue
+            self.next_batch = fetched.number + 1
             self.quarantine.add(fetched.number, fetched.raw_groups, batch.rejected)
             self._check_size(batch)
             rejected += batch.rejected
@@ -373,18 +373,6 @@ class RolloutStream(IterableDataset):
             num_micro_batches=settings.batch_size // (settings.micro_batch_size * settings.world_size),
             world_size=settings.world_size,
         )
-
-
-def _with_versions(groups: Sequence[RolloutGroup], versions: Sequence[Sequence[int | None]]) -> list[RolloutGroup]:
-    return [
-        replace(
-            group,
-            rollouts=tuple(
-                replace(rollout, policy_version=version) for rollout, version in zip(group.rollouts, row, strict=True)
-            ),
-        )
-        for group, row in zip(groups, versions, strict=True)
-    ]
 
 
 def with_advantages(groups: Sequence[RolloutGroup], scale_rewards: str) -> list[Rollout]:

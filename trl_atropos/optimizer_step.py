@@ -52,9 +52,9 @@ def prepare_step(
     Args:
         micro_batches (sequence of `dict`):
             From [`~micro_batches.RolloutCollator`]. Changed: `advantages` are normalised, clipped, and scaled: 0 where the
-            environment asked for that, less where a rollout is down-weighted; `token_weights` (N,), `token_mean_weight` and `teacher_mean_weight` of shape
-            `()` are added, what a mean over the trained tokens, or over those with a teacher, of the step divides by;
-            and `num_with_teacher`, those of the micro-batch.
+            environment asked for that, less where a rollout is down-weighted; `token_weights` (N,), `token_mean_weight`
+            and `teacher_mean_weight` of shape `()` are added, what a mean over the trained tokens, or over those with a
+            teacher, of the step divides by; and `num_with_teacher`, those of the micro-batch.
         options ([`StepOptions`]):
             How.
         device (`torch.device`):

@@ -37,19 +37,40 @@ def with_policy_versions(groups: Sequence[RolloutGroup], lookup: PolicyVersionLo
         `list[RolloutGroup]`: with the version of the oldest policy that sampled a trained token of each rollout. None
         where that of any run of trained tokens is unknown: never a guess. A version that the environment sent stays.
     """
-    rollouts = [rollout for group in groups for rollout in group.rollouts if rollout.policy_version is None]
-    keys = [span_keys(rollout.input_ids.tolist(), trained_spans(rollout)) for rollout in rollouts]
-    versions = iter(lookup([key for of_rollout in keys for key in of_rollout]))
-    found = {id(rollout): _oldest([next(versions) for _ in row]) for rollout, row in zip(rollouts, keys, strict=True)}
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    keys = [
+        span_keys(rollout.input_ids.tolist(), trained_spans(rollout)) if rollout.policy_version is None else []
+        for rollout in rollouts
+    ]
+    answers = iter(lookup([key for of_rollout in keys for key in of_rollout]))
+    versions = iter(
+        [
+            _oldest([next(answers) for _ in of_rollout]) if rollout.policy_version is None else rollout.policy_version
+            for rollout, of_rollout in zip(rollouts, keys, strict=True)
+        ]
+    )
+    return set_policy_versions(groups, [[next(versions) for _ in group.rollouts] for group in groups])
+
+
+def set_policy_versions(
+    groups: Sequence[RolloutGroup], versions: Sequence[Sequence[int | None]]
+) -> list[RolloutGroup]:
+    """Give every rollout of every group its version.
+
+    Args:
+        groups (`Sequence[RolloutGroup]`):
+            Of one batch.
+        versions (`Sequence[Sequence[int | None]]`):
+            One for each rollout of each group.
+    """
     return [
         replace(
             group,
             rollouts=tuple(
-                replace(rollout, policy_version=found[id(rollout)]) if id(rollout) in found else rollout
-                for rollout in group.rollouts
+                replace(rollout, policy_version=version) for rollout, version in zip(group.rollouts, row, strict=True)
             ),
         )
-        for group in groups
+        for group, row in zip(groups, versions, strict=True)
     ]
 
 

@@ -38,7 +38,8 @@ class FetchedBatch:
 
     Args:
         number (`int`):
-            Counts the batches of the run, from 0; the journal's number.
+            Counts the batches of the run, from 0; the journal's number. A batch that was lost does not count: it has the number
+            of the next one.
         raw_groups (`list[dict]`):
             Its groups as JSON gave them; empty if it was lost.
         is_replayed (`bool`, *optional*, defaults to `False`):
@@ -121,7 +122,7 @@ class ApiBatches:
                 raw_groups = self._wait()
             except AtroposBatchLost as exc:
                 self.num_batches_lost += 1
-                yield FetchedBatch(self.journal.append([]), [], loss=exc)
+                yield FetchedBatch(self.journal.next_batch, [], loss=exc)
                 continue
             if raw_groups is None:
                 return

@@ -30,9 +30,7 @@ class StalenessResult:
 
 
 def group_staleness(group: RolloutGroup, policy_version: int, fetched_version: int | None) -> int | None:
-    """How many publishes lie between the policy that sampled a group and the current one: that of its stalest rollout.
-
-    A distance without sign: after a resume from an older checkpoint, rollouts may come from a later policy than the current.
+    """The staleness of a group: that of its stalest rollout ([`Rollout.staleness`]).
 
     Args:
         group ([`RolloutGroup`]):
@@ -46,10 +44,10 @@ def group_staleness(group: RolloutGroup, policy_version: int, fetched_version: i
     Returns:
         `int`, *optional*: None if nothing is known.
     """
-    versions = [
-        fetched_version if rollout.policy_version is None else rollout.policy_version for rollout in group.rollouts
-    ]
-    return max((abs(policy_version - version) for version in versions if version is not None), default=None)
+    of_unknown = None if fetched_version is None else abs(policy_version - fetched_version)
+    staleness = [rollout.staleness(policy_version) for rollout in group.rollouts]
+    known = [of_unknown if value is None else value for value in staleness]
+    return max((value for value in known if value is not None), default=None)
 
 
 def limit_staleness(

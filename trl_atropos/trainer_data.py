@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -239,7 +238,7 @@ class TrainerData:
         self._journal = Journal(
             output_dir / JOURNAL_NAME, segment_bytes=args.journal_segment_bytes, max_bytes=args.journal_max_bytes
         )
-        # A batch that the API lost has a number and no line.
+        # Somebody may have deleted the journal since: its batches must not get the numbers of trained ones.
         self._journal.next_batch = max(self._journal.next_batch, self.next_batch)
         num_replayed = self._journal.next_batch - self.next_batch
         if num_replayed:
@@ -251,14 +250,9 @@ class TrainerData:
             self._journal.mark("dropped", batch, groups=groups, reason="stale")
 
 
-def has_journal(output_dir: str | os.PathLike[str]) -> bool:
-    """Whether a run in this directory has fetched anything."""
-    return bool(segments(Path(output_dir) / JOURNAL_NAME))
-
-
 def _move_aside(output_dir: Path) -> None:
     """A run that starts anew begins its own journal; what an earlier one recorded is kept."""
-    if not has_journal(output_dir):
+    if not segments(output_dir / JOURNAL_NAME):
         return
     number = next(n for n in itertools.count(1) if not (output_dir / f"{JOURNAL_NAME}-{n}").exists())
     for name in (JOURNAL_NAME, QUARANTINE_NAME):

@@ -111,6 +111,17 @@ class Rollout:
         """Number of trained tokens: labels that are not -100. Token 0 has no prediction and never counts."""
         return int((self.labels[1:] != IGNORE_INDEX).sum())
 
+    def staleness(self, policy_version: int) -> int | None:
+        """How many publishes lie between the policy that sampled it and this one; None if the former is unknown.
+
+        A distance without sign: after a resume from an older checkpoint, rollouts may come from a later policy.
+
+        Args:
+            policy_version (`int`):
+                The trainer's.
+        """
+        return None if self.policy_version is None else abs(policy_version - self.policy_version)
+
 
 @dataclass(frozen=True)
 class RolloutGroup:

@@ -17,6 +17,8 @@ import requests
 import torch
 from tiny_models import byte_tokenizer, tiny_llama, tiny_qwen3
 
+from trl_atropos import AtroposConfig
+
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOST = "127.0.0.1"
@@ -48,6 +50,22 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return probe.getsockname()[1]
+
+
+def config(output_dir: Path, api_url: str, vllm_url: str, **options: object) -> AtroposConfig:
+    """Options of a short run on this machine."""
+    return AtroposConfig(
+        output_dir=str(output_dir),
+        atropos_api_url=api_url,
+        vllm_server_base_url=vllm_url,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        max_length=128,
+        **options,
+    )
 
 
 @contextmanager

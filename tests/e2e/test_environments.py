@@ -24,10 +24,10 @@ from atroposlib.envs.server_handling.server_manager import ServerManager
 from envs.calculator import NUM_TURNS
 from live_api import ApiProcess
 from publishing import Publishing, load
-from servers import HOST, ROOT, running, save_tiny_model, serve
+from servers import HOST, ROOT, config, running, save_tiny_model, serve
 from transformers import AutoTokenizer, TrainerCallback
 
-from trl_atropos import AtroposConfig, AtroposTrainer
+from trl_atropos import AtroposTrainer
 from trl_atropos.journal import Journal, JournalBatch
 from trl_atropos.policy_versions import with_policy_versions
 from trl_atropos.types import Rollout, RolloutGroup
@@ -186,15 +186,10 @@ def run(
                     log_path=directory / f"env{number}.log",
                 )
             )
-        args = AtroposConfig(
-            output_dir=str(directory / "out"),
-            atropos_api_url=api.url,
-            vllm_server_base_url=vllm_url,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            max_length=128,
+        args = config(
+            directory / "out",
+            api.url,
+            vllm_url,
             max_steps=MAX_STEPS,
             per_device_train_batch_size=BATCH_SIZE,
             max_tokens_per_micro_batch=1024,

@@ -15,11 +15,11 @@ import pytest
 import torch
 from live_api import ApiProcess
 from peft import LoraConfig
-from servers import ROOT, running, serve
+from servers import ROOT, config, running, serve
 from summary_keys import SUMMARY_KEYS
 from transformers import AutoModelForCausalLM
 
-from trl_atropos import AtroposConfig, AtroposTrainer
+from trl_atropos import AtroposTrainer
 from trl_atropos.cli.model import fetch_smollm2
 from trl_atropos.errors import AtroposDataTimeout, PreflightError
 from trl_atropos.journal import Journal
@@ -33,21 +33,6 @@ TRANSFORMERS_METRICS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     return fetch_smollm2(ROOT / ".models" / "SmolLM2-135M-Instruct")
-
-
-def config(output_dir: Path, api_url: str, vllm_url: str, **options: object) -> AtroposConfig:
-    return AtroposConfig(
-        output_dir=str(output_dir),
-        atropos_api_url=api_url,
-        vllm_server_base_url=vllm_url,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        max_length=128,
-        **options,
-    )
 
 
 def digest(parameters: Iterator[tuple[str, torch.nn.Parameter]]) -> str:

@@ -32,7 +32,7 @@ from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
 
 
 VOCAB_SIZE = 64
-DEADLINE_S = 0.5
+DEADLINE_S = 2.0
 REPORTS_S = 1.0
 """How long a transfer waits for the reports of workers that have answered."""
 

@@ -120,12 +120,8 @@ class TrainerHistory:
         Returns:
             `list[Finding]`: what was not found after the batch before.
         """
-        staleness = [
-            abs(policy_version - rollout.policy_version)
-            for group in groups
-            for rollout in group.rollouts
-            if rollout.policy_version is not None
-        ]
+        of_rollouts = [rollout.staleness(policy_version) for group in groups for rollout in group.rollouts]
+        staleness = [value for value in of_rollouts if value is not None]
         self._batches.append(
             TrainerFacts(
                 num_groups=len(groups) + len(rejected),

@@ -129,19 +129,16 @@ class PolicyPublisher:
         """
         delivered = Delivered()
         # Before the pause: beside the loading, the two would share the memory bandwidth of a CPU.
-        start = time.perf_counter()
-        expected = None if reference is None else reference()
-        reference_s = time.perf_counter() - start
+        expected = delivered.expect(reference)
         outcome = self.options.failure_policy.run(
             self.links, lambda link: self._deliver(link, policy_version, expected, delivered), policy_version
         )
-        delivered.phase_s["verify"] = delivered.phase_s.get("verify", 0.0) + reference_s
         assert self._staged is not None
         return delivered.report(
             policy_version=policy_version,
             mode="full" if len(self._specs) == len(self._staged.layout.specs) else "merged",
             total_s=time.perf_counter() - self._start,
-            phase_s={**self._phase_s, **delivered.phase_s},
+            phase_s=self._phase_s,
             outcome=outcome + self._connecting,
             swallowed_fraction=self._swallowed_fraction,
         )
@@ -205,7 +202,15 @@ class Delivered:
         self.phase_s: dict[str, float] = {}
         self.num_bytes = 0
         self.probes: list[ProbeResult] = []
+        self.reference_s = 0.0
         self._lock = threading.Lock()
+
+    def expect(self, reference: Callable[[], ProbeReference] | None) -> ProbeReference | None:
+        """Compute what the servers must answer; the time counts as verification."""
+        start = time.perf_counter()
+        expected = None if reference is None else reference()
+        self.reference_s = time.perf_counter() - start
+        return expected
 
     def add(self, phase_s: dict[str, float], num_bytes: int, probe: ProbeResult | None) -> None:
         """Take what one server took."""
@@ -226,7 +231,9 @@ class Delivered:
         outcome: Outcome,
         **more: Any,
     ) -> PublishReport:
-        """Sum it up."""
+        """Sum it up; `phase_s` holds the phases before the servers'."""
+        phase_s = {**phase_s, **self.phase_s}
+        phase_s["verify"] = phase_s.get("verify", 0.0) + self.reference_s
         return PublishReport(
             policy_version=policy_version,
             mode=mode,
