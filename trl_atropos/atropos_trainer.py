@@ -25,8 +25,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
     Trainer,
     TrainerCallback,
     set_seed,
@@ -34,7 +32,7 @@ from transformers import (
 from trl.models import get_act_offloading_ctx_manager
 
 from .atropos_config import AtroposConfig
-from .callbacks import PublishPolicyCallback, StepTableCallback, TrainedBatchCallback
+from .callbacks import PublishPolicyCallback, TrainedBatchCallback, add_watching_callbacks
 from .checkpoints import find_checkpoint
 from .completions import make_completions_table
 from .connections import Connections, connect
@@ -162,9 +160,7 @@ class AtroposTrainer(Trainer):
         if args.data_path is None:
             self.add_callback(PublishPolicyCallback(self.publish_policy, args.weight_sync_steps))
         self.add_callback(TrainedBatchCallback(self._mark_trained))
-        self.pop_callback(PrinterCallback)
-        self.pop_callback(ProgressCallback)
-        self.add_callback(StepTableCallback())
+        add_watching_callbacks(self)
 
     # Life of a run
 

@@ -6,7 +6,15 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 
 class PublishPolicyCallback(TrainerCallback):
@@ -50,6 +58,18 @@ class TrainedBatchCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.mark_trained()
+
+
+def add_watching_callbacks(trainer: Trainer) -> None:
+    """Replace what transformers shows of a run by what shows an Atropos run.
+
+    Args:
+        trainer (`Trainer`):
+            Changed.
+    """
+    trainer.pop_callback(PrinterCallback)
+    trainer.pop_callback(ProgressCallback)
+    trainer.add_callback(StepTableCallback())
 
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
