@@ -7,6 +7,7 @@ publishes to them, and prints one JSON line per case, all measured in one run, m
 
     transport, mode   how the policy travels and what is sent
     total_s           the whole publish: gather, merge, stage, pause, transfer, finish, resume, verify
+    probed_total_s    the same of the publishes that compare logprobs, too: the first and every `logprob_probe_interval`-th
     paused_s          the part during which the server does not generate
     bytes             what travelled
     floor_s           cast_s + memcpy_s + load_s: the same bytes cast from the trainer's dtype by one pass, copied by one pass,
@@ -60,7 +61,7 @@ from trl_atropos.weight_sync.adapter_publisher import AdapterPublisher  # noqa: 
 from trl_atropos.weight_sync.probe import LogprobProbe  # noqa: E402
 from trl_atropos.weight_sync.publisher import PolicyPublisher, PublishOptions  # noqa: E402
 from trl_atropos.weight_sync.report import PublishReport  # noqa: E402
-from trl_atropos.weight_sync.server_link import ServerLink  # noqa: E402
+from trl_atropos.weight_sync.server_link import LinkOptions, ServerLink  # noqa: E402
 from trl_atropos.weight_sync.session import WeightSync  # noqa: E402
 from trl_atropos.weight_sync.shm import SharedMemoryTransport  # noqa: E402
 from trl_atropos.weight_sync.transports import make_transport  # noqa: E402
@@ -68,6 +69,8 @@ from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient  # noqa: E402
 
 
 WARM_UPS = 2
+PROBE_INTERVAL = 4
+"""Of the publishes here; a trainer's is `logprob_probe_interval`."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,17 @@ def copy_floor(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> Floor:
     return Floor(timed(cast), timed(copy))
 
 
+def num_publishes(repeats: int) -> int:
+    """The warm-ups, the repeats, and as many more as end with a publish that is probed: the first one is a warm-up."""
+    return max(repeats + WARM_UPS, PROBE_INTERVAL) + 1
+
+
+def split_reports(reports: list[PublishReport]) -> tuple[list[PublishReport], list[PublishReport]]:
+    """After the warm-ups: those without and those with a logprob probe."""
+    measured = reports[WARM_UPS:]
+    return [r for r in measured if r.probe is None], [r for r in measured if r.probe is not None]
+
+
 def measure(
     transport_name: str,
     mode: str,
@@ -121,19 +135,20 @@ def measure(
     facts = inspect_server(client, model.config, max_length=10**9)
     transport = make_transport(facts.backend, client, torch.device("cpu"), timeout_s=300)
     options = PublishOptions(sends_everything=mode == "full")
-    publisher = PolicyPublisher([ServerLink(client, transport, facts.dtype)], options)
+    link = ServerLink(client, transport, facts.dtype, LinkOptions(probe_interval=PROBE_INTERVAL))
+    publisher = PolicyPublisher([link], options)
     probe = LogprobProbe(tokenizer, model.config.get_text_config().vocab_size)
     reports: list[PublishReport] = []
     floors: list[Floor] = []
     peak = watch_peak()
-    for version in range(repeats + WARM_UPS):
+    for version in range(num_publishes(repeats)):
         if version == WARM_UPS:
             peak = watch_peak()
         sync = WeightSync(publisher, version, facts.dtype, lambda model: probe)
         sync.push(model)
         reports.append(sync.deliver())
     peak_rss_bytes = peak()
-    reports = reports[WARM_UPS:]
+    reports, probed = split_reports(reports)
     published = [parameter for name, parameter in model.named_parameters() if "lora_" not in name]
     if mode == "merged":
         published = [
@@ -151,6 +166,7 @@ def measure(
         "transport": transport_name,
         "mode": mode,
         "total_s": round(total_s, 4),
+        "probed_total_s": round(median(report.total_s for report in probed), 4),
         "paused_s": round(paused_s, 4),
         "bytes": reports[-1].num_bytes,
         "floor_s": round(floor_s, 4),
@@ -159,7 +175,7 @@ def measure(
         "paused_vs_copy": round(paused_s / (memcpy_s + load_s), 3),
         "phases_s": {name: round(median(r.phase_s.get(name, 0.0) for r in reports), 4) for name in reports[0].phase_s},
         "load_s": round(load_s, 4),
-        "repeats": repeats,
+        "repeats": len(reports),
     }
 
 
@@ -195,7 +211,8 @@ def measure_load(
     client = AtroposVLLMClient(url)
     facts = inspect_server(client, model.config, max_length=10**9)
     transport = make_transport(facts.backend, client, torch.device("cpu"), timeout_s=300)
-    publisher = PolicyPublisher([ServerLink(client, transport, facts.dtype)])
+    link = ServerLink(client, transport, facts.dtype, LinkOptions(probe_interval=PROBE_INTERVAL))
+    publisher = PolicyPublisher([link])
     probe = LogprobProbe(tokenizer, model.config.get_text_config().vocab_size)
     stop = threading.Event()
     windows = []
@@ -231,43 +248,48 @@ def measure_load(
     }
 
 
-def measure_adapter(args: argparse.Namespace, model: nn.Module, full_shm_s: float, directory: Path) -> dict:
+def measure_adapter(
+    model_dir: Path, model: nn.Module, full_shm_s: float, directory: Path, repeats: int, *flags: str
+) -> dict:
     """Publish the adapter itself to a server with LoRA, and return the medians."""
     flags = (
+        *flags,
         *("--enforce_eager", "True", "--enable-lora", "--max-lora-rank", "16", "--max-loras", "2"),
         *("--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     )
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    print(f"starting trl vllm-serve on {args.model.name} for adapters", file=sys.stderr)
-    with serve(args.model, *flags, log_path=directory / "adapter.log", environment=environment) as url:
+    print(f"starting trl vllm-serve on {model_dir.name} for adapters", file=sys.stderr)
+    with serve(model_dir, *flags, log_path=directory / "adapter.log", environment=environment) as url:
         client = AtroposVLLMClient(url)
         facts = inspect_server(client, model.config, max_length=10**9)
         publisher = AdapterPublisher(
-            [ServerLink(client, SharedMemoryTransport(), facts.dtype)], directory / "adapters"
+            [ServerLink(client, SharedMemoryTransport(), facts.dtype, LinkOptions(probe_interval=PROBE_INTERVAL))],
+            directory / "adapters",
         )
         publisher.check(model)
-        probe = LogprobProbe(AutoTokenizer.from_pretrained(args.model), model.config.vocab_size)
+        probe = LogprobProbe(AutoTokenizer.from_pretrained(model_dir), model.config.vocab_size)
         reports = []
         peak = watch_peak()
-        for version in range(args.repeats + WARM_UPS):
+        for version in range(num_publishes(repeats)):
             if version == WARM_UPS:
                 peak = watch_peak()
             adapter = take_adapter(model, facts.dtype)
             reports.append(publisher.deliver(adapter, version, lambda: probe.reference(model, facts.dtype)))
         peak_rss_bytes = peak()
-    reports = reports[WARM_UPS:]
+    reports, probed = split_reports(reports)
     median = statistics.median
     total_s = median(report.total_s for report in reports)
     return {
         "transport": "directory",
         "mode": "adapter",
         "total_s": round(total_s, 4),
+        "probed_total_s": round(median(report.total_s for report in probed), 4),
         "paused_s": 0.0,
         "bytes": reports[-1].num_bytes,
         "peak_rss_bytes": peak_rss_bytes,
         "total_vs_full": round(total_s / full_shm_s, 3),
         "phases_s": {name: round(median(r.phase_s.get(name, 0.0) for r in reports), 4) for name in reports[0].phase_s},
-        "repeats": args.repeats,
+        "repeats": len(reports),
     }
 
 
@@ -291,6 +313,10 @@ def synthetic_llama(gib: float, tokenizer: Any, directory: Path) -> Path:
     return directory
 
 
+def with_lora(model: nn.Module) -> nn.Module:
+    return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+
+
 def show(line: dict) -> None:
     print(json.dumps(line), flush=True)
 
@@ -302,16 +328,13 @@ def measure_model(args: argparse.Namespace, directory: Path) -> None:
     def load() -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
 
-    def load_lora() -> nn.Module:
-        return get_peft_model(load(), LoraConfig(r=16, target_modules="all-linear"))
-
     full_shm_s = float("nan")
     loads: dict[str, float] = {}
     for name in ("shm", "gloo"):
         print(f"starting trl vllm-serve on {args.model.name} for {name}", file=sys.stderr)
         log_path = directory / f"{name}.log"
         with serve(args.model, "--enforce_eager", "True", log_path=log_path, backend=f"trl_atropos_{name}") as url:
-            for mode, make in (("full", load), ("merged", load_lora)):
+            for mode, make in (("full", load), ("merged", lambda: with_lora(load()))):
                 line = measure(name, mode, make(), url, tokenizer, args.repeats, loads.get(mode))
                 loads[mode] = line["load_s"]
                 if (name, mode) == ("shm", "full"):
@@ -319,7 +342,7 @@ def measure_model(args: argparse.Namespace, directory: Path) -> None:
                 show(line)
             if name == "shm":
                 show(measure_load(load(), url, tokenizer))
-    show(measure_adapter(args, load_lora(), full_shm_s, directory))
+    show(measure_adapter(args.model, with_lora(load()), full_shm_s, directory, args.repeats))
 
 
 def measure_synthetic(args: argparse.Namespace, directory: Path) -> None:
@@ -327,15 +350,19 @@ def measure_synthetic(args: argparse.Namespace, directory: Path) -> None:
     for gib in args.synthetic_gib:
         model_dir = synthetic_llama(gib, AutoTokenizer.from_pretrained(args.model), directory / f"{gib}gib")
         flags = ("--load-format", "dummy", "--enforce_eager", "True")
+        repeats = max(2, args.repeats // 3)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir), dtype=torch.bfloat16)
+        total_s: dict[str, float] = {}
         load_s = None
         for name in ("shm", "gloo"):
             print(f"starting trl vllm-serve on a model of {gib} GiB for {name}", file=sys.stderr)
             log_path = directory / f"{gib}{name}.log"
             with serve(model_dir, *flags, log_path=log_path, backend=f"trl_atropos_{name}") as url:
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir), dtype=torch.bfloat16)
-                line = measure(name, "full", model, url, None, max(2, args.repeats // 3), load_s)
-                load_s = line["load_s"]
+                line = measure(name, "full", model, url, None, repeats, load_s)
+                load_s, total_s[name] = line["load_s"], line["total_s"]
                 show({"synthetic_gib": gib, **line})
+        line = measure_adapter(model_dir, with_lora(model), total_s["shm"], directory / f"{gib}", repeats, *flags[:2])
+        show({"synthetic_gib": gib, **line})
 
 
 def main() -> None:

@@ -145,7 +145,12 @@ def connect(
             client,
             transport or _make_transport(args, client, server.backend, device),
             server.dtype,
-            LinkOptions(args.logprob_probe_tolerance, args.vllm_keep_kv_cache, args.vllm_enable_sleep_mode),
+            LinkOptions(
+                args.logprob_probe_tolerance,
+                args.logprob_probe_interval,
+                args.vllm_keep_kv_cache,
+                args.vllm_enable_sleep_mode,
+            ),
         )
         for client, server in zip(clients, facts, strict=True)
     ]

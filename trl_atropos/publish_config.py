@@ -93,6 +93,14 @@ class PublishConfig:
         },
     )
     max_publish_retries: int = field(default=3, metadata={"help": "For `--on_publish_failure retry`."})
+    logprob_probe_interval: int = field(
+        default=10,
+        metadata={
+            "help": "Compare the logprobs of trainer and server on the first publish to a server, and then on every X-th. In "
+            "between, a publish is proven by the version that the server reports and by checksums of what its workers loaded; "
+            "where they report none (`nccl`, a transport of your own), logprobs are compared every time. 1: always."
+        },
+    )
     logprob_probe_tolerance: float = field(
         default=4.0,
         metadata={
@@ -118,6 +126,7 @@ def check_publish(args: PublishConfig) -> None:
         args,
         (
             "weight_sync_steps",
+            "logprob_probe_interval",
             "vllm_server_timeout",
             "weight_sync_timeout",
             "weight_sync_warn_fraction",

@@ -106,7 +106,8 @@ class TrainerPublishing:
     def _publish_adapter(self, model: nn.Module, version: int) -> PublishReport:
         assert isinstance(model, PeftModel)
         adapter = take_adapter(model, self._dtype)
-        reference = make_reference(model, self._probe, self._dtype)
+        needs_probe = run_on_main_process(lambda: self._require_publisher().needs_probe)
+        reference = make_reference(model, self._probe, self._dtype, needs_probe)
 
         def deliver() -> PublishReport:
             assert self._adapter_publisher is not None

@@ -31,6 +31,7 @@ def test_servers_are_separated_by_commas(tmp_path):
         ({"on_publish_failure": "ignore"}, r"on_publish_failure is 'ignore'.*retry, pause, abort"),
         ({"weight_sync_steps": 0}, r"weight_sync_steps is 0"),
         ({"weight_sync_warn_fraction": float("nan")}, r"weight_sync_warn_fraction is nan"),
+        ({"logprob_probe_interval": 0}, r"logprob_probe_interval is 0"),
         ({"weight_sync_full_interval": 0}, r"weight_sync_full_interval is 0"),
         ({"vllm_group_port": 70000}, r"vllm_group_port is 70000"),
         ({"max_publish_retries": -1}, r"max_publish_retries is -1.*abort"),

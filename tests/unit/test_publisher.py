@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -495,6 +496,52 @@ class TestVerify:
         assert "could not be paused" in error.why
         assert "may serve a policy that is not proven" in error.why
         assert not server.state.is_paused
+
+
+class TestProbeInterval:
+    """Logprobs are compared on the first publish to a server and then on every third."""
+
+    @pytest.fixture
+    def publishing(self, server: ScriptedServer) -> Iterator[Publishing]:
+        publishing = Publishing(server, "retry", link_options=LinkOptions(probe_interval=3))
+        yield publishing
+        publishing.publisher.close()
+
+    def probed(self, publishing: Publishing, versions: range) -> list[bool]:
+        return [publishing.publish(policy(seed=version), version).probe is not None for version in versions]
+
+    def test_the_first_and_every_third_are_probed(self, publishing, server):
+        assert self.probed(publishing, range(7)) == [True, False, False, True, False, False, True]
+        assert server.routes.count("POST /v1/completions") == 3
+        assert server.routes.count("GET /weight_info") == 7 + 6
+        assert serves(server, policy(seed=6))
+
+    def test_the_trainers_answer_is_not_computed_in_between(self, publishing):
+        class Counted(LogprobProbe):
+            num_references = 0
+
+            def reference(self, *args: Any, **options: Any) -> Any:
+                self.num_references += 1
+                return super().reference(*args, **options)
+
+        publishing.probe = Counted(None, VOCAB_SIZE)
+        self.probed(publishing, range(4))
+        assert publishing.probe.num_references == 2
+
+    def test_a_server_that_was_restarted_is_probed_again(self, publishing, server, fast_retries):
+        self.probed(publishing, range(2))
+        server.restart()
+        assert self.probed(publishing, range(2, 4)) == [True, False]
+
+    def test_a_failed_transfer_is_followed_by_a_probe(self, publishing, server, fast_retries):
+        self.probed(publishing, range(2))
+        server.script["POST /update_weights"] = [500, None]
+        assert self.probed(publishing, range(2, 3)) == [True]
+
+    def test_without_checksums_of_the_workers_every_publish_is_probed(self, publishing):
+        send = publishing.link.transport.send
+        publishing.link.transport.send = lambda specs: replace(send(specs), has_checksums=False)
+        assert self.probed(publishing, range(3)) == [True, True, True]
 
 
 class TestSession:

@@ -390,6 +390,7 @@ class TransportContract:
         server.call("finish")
         assert server.received() == [staged(memory, layout, specs)] * 2
         assert report.num_bytes == sum(spec.num_bytes for spec in specs)
+        assert report.has_checksums
 
     @pytest.mark.parametrize(
         "changes",

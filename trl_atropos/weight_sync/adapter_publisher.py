@@ -70,10 +70,9 @@ class AdapterPublisher:
         """
         start = time.perf_counter()
         saved = self._transfer.save(adapter, policy_version)
-        delivered = Delivered()
-        expected = delivered.expect(reference)
+        delivered = Delivered(reference)
         outcome = self.options.failure_policy.run(
-            self.links, lambda link: self._deliver(link, saved, expected, delivered), policy_version
+            self.links, lambda link: self._deliver(link, saved, delivered), policy_version
         )
         return delivered.report(
             policy_version=policy_version,
@@ -88,13 +87,8 @@ class AdapterPublisher:
         for link in self.links:
             link.client.route_adapter(None, link.version or 0)
 
-    def _deliver(
-        self,
-        link: ServerLink,
-        saved: SavedAdapter,
-        expected: ProbeReference | None,
-        delivered: Delivered,
-    ) -> None:
+    def _deliver(self, link: ServerLink, saved: SavedAdapter, delivered: Delivered) -> None:
+        expected = delivered.expect() if link.needs_probe else None
         if link.version is None:
             link.client.wait_until_healthy(self.options.server_timeout_s)
         else:

@@ -132,10 +132,14 @@ class TransferReport:
             What travelled, in bytes.
         load_s (`float`):
             Seconds that the slowest worker spent in loading.
+        has_checksums (`bool`, *optional*, defaults to `False`):
+            Whether every worker reported a checksum of what it loaded, and all were right. Where not, every publish is
+            proven by logprobs.
     """
 
     num_bytes: int
     load_s: float
+    has_checksums: bool = False
 
 
 class WeightTransport(Protocol):

@@ -42,7 +42,8 @@ TRAINER_RANK = 0
 RANK_OFFSET = 1
 """Rank of worker 0."""
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 32 * 2**20
+"""Small enough that loading one chunk hides the arrival of the next."""
 NUM_THREADS = 2
 """Of gloo: the worker's receive of the next chunk goes on beside a collective that has just ended."""
 
@@ -171,7 +172,7 @@ class GlooTransport:
             that faces the server if not given.
         port (`int`, *optional*, defaults to `0`):
             Port there; 0 takes a free one.
-        chunk_bytes (`int`, *optional*, defaults to `67108864`):
+        chunk_bytes (`int`, *optional*, defaults to `33554432`):
             Size of a chunk in bytes. Tensors are not split.
     """
 

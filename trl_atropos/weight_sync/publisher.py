@@ -125,13 +125,11 @@ class PolicyPublisher:
             policy_version (`int`):
                 Number of this policy.
             reference (`Callable[[], ProbeReference]`, *optional*):
-                Computes what the servers must answer; called once, before they are paused.
+                Computes what the servers must answer; called at most once, before they are paused.
         """
-        delivered = Delivered()
-        # Before the pause: beside the loading, the two would share the memory bandwidth of a CPU.
-        expected = delivered.expect(reference)
+        delivered = Delivered(reference)
         outcome = self.options.failure_policy.run(
-            self.links, lambda link: self._deliver(link, policy_version, expected, delivered), policy_version
+            self.links, lambda link: self._deliver(link, policy_version, delivered), policy_version
         )
         assert self._staged is not None
         return delivered.report(
@@ -142,6 +140,11 @@ class PolicyPublisher:
             outcome=outcome + self._connecting,
             swallowed_fraction=self._swallowed_fraction,
         )
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether logprobs will be compared on any server at the next publish."""
+        return any(link.needs_probe for link in self.links)
 
     @property
     def stage_s(self) -> float:
@@ -174,16 +177,12 @@ class PolicyPublisher:
                 self.check_server(link)
             link.open(self._staged.layout)
 
-    def _deliver(
-        self,
-        link: ServerLink,
-        version: int,
-        expected: ProbeReference | None,
-        delivered: Delivered,
-    ) -> None:
+    def _deliver(self, link: ServerLink, version: int, delivered: Delivered) -> None:
         assert self._staged is not None
         if not link.is_open:
             self._connect(link)
+        # Before the pause: beside the loading, the two would share the memory bandwidth of a CPU.
+        expected = delivered.expect() if link.needs_probe else None
         if not link.is_paused:
             link.phase_s = {}
             link.pause()
@@ -196,21 +195,30 @@ class PolicyPublisher:
 
 
 class Delivered:
-    """The slowest phases, the most bytes and all probes of the servers of one publish."""
+    """The slowest phases, the most bytes and all probes of the servers of one publish.
 
-    def __init__(self) -> None:
+    Args:
+        reference (`Callable[[], ProbeReference]`, *optional*):
+            Computes what the servers must answer.
+    """
+
+    def __init__(self, reference: Callable[[], ProbeReference] | None) -> None:
+        self._reference = reference
+        self._expected: ProbeReference | None = None
         self.phase_s: dict[str, float] = {}
         self.num_bytes = 0
         self.probes: list[ProbeResult] = []
         self.reference_s = 0.0
         self._lock = threading.Lock()
 
-    def expect(self, reference: Callable[[], ProbeReference] | None) -> ProbeReference | None:
-        """Compute what the servers must answer; the time counts as verification."""
-        start = time.perf_counter()
-        expected = None if reference is None else reference()
-        self.reference_s = time.perf_counter() - start
-        return expected
+    def expect(self) -> ProbeReference | None:
+        """What the servers must answer, computed for the first one that asks; the time counts as verification."""
+        with self._lock:
+            if self._expected is None and self._reference is not None:
+                start = time.perf_counter()
+                self._expected = self._reference()
+                self.reference_s = time.perf_counter() - start
+            return self._expected
 
     def add(self, phase_s: dict[str, float], num_bytes: int, probe: ProbeResult | None) -> None:
         """Take what one server took."""

@@ -126,9 +126,11 @@ class WeightSync:
         """
         self._reference = None
         if isinstance(policy, nn.Module):
-            if self._make_probe is not None:
-                self._reference = make_reference(policy, self._make_probe(policy), self._dtype)
             self.push_source(PolicyWeights(policy, self._dtype))
+            if self._make_probe is not None:
+                # After the staging, which knows whether a server was restarted.
+                needs_probe = self._on_main(self._needs_probe)
+                self._reference = make_reference(policy, self._make_probe(policy), self._dtype, needs_probe)
         else:
             self.push_source(NamedTensors(policy, self._dtype))
 
@@ -136,6 +138,10 @@ class WeightSync:
         """Stage a policy from a `WeightSource` of your own. See `push`."""
         _plan_and_stage(self._publisher, source, self._policy_version, self._on_main)
         self._is_pushed = True
+
+    def _needs_probe(self) -> bool:
+        assert self._publisher is not None
+        return self._publisher.needs_probe
 
     def pause(self) -> None:
         """Freeze the servers; the `with` statement does it at its start."""
@@ -163,9 +169,13 @@ class WeightSync:
         return self.report
 
 
-def make_reference(model: nn.Module, probe: LogprobProbe, dtype: torch.dtype) -> Callable[[], ProbeReference]:
-    """What computes the answers that servers must give; for a sharded model, a collective that is done here."""
+def make_reference(
+    model: nn.Module, probe: LogprobProbe, dtype: torch.dtype, needs_probe: bool
+) -> Callable[[], ProbeReference] | None:
+    """What computes the answers that servers must give; for a sharded model, a collective that is done here if needed."""
     if is_sharded(model):
+        if not needs_probe:
+            return None
         # Every rank takes part in the forward pass, so it cannot wait for the server.
         reference = probe.reference(model, dtype, is_collective=True)
         return lambda: reference

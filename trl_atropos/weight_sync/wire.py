@@ -154,7 +154,7 @@ def check_reports(
                 "Restart the vLLM server, then restart training with --resume_from_checkpoint.",
             )
         load_s = max(load_s, report.load_s)
-    return TransferReport(expected.num_bytes, load_s)
+    return TransferReport(expected.num_bytes, load_s, has_checksums=True)
 
 
 def _identity(report: WorkerReport) -> tuple[int, int, int, int]:
