@@ -361,7 +361,7 @@ def measure_synthetic(args: argparse.Namespace, directory: Path) -> None:
                 line = measure(name, "full", model, url, None, repeats, load_s)
                 load_s, total_s[name] = line["load_s"], line["total_s"]
                 show({"synthetic_gib": gib, **line})
-        line = measure_adapter(model_dir, with_lora(model), total_s["shm"], directory / f"{gib}", repeats, *flags[:2])
+        line = measure_adapter(model_dir, with_lora(model), total_s["shm"], model_dir, repeats, *flags[:2])
         show({"synthetic_gib": gib, **line})
 
 

@@ -24,6 +24,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from trl_atropos.errors import PreflightError
+from trl_atropos.weight_sync.adapter import check_adapter, take_adapter
 from trl_atropos.weight_sync.base import PolicyLayout, TensorSpec
 from trl_atropos.weight_sync.source import PolicyWeights
 from trl_atropos.weight_sync.staging import StagedPolicy
@@ -53,6 +55,7 @@ POLICIES: dict[str, Callable[[], nn.Module]] = {
     "full": lambda: tiny_llama(vocab_size=VOCAB_SIZE),
     "full_tied": lambda: tiny_llama(vocab_size=VOCAB_SIZE, tied=True),
     "lora": lambda: lora_policy(target_modules="all-linear", modules_to_save=["norm"]),
+    "adapter": lambda: lora_policy(target_modules="all-linear"),
     "dora": lambda: lora_policy(target_modules=["q_proj", "down_proj", "embed_tokens"], use_dora=True),
 }
 
@@ -226,10 +229,26 @@ def same_pieces(first: dict[str, tuple[int, torch.Tensor]], second: dict[str, tu
     )
 
 
+def take(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The adapter, of the policy that can be published as one."""
+    try:
+        check_adapter(model)
+    except PreflightError:
+        return None
+    return take_adapter(model, DTYPE).tensors
+
+
+def same_adapter(first: dict[str, torch.Tensor] | None, second: dict[str, torch.Tensor] | None) -> bool | None:
+    if first is None or second is None:
+        return None
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def run_case(name: str, parallelism: str) -> dict[str, Any]:
     policy = POLICIES[name]()
     whole_manifest = PolicyWeights(policy, DTYPE).manifest()
     whole = stage(PolicyWeights(policy, DTYPE))
+    whole_adapter = take(policy)
     largest = largest_module_bytes(policy)
     undisturbed = Sharded(policy, parallelism)
     num_whole = sum(parameter.numel() for parameter in POLICIES[name]().parameters())
@@ -241,6 +260,7 @@ def run_case(name: str, parallelism: str) -> dict[str, Any]:
     source = PolicyWeights(sharded.model, DTYPE)
     before = sharded.held()
     published = stage(source)
+    adapter = take(sharded.model)
     peak_gathered, peak = peak_bytes(sharded.model)
     errors = {
         "consumer": error_of(lambda: stage(StoppingSource(source))),
@@ -258,6 +278,7 @@ def run_case(name: str, parallelism: str) -> dict[str, Any]:
         "is_collective": source.is_collective,
         "same_manifest": source.manifest() == whole_manifest,
         "bytes_are_equal": torch.equal(published, whole),
+        "adapter_is_equal": same_adapter(adapter, whole_adapter),
         "pieces_are_the_same": same_pieces(before, after),
         "held_fraction": num_held / num_whole,
         "peak_gathered_bytes": peak_gathered,

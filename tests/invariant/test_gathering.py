@@ -68,6 +68,9 @@ class TestSharded:
     def test_the_bytes_are_those_of_the_whole_model(self, ranks, case):
         assert all(result[case]["bytes_are_equal"] for result in ranks)
 
+    def test_the_adapter_is_that_of_the_whole_model(self, ranks, case):
+        assert all(result[case]["adapter_is_equal"] is (True if case == "adapter" else None) for result in ranks)
+
     def test_no_more_than_one_module_is_whole_at_a_time(self, ranks, case):
         for result in ranks:
             largest = result[case]["largest_module_bytes"]
