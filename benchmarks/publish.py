@@ -248,12 +248,9 @@ def measure_load(
     }
 
 
-def measure_adapter(
-    model_dir: Path, model: nn.Module, full_shm_s: float, directory: Path, repeats: int, *flags: str
-) -> dict:
+def measure_adapter(model_dir: Path, model: nn.Module, full_shm_s: float, directory: Path, repeats: int) -> dict:
     """Publish the adapter itself to a server with LoRA, and return the medians."""
     flags = (
-        *flags,
         *("--enforce_eager", "True", "--enable-lora", "--max-lora-rank", "16", "--max-loras", "2"),
         *("--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     )
@@ -361,7 +358,9 @@ def measure_synthetic(args: argparse.Namespace, directory: Path) -> None:
                 line = measure(name, "full", model, url, None, repeats, load_s)
                 load_s, total_s[name] = line["load_s"], line["total_s"]
                 show({"synthetic_gib": gib, **line})
-        line = measure_adapter(model_dir, with_lora(model), total_s["shm"], model_dir, repeats, *flags[:2])
+        # An adapter needs a server with the trainer's own base.
+        model.save_pretrained(model_dir)
+        line = measure_adapter(model_dir, with_lora(model), total_s["shm"], model_dir, repeats)
         show({"synthetic_gib": gib, **line})
 
 

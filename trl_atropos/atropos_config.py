@@ -14,7 +14,6 @@ from .config_checks import (
     check_choices,
     check_loss,
     check_offloading,
-    check_parallelism,
     check_positive,
     check_unsupported,
 )
@@ -290,7 +289,6 @@ class AtroposConfig(DataConfig, PublishConfig, TrainingArguments):
                 "--max_steps to the number of optimizer steps."
             )
         check_unsupported(self)
-        check_parallelism(self)
         check_offloading(self)
         if self.advantage_clipping is not None:
             validate_clipping(self.advantage_clipping)

@@ -47,6 +47,7 @@ from .optimizer_step import LossWatch, StepOptions, check_grad_norm, distillatio
 from .policy_forward import PolicyForward, make_forward, prepare_policy, weighted_sft_loss
 from .preflight import ServerFacts, check_launch
 from .publishing import TrainerPublishing
+from .sequence_parallel import use_sequence_parallel
 from .step_clock import StepClock
 from .trainer_data import TrainerData
 from .weight_sync.base import WeightTransport
@@ -155,6 +156,8 @@ class AtroposTrainer(Trainer):
         self._metrics = MetricAccumulator()
         self._publishing: TrainerPublishing | None = None
         self._clock = StepClock()
+        self._sequence_parallel = use_sequence_parallel(self.accelerator)
+        self._data_group = self._sequence_parallel.data_group if self._sequence_parallel else None
         if self.accelerator.distributed_type == DistributedType.NO:
             use_sparse_embedding_gradient(self.model)
         if args.data_path is None:
@@ -259,7 +262,7 @@ class AtroposTrainer(Trainer):
         if self._publishing is not None:
             self._publishing.sleep()
         micro_batches = [batch for item in items for batch in item]
-        num_trained_tokens, metrics = prepare_step(micro_batches, self._step_options, device)
+        num_trained_tokens, metrics = prepare_step(micro_batches, self._step_options, device, self._data_group)
         metrics["perf/has_layout_fallback"] = mean_of(bool(self._get_forward().scorer.plan.fallbacks))
         self._metrics.update({**(self._data.pop_metrics() if self._data else {}), **metrics})
         return items, torch.tensor(num_trained_tokens, device=device)
@@ -267,7 +270,8 @@ class AtroposTrainer(Trainer):
     def _get_forward(self) -> PolicyForward:
         if self._forward is None:
             model = self.accelerator.unwrap_model(self.model)
-            self._forward = make_forward(self.args, model, self.model_wrapped, self._reference_model, self.accelerator)
+            models = (model, self.model_wrapped, self._reference_model)
+            self._forward = make_forward(self.args, *models, self.accelerator, self._sequence_parallel)
         return self._forward
 
     def _get_collator(self) -> RolloutCollator:
@@ -317,7 +321,7 @@ class AtroposTrainer(Trainer):
                 Not used: `token_weights` of the inputs hold every denominator.
 
         Returns:
-            `torch.Tensor` of shape `()`. Times the number of ranks, because gradients are averaged over ranks.
+            `torch.Tensor` of shape `()`. Times the number of data-parallel ranks: gradients are averaged over them.
         """
         if return_outputs:
             raise NotImplementedError("AtroposTrainer computes logits at trained positions only.")
@@ -349,7 +353,7 @@ class AtroposTrainer(Trainer):
             distillation, metric = distillation_loss(scores.teacher_token_logprobs[token_index], inputs)
             loss = loss + args.distillation_coef * distillation
             self._metrics.update({"distillation/loss": metric})
-        return loss * self.accelerator.num_processes
+        return loss * forward.num_data_ranks
 
     def compute_advantage_weighted_sft_loss(
         self,
@@ -428,7 +432,7 @@ class AtroposTrainer(Trainer):
 
     def _collect_metrics(self) -> dict[str, float]:
         self._metrics.update(self._clock.read(self.state.global_step))
-        metrics = self._metrics.reduce(distributed=is_distributed(), device=self.args.device)
+        metrics = self._metrics.reduce(self._data_group, is_distributed(), self.args.device)
         metrics["policy_version"] = float(self.policy_version)
         return {**metrics, **(self._data.total_metrics() if self._data else {})}
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from accelerate import ParallelismConfig
 
 
 if TYPE_CHECKING:
@@ -115,25 +118,61 @@ def check_offloading(args: AtroposConfig) -> None:
         )
 
 
-def check_parallelism(args: AtroposConfig) -> None:
-    """Refuse ranks that are not data-parallel: each is dealt rollouts of its own."""
+def sequence_parallel_size(args: AtroposConfig) -> int:
+    """How many ranks share a sequence, as the options or the launcher say.
+
+    Raises:
+        `ValueError`: for tensor and context parallelism, and for what does not go together with sequence parallelism.
+    """
     parallelism = args.parallelism_config
-    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+    if parallelism is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
+        # What the launcher was told, as accelerate reads it.
+        parallelism = ParallelismConfig()
+    if parallelism is None:
+        return 1
+    size = parallelism.sp_size
+    if parallelism.non_data_parallel_size != size:
         raise ValueError(
-            f"parallelism_config has {parallelism.non_data_parallel_size} tensor-, context- or sequence-parallel ranks per "
-            "replica. They would be dealt different rollouts and counted several times in the loss. Use data parallelism, "
-            "FSDP or DeepSpeed."
+            f"The parallelism configuration has {parallelism.tp_size} tensor-parallel and {parallelism.cp_size} context-parallel "
+            "ranks per replica. They would be dealt different rollouts and counted several times in the loss. Use data "
+            "parallelism, FSDP, DeepSpeed, or sequence parallelism (parallelism_config_sp_size)."
         )
+    if size > 1:
+        _check_sequence_parallel(args, size, parallelism.data_parallel_size)
+    return size
+
+
+def _check_sequence_parallel(args: AtroposConfig, size: int, num_replicas: int) -> None:
+    if size * num_replicas != args.world_size:
+        raise ValueError(
+            f"parallelism_config_sp_size is {size} and parallelism_config_dp_shard_size {num_replicas}, there are "
+            f"{args.world_size} processes. Set the two so that their product is the number of processes."
+        )
+    for name, accepted, why in (
+        (
+            "per_device_train_batch_size",
+            (1,),
+            "ranks share one sequence at a time; --gradient_accumulation_steps takes more",
+        ),
+        ("max_tokens_per_micro_batch", (None,), "a micro-batch is one sequence"),
+        ("sequence_layout", ("auto", "padded"), "a row is one sequence"),
+    ):
+        if getattr(args, name) not in accepted:
+            raise ValueError(
+                f"{name} is {getattr(args, name)} and {size} ranks share each sequence (parallelism_config_sp_size): {why}. Set "
+                f"--{name} {accepted[-1]}, or leave it out."
+            )
 
 
 def check_batch_size(args: AtroposConfig) -> None:
-    step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    num_data_ranks = args.world_size // sequence_parallel_size(args)
+    step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_data_ranks
     if args.atropos_batch_size is None:
         args.atropos_batch_size = step_size
     elif args.atropos_batch_size != step_size:
         raise ValueError(
             f"atropos_batch_size ({args.atropos_batch_size}) is not per_device_train_batch_size "
             f"({args.per_device_train_batch_size}) x gradient_accumulation_steps "
-            f"({args.gradient_accumulation_steps}) x processes ({args.world_size}) = {step_size}. One optimizer step "
+            f"({args.gradient_accumulation_steps}) x data-parallel processes ({num_data_ranks}) = {step_size}. One optimizer step "
             "trains one batch of the API. Leave --atropos_batch_size out, or make them equal."
         )

@@ -34,12 +34,14 @@ def largest_over_ranks(value: float) -> float:
     return max(values)
 
 
-def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    """The sums of each entry over all ranks, in float64; a collective call."""
+def sum_over_ranks(
+    values: list[float], device: torch.device, process_group: dist.ProcessGroup | None = None
+) -> list[float]:
+    """The sums of each entry over all ranks, or those of a group, in float64; a collective call."""
     if not is_distributed():
         return values
     totals = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(totals)
+    dist.all_reduce(totals, group=process_group)
     return totals.tolist()
 
 

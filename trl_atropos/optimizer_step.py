@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .advantages import advantage_statistics, clip_advantages, normalize_advantages, standardize_advantages
@@ -42,7 +43,10 @@ class StepOptions:
 
 
 def prepare_step(
-    micro_batches: Sequence[dict[str, Any]], options: StepOptions, device: torch.device
+    micro_batches: Sequence[dict[str, Any]],
+    options: StepOptions,
+    device: torch.device,
+    process_group: dist.ProcessGroup | None = None,
 ) -> tuple[int, dict[str, Metric]]:
     """Normalise and clip the advantages of a step, and weigh its tokens.
 
@@ -59,18 +63,20 @@ def prepare_step(
             How.
         device (`torch.device`):
             On which the backend of the process group reduces.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            Ranks that hold every rollout once; all ranks if not given.
 
     Returns:
         `tuple[int, dict[str, Metric]]`: trained tokens of the step over all ranks, and metrics of the advantages.
     """
     advantages = [batch["advantages"] for batch in micro_batches]
     masks = [torch.ones_like(values, dtype=torch.bool) for values in advantages]
-    statistics = advantage_statistics(advantages, masks, distributed=is_distributed(), device=device)
+    statistics = advantage_statistics(advantages, masks, process_group, distributed=is_distributed(), device=device)
     for batch in micro_batches:
         batch["num_with_teacher"] = _num_with_teacher(batch)
     num_with_teacher = sum(batch["num_with_teacher"] for batch in micro_batches)
     num_rollouts = sum(batch["num_rollouts"] for batch in micro_batches)
-    num_rollouts, num_with_teacher = map(int, sum_over_ranks([num_rollouts, num_with_teacher], device))
+    num_rollouts, num_with_teacher = map(int, sum_over_ranks([num_rollouts, num_with_teacher], device, process_group))
     metrics = {
         "num_trained_tokens": mean_of(float(statistics.num_trained_tokens)),
         "advantages/zero_std": mean_of(statistics.std == 0),

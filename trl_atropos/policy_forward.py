@@ -18,10 +18,12 @@ from trl.trainer.utils import use_adapter
 
 from .advantages import clip_advantages, normalize_advantages
 from .atropos_config import AtroposConfig
+from .config_checks import sequence_parallel_size
 from .logprobs import select_positions_before, token_logprobs_and_entropy
 from .losses import select_trained, weighted_cross_entropy
 from .modeling import add_adapter, disable_dropout, load_model
 from .scoring import ForwardPlan, PolicyScorer, plan_forward
+from .sequence_parallel import SequenceParallel, scaled_for
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ def prepare_policy(
         disable_dropout(policy)
     # Before the optimizer's first step: the copy must be of the starting policy.
     needs_copy = args.beta != 0.0 and args.ref_logprobs == "recompute" and not hasattr(policy, "peft_config")
+    if needs_copy and sequence_parallel_size(args) > 1:
+        raise ValueError(
+            f"beta is {args.beta}, and {sequence_parallel_size(args)} ranks share each sequence. TRL prepares the copy of the policy "
+            "for data-parallel ranks only. Train an adapter (--use_peft), set --ref_logprobs require, or --beta 0."
+        )
     return PreparedPolicy(policy, processing_class, make_reference_model(model, args) if needs_copy else None)
 
 
@@ -74,10 +81,13 @@ class PolicyForward:
             Of the policy, with the plan that was found out at start.
         reference ([`ReferencePolicy`], *optional*):
             None if nothing needs a reference model.
+        num_data_ranks (`int`):
+            By what the gradients of all ranks are divided after they were added up: the shares of a step's rollouts.
     """
 
     scorer: PolicyScorer
     reference: ReferencePolicy | None
+    num_data_ranks: int
 
 
 def make_forward(
@@ -86,6 +96,7 @@ def make_forward(
     wrapped: nn.Module,
     reference_model: PreTrainedModel | None,
     accelerator: Accelerator,
+    sequence_parallel: SequenceParallel | None = None,
 ) -> PolicyForward:
     """Find out how forward passes are best made. A collective call: the model runs on every rank.
 
@@ -100,15 +111,18 @@ def make_forward(
             From [`make_reference_model`], not yet wrapped.
         accelerator (`Accelerator`):
             Of the run.
+        sequence_parallel ([`~sequence_parallel.SequenceParallel`], *optional*):
+            If ranks share sequences.
 
     Raises:
         [`PreflightError`]: see [`~scoring.plan_forward`].
     """
+    sequence_parallel = scaled_for(sequence_parallel, wrapped)
     mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     plan = plan_forward(
         model,
         wrapped,
-        args.sequence_layout,
+        args.sequence_layout if sequence_parallel is None else "padded",
         max_length=args.max_length,
         dtype=mixed or next(model.parameters()).dtype,
         device=accelerator.device,
@@ -116,8 +130,9 @@ def make_forward(
     )
     reference = None
     if args.beta != 0.0 and args.ref_logprobs == "recompute":
-        reference = ReferencePolicy(model, reference_model, plan, accelerator)
-    return PolicyForward(PolicyScorer(model, plan, accelerator.autocast), reference)
+        reference = ReferencePolicy(model, reference_model, plan, accelerator, sequence_parallel)
+    num_data_ranks = accelerator.num_processes if sequence_parallel is None else sequence_parallel.data_size
+    return PolicyForward(PolicyScorer(model, plan, accelerator.autocast, sequence_parallel), reference, num_data_ranks)
 
 
 def make_reference_model(model: str | PreTrainedModel | nn.Module, args: AtroposConfig) -> PreTrainedModel:
@@ -159,6 +174,8 @@ class ReferencePolicy:
             How forward passes are made.
         accelerator (`Accelerator`):
             Places and shards the copy as it does the policy.
+        sequence_parallel ([`~sequence_parallel.SequenceParallel`], *optional*):
+            If ranks share sequences.
     """
 
     def __init__(
@@ -167,10 +184,13 @@ class ReferencePolicy:
         copy_of_start: PreTrainedModel | None,
         plan: ForwardPlan,
         accelerator: Accelerator,
+        sequence_parallel: SequenceParallel | None = None,
     ):
         self._model = model
         self._wrapped_copy = None if copy_of_start is None else _prepare(copy_of_start, accelerator)
-        self._scorer = PolicyScorer(model if copy_of_start is None else copy_of_start, plan, accelerator.autocast)
+        self._scorer = PolicyScorer(
+            model if copy_of_start is None else copy_of_start, plan, accelerator.autocast, sequence_parallel
+        )
 
     @torch.no_grad()
     def logprobs(self, wrapped: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

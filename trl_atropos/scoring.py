@@ -28,6 +28,7 @@ from .logprobs import (
     score_hidden_states,
     select_positions_before,
 )
+from .sequence_parallel import SequenceParallel
 from .tree_attention import TREE_SDPA, register_tree_attention
 
 
@@ -88,12 +89,21 @@ class PolicyScorer:
             How.
         autocast (`Callable`, *optional*):
             Makes the context in which the head runs: the mixed precision that the wrapped model's forward has.
+        sequence_parallel ([`~sequence_parallel.SequenceParallel`], *optional*):
+            With it, a model in training mode runs on this rank's piece of the sequence, and micro-batches have one row.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: ForwardPlan, autocast: Callable[[], Any] = nullcontext):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: ForwardPlan,
+        autocast: Callable[[], Any] = nullcontext,
+        sequence_parallel: SequenceParallel | None = None,
+    ):
         self.model = model
         self.plan = plan
         self.autocast = autocast
+        self.sequence_parallel = sequence_parallel
         self._transform_logits = logits_transform(model.config.get_text_config())
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[TokenScores, Tensor]:
@@ -110,10 +120,19 @@ class PolicyScorer:
             `tuple[TokenScores, torch.Tensor]`: of the U positions; and a zero of shape `()` that ties the model's own
             output to the loss, for the wrappers whose hooks wait for its gradient.
         """
+        # DeepSpeed's attention leaves evaluation whole.
+        if self.sequence_parallel is None or not self.model.training:
+            implementation = self.model.config.get_text_config()._attn_implementation
+            return self._score(model, model_inputs(batch, implementation, next(self.model.parameters()).dtype), batch)
+        inputs, piece, is_here = self.sequence_parallel.shard(batch)
+        scores, no_loss = self._score(model, inputs, piece)
+        return self.sequence_parallel.join(scores, is_here), no_loss
+
+    def _score(
+        self, model: nn.Module, inputs: Mapping[str, Any], batch: Mapping[str, Tensor]
+    ) -> tuple[TokenScores, Tensor]:
         head = self.model.get_output_embeddings()
         index, targets, temperature = batch["prediction_index"], batch["targets"], batch["temperature"]
-        implementation = self.model.config.get_text_config()._attn_implementation
-        inputs = model_inputs(batch, implementation, next(self.model.parameters()).dtype)
         teacher_token_ids = batch.get("teacher_token_ids")
         vocab_size = self.model.config.get_text_config().vocab_size
         if not self.plan.projects_in_pieces:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .atropos_config import AtroposConfig
 from .checkpoints import STATE_KEY, forget_checkpoint
+from .config_checks import sequence_parallel_size
 from .data import BatchPreparer, PreparedBatch, RolloutStream, StreamSettings
 from .distributed import run_on_main_process
 from .environment_metrics import EnvironmentMetrics
@@ -270,11 +271,13 @@ def _stream_settings(args: AtroposConfig, eos_token_ids: frozenset[int] | None) 
     assert args.atropos_batch_size is not None
     required = ["inference_logprobs"] if args.needs_inference_logprobs else []
     required += ["ref_logprobs"] if args.ref_logprobs == "require" else []
+    num_sharing = sequence_parallel_size(args)
     return StreamSettings(
         batch_size=args.atropos_batch_size,
         micro_batch_size=args.per_device_train_batch_size,
-        rank=args.process_index,
-        world_size=args.world_size,
+        # Ranks that share sequences are dealt the same rollouts.
+        rank=args.process_index // num_sharing,
+        world_size=args.world_size // num_sharing,
         scale_rewards=args.scale_rewards,
         required_logprobs=tuple(required),
         max_tokens_per_micro_batch=args.max_tokens_per_micro_batch,

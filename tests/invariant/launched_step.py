@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def run_case(
         rank (`int`, *optional*, defaults to `0`):
             Which share of the rollouts is trained here.
         parallelism (`str`, *optional*, defaults to `"none"`):
-            `"none"`, `"ddp"`, `"zero2"` or `"zero3"`: what must have happened.
+            `"none"`, `"ddp"`, `"zero2"`, `"zero3"`, `"ulysses2"` or `"ulysses3"`: what must have happened.
         publish_url (`str`, *optional*):
             Server that the trained policy is published to.
         options:
@@ -204,28 +204,31 @@ def check_parallelism(trainer: AtroposTrainer, parallelism: str) -> None:
     if parallelism == "none":
         assert kind == DistributedType.NO, kind
         return
-    assert dist.get_world_size() == trainer.accelerator.num_processes == 2
+    sharing = trainer._sequence_parallel
+    num_sharing = 1 if sharing is None else sharing.size
+    assert num_sharing == (2 if parallelism.startswith("ulysses") else 1)
+    assert dist.get_world_size() == trainer.accelerator.num_processes == 2 * num_sharing
     if parallelism == "ddp":
         assert kind == DistributedType.MULTI_CPU, kind
         assert isinstance(wrapped, torch.nn.parallel.DistributedDataParallel), type(wrapped)
         return
     assert kind == DistributedType.DEEPSPEED, kind
-    assert wrapped.zero_optimization_stage() == int(parallelism.removeprefix("zero"))
+    assert wrapped.zero_optimization_stage() == int(parallelism[-1])
     num_parameters = sum(parameter.numel() for parameter in policy().parameters())
-    if parallelism == "zero2":
-        # Half of the parameters with weight decay and half of those without, each padded for the collectives.
+    if parallelism.endswith("2"):
+        # A share of the parameters with weight decay and one of those without, each padded for the collectives.
         pieces = [piece.numel() for piece in wrapped.optimizer.single_partition_of_fp32_groups]
-        assert abs(sum(pieces) - num_parameters // 2) < 64, pieces
+        assert abs(sum(pieces) - num_parameters // dist.get_world_size()) < 64, pieces
         return
     for name, parameter in trainer.model.named_parameters():
         assert parameter.shape == (0,), (name, parameter.shape)
-        assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // 2), name
+        assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // dist.get_world_size()), name
     assert sum(parameter.ds_numel for parameter in trainer.model.parameters()) == num_parameters
 
 
 def whole_weights(trainer: AtroposTrainer, parallelism: str) -> Gradient:
     gathered: Any = nullcontext()
-    if parallelism == "zero3":
+    if parallelism.endswith("3"):
         import deepspeed
 
         gathered = deepspeed.zero.GatheredParameters(list(trainer.model.parameters()))
@@ -236,7 +239,7 @@ def whole_weights(trainer: AtroposTrainer, parallelism: str) -> Gradient:
 def main(model: Path, output: Path, parallelism: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     options: dict[str, Any] = {}
-    if parallelism.startswith("zero"):
+    if parallelism.startswith(("zero", "ulysses")):
         import deepspeed
 
         # Reduce with gloo: DeepSpeed's own operation would be compiled on the spot.
@@ -247,8 +250,12 @@ def main(model: Path, output: Path, parallelism: str, names: list[str]) -> None:
     rank = int(os.environ["RANK"])
     results = {}
     for name in names:
+        case, share = CASES[name], rank
+        if parallelism.startswith("ulysses"):
+            # Two ranks share a sequence, and so a share of the rollouts; a micro-batch is one sequence.
+            case, share = replace(case, split=(2, 4, 1)), rank // 2
         publish_url = os.environ["PUBLISH_URL"] if name == names[0] else None
-        results[name] = run_case(CASES[name], model, output, rank, parallelism, publish_url, **options)
+        results[name] = run_case(case, model, output, share, parallelism, publish_url, **options)
     torch.save(results, output / f"rank{rank}.pt")
     dist.destroy_process_group()
 

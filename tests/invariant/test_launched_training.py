@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from launched_step import CASES, TOKEN_BUDGET, run_case
 from launcher import run_launcher
 from scripted_server import ScriptedServer
@@ -27,6 +28,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("launched_step.py")
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 ACCELERATE = (
@@ -68,6 +70,14 @@ def with_deepspeed(config: str) -> tuple[str, ...]:
     return (*ACCELERATE, "--use_deepspeed", "--deepspeed_config_file", config)
 
 
+def with_ulysses(config: str) -> tuple[str, ...]:
+    # A config file: accelerate's flags for it insist on FSDP.
+    return (
+        *("accelerate.commands.launch", "--num_machines", "1", "--num_processes", "4", "--main_process_port", "0"),
+        *("--dynamo_backend", "no", "--config_file", config),
+    )
+
+
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 DEEPSPEED_ON_CPU = {"DS_ACCELERATOR": "cpu"}
 LAUNCHES = {
@@ -75,6 +85,9 @@ LAUNCHES = {
     "accelerate-ddp": Launch((*ACCELERATE, "--multi_gpu"), "ddp", ON_CPU, ["dapo", "grpo-accumulated"]),
     "accelerate-zero2": Launch(with_deepspeed("zero2.json"), "zero2", DEEPSPEED_ON_CPU, [*COMMON, *NON_FINITE]),
     "accelerate-zero3": Launch(with_deepspeed("zero3.json"), "zero3", DEEPSPEED_ON_CPU, [*COMMON, *NON_FINITE]),
+    # DeepSpeed makes the groups of a process once, so one run is all there is.
+    "ulysses-zero2": Launch(with_ulysses("ulysses2.yaml"), "ulysses2", DEEPSPEED_ON_CPU, ["dapo-two-steps"]),
+    "ulysses-zero3": Launch(with_ulysses("ulysses3.yaml"), "ulysses3", DEEPSPEED_ON_CPU, ["grpo"]),
 }
 
 
@@ -103,6 +116,12 @@ def directory(tmp_path_factory) -> Path:
     )
     for stage in (2, 3):
         (directory / f"zero{stage}.json").write_text(json.dumps(deepspeed_config(stage)))
+        ulysses = yaml.safe_load((ROOT / "examples" / "accelerate_configs" / "ulysses.yaml").read_text())
+        ulysses["deepspeed_config"] = {"deepspeed_config_file": f"zero{stage}.json"}
+        ulysses["parallelism_config"]["parallelism_config_sp_attn_implementation"] = "sdpa"
+        # Said by the configuration of DeepSpeed.
+        del ulysses["mixed_precision"]
+        (directory / f"ulysses{stage}.yaml").write_text(yaml.safe_dump(ulysses))
     return directory
 
 
@@ -120,7 +139,8 @@ def results_of(directory) -> Callable[[str], list[Results]]:
                 served[name] = {key: value.clone() for key, value in server.model.named_parameters()}
         exit_status, log = outcomes[name]
         assert exit_status == 0, log
-        results = [torch.load(directory / name / f"rank{rank}.pt") for rank in range(2)]
+        results = [torch.load(path) for path in sorted((directory / name).glob("rank*.pt"))]
+        assert len(results) == (4 if "ulysses" in name else 2)
         return [{**result, "served": served[name]} for result in results]
 
     return results_of

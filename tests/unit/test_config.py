@@ -397,8 +397,42 @@ def test_offloading_activations_of_a_cpu_is_refused(tmp_path):
         AtroposConfig(output_dir=str(tmp_path), use_cpu=True, activation_offloading=True)
 
 
-def test_ranks_that_are_not_data_parallel_are_refused(tmp_path):
-    # Built, not launched: a mesh of two sequence-parallel ranks.
-    parallelism = ParallelismConfig(sp_size=2, sp_backend="deepspeed")
-    with pytest.raises(ValueError, match=r"parallelism_config has 2 .*counted several times in the loss"):
-        AtroposConfig(output_dir=str(tmp_path), use_cpu=True, parallelism_config=parallelism)
+class TestParallelism:
+    """Built, not launched: there is one process."""
+
+    def make(self, tmp_path: Path, parallelism: ParallelismConfig | None = None, **options: Any) -> AtroposConfig:
+        return AtroposConfig(output_dir=str(tmp_path), use_cpu=True, parallelism_config=parallelism, **options)
+
+    def test_tensor_parallel_ranks_are_refused(self, tmp_path):
+        with pytest.raises(ValueError, match=r"has 2 tensor-parallel and 1 context-parallel .*counted several times"):
+            self.make(tmp_path, ParallelismConfig(tp_size=2))
+
+    def test_so_are_those_that_only_the_launcher_names(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+        monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+        with pytest.raises(ValueError, match=r"has 2 tensor-parallel"):
+            self.make(tmp_path)
+
+    def test_sequence_parallel_ranks_must_fill_the_processes(self, tmp_path):
+        with pytest.raises(ValueError, match=r"sp_size is 2 .*there are 1 processes"):
+            self.make(tmp_path, ParallelismConfig(sp_size=2, sp_backend="deepspeed"))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"per_device_train_batch_size": 2}, r"per_device_train_batch_size is 2 and 2 ranks share .*--per_device_train_batch_size 1"),
+            ({"max_tokens_per_micro_batch": 4096}, r"max_tokens_per_micro_batch is 4096 and 2 ranks share"),
+            ({"sequence_layout": "tree"}, r"sequence_layout is tree and 2 ranks share .*--sequence_layout padded"),
+        ],
+    )  # fmt: skip
+    def test_a_micro_batch_of_sequence_parallel_ranks_is_one_row(self, tmp_path, monkeypatch, options, message):
+        monkeypatch.setattr(AtroposConfig, "world_size", 4)
+        options = {"per_device_train_batch_size": 1, **options}
+        with pytest.raises(ValueError, match=message):
+            self.make(tmp_path, ParallelismConfig(sp_size=2, dp_shard_size=2, sp_backend="deepspeed"), **options)
+
+    def test_sequence_parallel_ranks_train_one_share_of_the_batch(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(AtroposConfig, "world_size", 4)
+        parallelism = ParallelismConfig(sp_size=2, dp_shard_size=2, sp_backend="deepspeed")
+        args = self.make(tmp_path, parallelism, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+        assert args.atropos_batch_size == 16

@@ -43,7 +43,7 @@ L2 = {"atropos_client", "journal", "weight_sync"}
 DIAGNOSIS = {"diagnosis"}
 SOURCES = {"offline_data", "sources", "prefetch", "quarantine"}
 SERVING = {"serving"}
-L3 = SOURCES | {"distributed", "data", "optimizer_step", "scoring", "tree_attention"}
+L3 = SOURCES | {"distributed", "data", "optimizer_step", "scoring", "sequence_parallel", "tree_attention"}
 L4 = {
     "modeling",
     "publish_config",
@@ -78,7 +78,8 @@ ALLOWED = {
     "prefetch": set(),
     "distributed": L0,
     "optimizer_step": L0 | L1 | {"distributed"},
-    "scoring": L0 | L1 | {"distributed", "tree_attention"},
+    "scoring": L0 | L1 | {"distributed", "sequence_parallel", "tree_attention"},
+    "sequence_parallel": L1,
     "tree_attention": set(),
     **dict.fromkeys(L4, L0 | L1 | L2 | DIAGNOSIS | SERVING | L3 | L4),
     "cli": CLI | {"errors"},
@@ -116,6 +117,7 @@ THIRD_PARTY = {
     "distributed": {"torch", "accelerate"},
     "optimizer_step": {"torch"},
     "scoring": {"torch", "transformers"},
+    "sequence_parallel": {"torch", "accelerate"},
     "tree_attention": {"torch", "transformers"},
 }
 """Top-level module or subpackage -> packages outside of the standard library that it may import; absent: any."""
