@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AtroposClient": "atropos_client",
     "AtroposConfig": "atropos_config",
+    "AtroposParser": "parser",
     "AtroposTrainer": "atropos_trainer",
     "AtroposVLLMClient": "weight_sync.vllm_client",
     "LossInputs": "losses",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .losses import LossInputs as LossInputs
     from .losses import LossOutputs as LossOutputs
     from .losses import advantage_weighted_sft_loss as advantage_weighted_sft_loss
+    from .parser import AtroposParser as AtroposParser
     from .weight_sync.vllm_client import AtroposVLLMClient as AtroposVLLMClient
 
 

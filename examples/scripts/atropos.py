@@ -30,9 +30,9 @@ from __future__ import annotations
 import logging
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_atropos import AtroposConfig, AtroposTrainer
+from trl_atropos import AtroposConfig, AtroposParser, AtroposTrainer
 
 
 def main(training_args: AtroposConfig, model_args: ModelConfig) -> None:
@@ -63,4 +63,4 @@ def main(training_args: AtroposConfig, model_args: ModelConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((AtroposConfig, ModelConfig)).parse_args_and_config())
+    main(*AtroposParser((AtroposConfig, ModelConfig)).parse_args_and_config())

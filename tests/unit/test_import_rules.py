@@ -57,6 +57,8 @@ L4 = {
     "completions",
     "evaluation",
     "config_checks",
+    "seed_options",
+    "parser",
     "atropos_config",
     "connections",
     "policy_forward",

@@ -1,0 +1,82 @@
+"""Write docs/config.md from the fields of `AtroposConfig` and from the table of seed keys.
+
+Usage: python packaging/config_doc.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from trl_atropos.atropos_config import AtroposConfig
+from trl_atropos.data_config import DataConfig
+from trl_atropos.publish_config import PublishConfig
+from trl_atropos.seed_options import SEED_OPTIONS
+
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "config.md"
+HEADER = """\
+# Options
+
+Every option of `AtroposConfig` that is not one of transformers' `TrainingArguments`, or differs from it. Made from the fields by
+`python packaging/config_doc.py`; do not edit. Each is a flag of `examples/scripts/atropos.py` (`--max_steps 500`), a key of the
+file that `--config` names (`max_steps: 500`), and an argument of `AtroposConfig(max_steps=500)`. The command line wins over the
+file. A name that is no option is refused with the nearest one. The model's options (`model_name_or_path`, `dtype`,
+`attn_implementation`, `use_peft`, `lora_r`, ...) are those of TRL's `ModelConfig`.
+
+A block `env:` in the file sets environment variables.
+"""
+SEED = """\
+## Files of AtroposSFTTrainer
+
+`--config` takes the file of the VERL integration as it is (`examples/configs/atropos_sft_trainer.yaml`). At start it is printed
+what each key became. A key without a counterpart is refused. `advantage_normalization` and `advantage_clipping` have kept their
+names.
+
+| Key | Becomes | |
+|---|---|---|
+"""
+
+
+def render() -> str:
+    """The page: a section for each class, then the seed's keys."""
+    changed = [field for field in own_fields(AtroposConfig) if field.name in TrainingArguments.__dataclass_fields__]
+    loss = [field for field in own_fields(AtroposConfig) if field not in changed]
+    sections = {
+        "Data": own_fields(DataConfig),
+        "Inference servers and publishing": own_fields(PublishConfig),
+        "Model, loss and forward pass": loss,
+        "Other defaults than in TrainingArguments": changed,
+    }
+    parts = [HEADER]
+    for title, fields in sections.items():
+        rows = [row(field) for field in fields]
+        parts.append("\n".join([f"## {title}", "", "| Option | Type | Default | |", "|---|---|---|---|", *rows, ""]))
+    keys = [
+        f"| `{key}` | {', '.join(f'`{name}`' for name in option.options) or '-'} | {option.meaning} |"
+        for key, option in SEED_OPTIONS.items()
+    ]
+    return "\n".join([*parts, SEED + "\n".join(keys), ""])
+
+
+def own_fields(cls: type) -> list[dataclasses.Field[Any]]:
+    """The fields that a class itself declares."""
+    return [field for field in dataclasses.fields(cls) if field.name in cls.__annotations__]
+
+
+def row(field: dataclasses.Field[Any]) -> str:
+    """One line of a table."""
+    # Not `field.type`, which transformers' parser replaces.
+    annotation = next(
+        cls.__annotations__[field.name] for cls in AtroposConfig.__mro__ if field.name in cls.__annotations__
+    )
+    kind = annotation.replace("|", "\\|")
+    text = field.metadata["help"].replace("|", "\\|")
+    return f"| `{field.name}` | `{kind}` | `{field.default}` | {text} |"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render())
