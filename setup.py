@@ -59,6 +59,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["trl_atropos", "trl_atropos.*"]),
+    package_data={"trl_atropos": ["py.typed"], "trl_atropos.report": ["*.j2"]},
     install_requires=[line for name, line in requirements.items() if name not in OPTIONAL],
     extras_require=extras,
     entry_points={

@@ -209,7 +209,7 @@ class AtroposTrainer(Trainer):
         self._publishing = TrainerPublishing(self.args, self._connections, probe, self._server_facts.dtype)
 
     def _connect_main_process(self) -> ServerFacts:
-        self._connections = connect(self.args, self.model.config, self.accelerator.device, self._weight_transport)
+        self._connections = connect(self.args, self.model, self.processing_class, self._weight_transport)
         return self._connections.facts
 
     # Data

@@ -16,6 +16,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from .report.callback import ReportCallback
+
 
 class PublishPolicyCallback(TrainerCallback):
     """Publishes once before the first batch and then every `weight_sync_steps` optimizer steps, the last included.
@@ -70,6 +72,7 @@ def add_watching_callbacks(trainer: Trainer) -> None:
     trainer.pop_callback(PrinterCallback)
     trainer.pop_callback(ProgressCallback)
     trainer.add_callback(StepTableCallback())
+    trainer.add_callback(ReportCallback())
 
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (

@@ -7,14 +7,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
+from torch import nn
 
 from .atropos_client import AtroposClient, Registration
 from .atropos_config import AtroposConfig
 from .errors import PreflightError, VLLMServerUnreachable, WeightSyncTimeout
-from .preflight import ServerFacts, inspect_server
+from .preflight import ServerFacts, inspect_run, inspect_server, trainer_side
 from .weight_sync.adapter_publisher import AdapterPublisher
 from .weight_sync.base import WeightTransport
 from .weight_sync.failures import FailurePolicy
@@ -22,6 +22,10 @@ from .weight_sync.publisher import PolicyPublisher, PublishOptions
 from .weight_sync.server_link import LinkOptions, ServerLink
 from .weight_sync.transports import make_transport
 from .weight_sync.vllm_client import AtroposVLLMClient
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 logger = logging.getLogger(__name__)
@@ -97,8 +101,8 @@ class Connections:
 
 def connect(
     args: AtroposConfig,
-    model_config: Any,
-    device: torch.device,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
     transport: WeightTransport | None = None,
 ) -> Connections:
     """Reach both servers and check that they fit the run.
@@ -106,10 +110,10 @@ def connect(
     Args:
         args ([`AtroposConfig`]):
             Options of the run.
-        model_config (`PretrainedConfig`):
-            The trainer's model.
-        device (`torch.device`):
-            Of the trainer.
+        model (`PreTrainedModel`):
+            The policy.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Its tokenizer.
         transport ([`~weight_sync.base.WeightTransport`], *optional*):
             Chosen from what the server reports if not given.
 
@@ -133,7 +137,8 @@ def connect(
         )
         for url in args.vllm_server_base_urls
     ]
-    facts = [inspect_server(client, model_config, args.max_length) for client in clients]
+    trainer = trainer_side(args, model, tokenizer, args.device if transport is None else None)
+    facts = inspect_run(clients, trainer, args, model)
     if transport is not None and len(clients) > 1:
         raise PreflightError(
             f"One weight_transport was given for {len(clients)} servers.",
@@ -143,7 +148,7 @@ def connect(
     links = [
         ServerLink(
             client,
-            transport or _make_transport(args, client, server.backend, device),
+            transport or _make_transport(args, client, server.backend),
             server.dtype,
             LinkOptions(
                 args.logprob_probe_tolerance,
@@ -162,7 +167,7 @@ def connect(
     )
 
     def check_server(link: ServerLink) -> None:
-        inspect_server(link.client, model_config, args.max_length)
+        inspect_server(link.client, model.config, args.max_length)
 
     directory = Path(args.weight_sync_adapter_dir or Path(args.output_dir) / "adapters")
     return Connections(
@@ -174,13 +179,11 @@ def connect(
     )
 
 
-def _make_transport(
-    args: AtroposConfig, client: AtroposVLLMClient, backend: str, device: torch.device
-) -> WeightTransport:
+def _make_transport(args: AtroposConfig, client: AtroposVLLMClient, backend: str) -> WeightTransport:
     return make_transport(
         backend,
         client,
-        device,
+        args.device,
         timeout_s=args.weight_sync_timeout,
         group_host=args.vllm_group_host,
         group_port=args.vllm_group_port,

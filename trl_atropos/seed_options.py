@@ -144,13 +144,17 @@ def translate_seed_options(config: Mapping[str, Any]) -> tuple[dict[str, Any], l
         lines.append(f"{key}: {value!r} -> {_describe(made)}")
     if any(value is not None for value in timeouts.values()):
         retries = 3 if timeouts["max_retries"] is None else timeouts["max_retries"]
-        made = {"api_timeout_s": (retries + 1) * float(30 if timeouts["timeout"] is None else timeouts["timeout"])}
+        timeout = 30 if timeouts["timeout"] is None else timeouts["timeout"]
+        _check_number("data.atropos.max_retries", retries, minimum=0)
+        _check_number("data.atropos.timeout", timeout, minimum=0, kind=float)
+        made = {"api_timeout_s": (retries + 1) * float(timeout)}
         _merge(options, made, "data.atropos.timeout")
         given = ", ".join(f"data.atropos.{name}: {value!r}" for name, value in timeouts.items() if value is not None)
         lines.append(f"{given} -> {_describe(made)}")
-    if "data.atropos.batch_size" in found or "data.train_batch_size" in found:
-        made = _split_batch(options)
-        _merge(options, made, "data.atropos.batch_size")
+    batch_keys = [key for key in ("data.atropos.batch_size", "data.train_batch_size") if key in found]
+    if batch_keys:
+        made = _split_batch(options, batch_keys[0])
+        _merge(options, made, batch_keys[0])
         lines.append(f"atropos_batch_size: {options['atropos_batch_size']} -> {_describe(made)}")
     return options, lines
 
@@ -194,21 +198,33 @@ def _merge(options: dict[str, Any], made: Mapping[str, Any], key: str) -> None:
         options[name] = value
 
 
-def _split_batch(options: Mapping[str, Any]) -> dict[str, Any]:
-    """How the rollouts of a step are cut for this number of processes."""
-    batch_size, world_size = int(options["atropos_batch_size"]), int(os.environ.get("WORLD_SIZE", "1"))
+def _split_batch(options: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """How the rollouts of a step, which `key` gives, are cut for this number of processes."""
+    batch_size, world_size = options["atropos_batch_size"], int(os.environ.get("WORLD_SIZE", "1"))
     given = (
         "per_device_train_batch_size" if "per_device_train_batch_size" in options else "gradient_accumulation_steps"
     )
     other = "gradient_accumulation_steps" if given.startswith("per_device") else "per_device_train_batch_size"
-    factor = int(options.get(given, 1)) * world_size
+    size = options.get(given, 1)
+    _check_number(key, batch_size, minimum=1)
+    _check_number(given, size, minimum=1)
+    factor = size * world_size
     if batch_size % factor:
         raise PreflightError(
-            f"{batch_size} rollouts a step cannot be cut into {world_size} processes x {given} {options.get(given, 1)}.",
+            f"{batch_size} rollouts a step cannot be cut into {world_size} processes x {given} {size}.",
             "One optimizer step trains one batch of the API.",
-            f"Set data.atropos.batch_size to a multiple of {factor}, or change {given} or the number of processes.",
+            f"Set {key} to a multiple of {factor}, or change {given} or the number of processes.",
         )
-    return {given: int(options.get(given, 1)), other: batch_size // factor}
+    return {given: size, other: batch_size // factor}
+
+
+def _check_number(key: str, value: Any, *, minimum: int, kind: type[int] | type[float] = int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | kind) or not value >= minimum:
+        raise PreflightError(
+            f"The configuration file has `{key}`: {value!r}.",
+            "Other options are computed from it.",
+            f"Set it to a {'whole ' if kind is int else ''}number of {minimum} or more.",
+        )
 
 
 def _describe(made: Mapping[str, Any]) -> str:

@@ -136,8 +136,9 @@ def test_launch_trains_reports_and_leaves_nothing_running(smollm2: Path, tmp_pat
     assert summary["server_weight_version"] == summary["policy_version"] == 3
     assert summary["num_rollouts_trained"] == 96
     assert summary["num_rollouts_dropped"] == 0
-    for name in ("reward.png", "logs/api.log", "logs/vllm.log", "logs/env.log", "logs/trainer.log"):
-        assert (run_dir / name).stat().st_size > 0
+    for name in ("api", "vllm", "capitals", "trainer", "combined"):
+        assert (run_dir / "logs" / f"{name}.log").stat().st_size > 0
+    assert (run_dir / "reward.png").stat().st_size > 0
     AutoModelForCausalLM.from_pretrained(run_dir / "model")
     left = [process for process in psutil.process_iter(["cmdline"]) if str(run_dir) in str(process.info["cmdline"])]
     assert not left

@@ -1,13 +1,16 @@
-"""The doctor at a real vLLM server. What it finds at a real Atropos API: tests/protocol/test_doctor.py."""
+"""The doctor and the preflight at a real vLLM server. The doctor at a real Atropos API: tests/protocol/test_doctor.py."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import requests
+from live_api import ApiProcess
 from servers import save_tiny_model, serve
+from tiny_models import byte_tokenizer
 
 from trl_atropos.cli.main import main
 from trl_atropos.diagnosis.checks import diagnose
@@ -53,6 +56,41 @@ def test_a_server_that_a_publish_left_frozen_is_an_error_until_it_goes_on(url: s
 
 def test_a_server_that_generates_more_than_the_trainer_takes_is_a_warning(url: str) -> None:
     assert names(url, MAX_MODEL_LEN - 1) == ["vllm_exceeds_max_length"]
+
+
+def preflight(capsys: pytest.CaptureFixture[str], url: str, model: str, *arguments: str) -> tuple[int, dict[str, str]]:
+    """Exit code, and name -> level of every line."""
+    capsys.readouterr()
+    code = main(["preflight", "--vllm_url", url, "--model", model, *arguments, "--json"])
+    return code, {finding["name"]: finding["level"] for finding in json.loads(capsys.readouterr().out)}
+
+
+def test_preflight_of_a_run_that_fits_has_no_warning(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = requests.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"]
+    options = tmp_path / "trainer.yaml"
+    options.write_text(f"use_cpu: true\nmax_length: {MAX_MODEL_LEN}\noutput_dir: {tmp_path}\nsave_strategy: 'no'\n")
+    with ApiProcess(tmp_path / "api.log") as api:
+        code, levels = preflight(capsys, url, model, "--config", str(options), "--api_url", api.url)
+    assert code == 0
+    # They are in a launch file.
+    assert {name for name, level in levels.items() if level != "ok"} == {"gpu_separation", "environment_tokenizer"}
+    assert levels["api"] == levels["vllm"] == levels["vocabulary_size"] == levels["chat_template"] == "ok"
+
+
+def test_preflight_finds_another_tokenizer_and_template_at_the_server(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny_model(tmp_path / "model", tied=True, seed=1)
+    other = byte_tokenizer()
+    other.add_tokens(["<new>"])
+    other.chat_template = "Q: {{ messages[0]['content'] }}"
+    other.save_pretrained(model)
+    code, levels = preflight(capsys, url, str(model))
+    assert code == 1
+    assert (levels["tokenizer"], levels["chat_template"], levels["model_config"]) == ("error", "warning", "ok")
+    assert levels["max_model_len"] == "unknown"
 
 
 def test_a_plain_server_cannot_be_published_to_and_has_no_generate(tmp_path: Path) -> None:

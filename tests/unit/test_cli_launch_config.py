@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +15,28 @@ import pytest
 import yaml
 
 from trl_atropos.cli.launch import run_launch
-from trl_atropos.cli.launch_config import (
-    LaunchConfig,
+from trl_atropos.cli.launch_commands import (
     build_api_command,
     build_env_command,
     build_trainer_command,
     build_vllm_command,
-    load_launch_config,
+    flag_value,
+    trainer_option,
 )
+from trl_atropos.cli.launch_config import EnvironmentConfig, LaunchConfig, load_launch_config
 from trl_atropos.cli.main import main
 from trl_atropos.errors import PreflightError
 
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUIRED = {"model_name_or_path": "m", "run_dir": "r", "env_command": "env serve", "trainer_command": "train"}
+ENVIRONMENT = EnvironmentConfig("env serve")
+FILE = {
+    "model_name_or_path": "m",
+    "run_dir": "r",
+    "environments": {"first": {"command": "env serve"}},
+    "trainer_command": "train",
+}
+REQUIRED = {**FILE, "environments": {"first": ENVIRONMENT}}
 API, VLLM = "http://127.0.0.1:1", "http://127.0.0.1:2"
 
 
@@ -39,42 +49,114 @@ def flags_of(command: list[str]) -> dict[str, str]:
     return {command[i]: command[i + 1] for i in range(len(command) - 1) if command[i].startswith("--")}
 
 
-def test_shipped_launch_file_loads_and_names_files_that_exist() -> None:
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples" / "configs").glob("*launch*.yaml")), ids=lambda path: path.stem
+)
+def test_shipped_launch_files_load_and_name_files_that_exist(path: Path) -> None:
+    config = load_launch_config(path, {})
+    commands = [config.trainer_command, *(environment.command for environment in config.environments.values())]
+    named = [part for command in commands for part in command.split() if part.startswith("examples/")]
+    assert named
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_numbers_of_the_shipped_launch_file_reach_its_processes_as_text() -> None:
     config = load_launch_config(ROOT / "examples" / "configs" / "quickstart_launch.yaml", {})
     assert config.vllm_env["VLLM_CPU_KVCACHE_SPACE"] == "1"
-    assert (ROOT / config.env_command.split()[1]).is_file()
-    assert all((ROOT / part).is_file() for part in config.trainer_command.split() if part.startswith("examples/"))
+    assert config.environments["capitals"].env == {"OMP_NUM_THREADS": "1"}
 
 
 def test_every_key_of_the_shipped_launch_file_has_a_comment() -> None:
     lines = (ROOT / "examples" / "configs" / "quickstart_launch.yaml").read_text().splitlines()
     keys = [i for i, line in enumerate(lines) if line and line[0].isalpha()]
-    assert len(keys) == 12
+    assert len(keys) == 11
     assert all(lines[i - 1].startswith("#") for i in keys)
 
 
+def test_every_key_has_a_row_in_the_documentation_and_every_row_a_key() -> None:
+    text = (ROOT / "docs" / "launch.md").read_text().partition("## Keys of the file")[2].partition("\n## ")[0]
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
+    named = [key for row in rows for key in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(known.name for known in fields(LaunchConfig))
+
+
 def test_command_line_overrides_the_file_and_none_does_not(tmp_path: Path) -> None:
-    path = write(tmp_path / "l.yaml", REQUIRED)
-    config = load_launch_config(path, {"run_dir": "other", "trainer_args": None, "env_command": None})
-    assert (config.run_dir, config.trainer_args, config.env_command) == ("other", "", "env serve")
+    path = write(tmp_path / "l.yaml", FILE)
+    config = load_launch_config(path, {"run_dir": "other", "trainer_args": None, "environments": None})
+    assert (config.run_dir, config.trainer_args, config.environments) == ("other", "", {"first": ENVIRONMENT})
+    config = load_launch_config(path, {"environments": {"env": {"command": "mine"}}})
+    assert config.environments == {"env": EnvironmentConfig("mine")}
+
+
+def test_several_environments_keep_their_names_variables_and_copies(tmp_path: Path) -> None:
+    environments = {"a": {"command": "x"}, "b-2": {"command": "y", "env": {"N": 1, "T": True}, "num_copies": 3}}
+    config = load_launch_config(write(tmp_path / "l.yaml", {**FILE, "environments": environments}), {})
+    assert config.environments == {
+        "a": EnvironmentConfig("x", {}, 1),
+        "b-2": EnvironmentConfig("y", {"N": "1", "T": "True"}, 3),
+    }
+
+
+def test_external_parts_are_not_started(tmp_path: Path) -> None:
+    content = {**FILE, "environments": "external", "trainer_command": "external", "api_url": "http://host:8000"}
+    config = load_launch_config(write(tmp_path / "l.yaml", content), {})
+    assert (config.environments, config.has_trainer, config.api_url) == ({}, False, "http://host:8000")
+
+
+ENVIRONMENTS = "environments"
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("change", "message"),
     [
-        ({**REQUIRED, "trainer_arg": "x"}, "Did you mean `trainer_args`"),
-        ({**REQUIRED, "prompt": []}, "Did you mean `prompts`"),
-        ({"run_dir": "r", "env_command": "e", "trainer_command": "t"}, "lacks `model_name_or_path`"),
-        ({**REQUIRED, "prompts": "one"}, "`prompts` in the launch file .* is 'one', a str"),
-        ({**REQUIRED, "startup_timeout_s": True}, "is True, a bool"),
-        ({**REQUIRED, "vllm_args": ["--max_model_len"]}, "a list"),
-        (["a", "list"], "holds a list, not a mapping"),
+        ({"trainer_arg": "x"}, "Did you mean `trainer_args`"),
+        ({"prompt": []}, "Did you mean `prompts`"),
+        ({"env_command": "e"}, "unknown key `env_command`"),
+        ({"model_name_or_path": None}, "is None, a NoneType"),
+        ({"prompts": "one"}, "`prompts` in the launch file .* is 'one', a str"),
+        ({"startup_timeout_s": True}, "is True, a bool"),
+        ({"vllm_args": ["--max_model_len"]}, "a list"),
+        ({ENVIRONMENTS: {"a": {"comand": "x"}}}, "`environments.a` of .* `comand`.*Did you mean `command`"),
+        ({ENVIRONMENTS: {"a": {"num_copies": 2}}}, "`environments.a` of .* lacks `command`"),
+        ({ENVIRONMENTS: {"a": {"command": "x", "num_copies": 0}}}, "runs 0 copies"),
+        ({ENVIRONMENTS: {"a": {"command": " "}}}, "of the command ' '"),
+        ({ENVIRONMENTS: {"a": {"command": "x", "num_copies": True}}}, "`num_copies` .* is True, a bool"),
+        ({ENVIRONMENTS: {"a": "python x.py"}}, "is 'python x.py', a str"),
+        ({ENVIRONMENTS: {"vllm": {"command": "x"}}}, "cannot be the name"),
+        ({ENVIRONMENTS: {"../up": {"command": "x"}}}, "cannot be the name"),
+        ({ENVIRONMENTS: {}}, "nothing to train on"),
+        ({ENVIRONMENTS: "python x.py"}, "`environments` in the launch file .* is 'python x.py'"),
+        ({"on_environment_exit": "ignore"}, "Choose one of: stop, continue"),
+        ({"api_url": "localhost:8000"}, "must be the root of a server"),
+        ({"vllm_url": "http://localhost:8001/v1"}, "must be the root of a server"),
+        ({"api_port": 65536}, r"lies in 1\.\.65535"),
+        (
+            {
+                ENVIRONMENTS: "external",
+                "trainer_command": "external",
+                "api_url": "http://a:1",
+                "vllm_url": "http://a:2",
+            },
+            "nothing to launch",
+        ),
     ],
-    ids=["misspelled", "singular", "missing", "str for list", "bool for float", "list for mapping", "not a mapping"],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
-def test_bad_launch_file_is_refused_with_the_reason(tmp_path: Path, content: Any, message: str) -> None:
+def test_bad_launch_file_is_refused_with_the_reason(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(PreflightError, match=message):
+        load_launch_config(write(tmp_path / "l.yaml", {**FILE, **change}), {})
+
+
+@pytest.mark.parametrize("key", FILE)
+def test_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    content = {name: value for name, value in FILE.items() if name != key}
+    with pytest.raises(PreflightError, match=f"lacks `{key}`"):
         load_launch_config(write(tmp_path / "l.yaml", content), {})
+
+
+def test_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PreflightError, match="holds a list, not a mapping"):
+        load_launch_config(write(tmp_path / "l.yaml", ["a", "list"]), {})
 
 
 def test_absent_and_malformed_files_are_refused(tmp_path: Path) -> None:
@@ -105,8 +187,8 @@ def test_vllm_arguments_have_our_transport_and_route_unless_the_file_names_other
 
 
 def test_environment_gets_addresses_and_model_but_keeps_the_flags_of_the_user() -> None:
-    config = LaunchConfig(**{**REQUIRED, "env_command": "python e.py serve --env.total_steps 7 --openai.base_url=U"})
-    command = build_env_command(config, API, VLLM)
+    environment = EnvironmentConfig("python e.py serve --env.total_steps 7 --openai.base_url=U")
+    command = build_env_command(LaunchConfig(**REQUIRED), environment, API, VLLM)
     assert command[:3] == ["python", "e.py", "serve"]
     flags = flags_of(command)
     assert flags["--env.rollout_server_url"] == API
@@ -124,6 +206,26 @@ def test_trainer_arguments_of_the_user_are_split_like_a_shell_does() -> None:
         "--atropos_api_url": API,
         "--vllm_server_base_url": VLLM,
     }
+
+
+def test_value_of_a_flag_is_found_in_every_spelling_and_the_last_one_wins() -> None:
+    command = ["a", "--x", "1", "--y=2", "--x=3", "--z", "--x", "4", "--last"]
+    assert [flag_value(command, flag) for flag in ("--x", "--y", "--z", "--last", "--w")] == [
+        "4",
+        "2",
+        "true",
+        "true",
+        None,
+    ]
+
+
+def test_option_of_the_trainer_is_read_from_its_arguments_and_then_its_file(tmp_path: Path) -> None:
+    options = write(tmp_path / "t.yaml", {"max_length": 128, "max_steps": 5})
+    config = LaunchConfig(**{**REQUIRED, "trainer_command": f"train --config {options}"}, trainer_args="--max_steps 7")
+    assert [trainer_option(config, name) for name in ("max_length", "max_steps", "seed")] == [128, "7", None]
+    absent = LaunchConfig(**{**REQUIRED, "trainer_command": f"train --config {tmp_path / 'absent.yaml'}"})
+    with pytest.raises(PreflightError, match=r"absent\.yaml of the trainer's --config cannot be read"):
+        trainer_option(absent, "max_length")
 
 
 def test_second_launch_in_the_same_directory_is_refused(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trl_atropos.cli.launch import Service
+from trl_atropos.cli.output import LaunchOutput
 from trl_atropos.cli.processes import ManagedProcess, ProcessFailedError, ProcessGroup, free_port
+from trl_atropos.cli.services import ExternalService, Service, check_port, wait_until_ready
+from trl_atropos.errors import PreflightError
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +105,7 @@ def test_crash_ends_the_others_and_is_named_with_the_end_of_its_log(tmp_path: Pa
 
     message = str(caught.value)
     assert "`crasher` ended with exit code 3" in message
+    assert "The launch has ended steady;" in message
     assert str(tmp_path / "crasher.log") in message
     # 40 lines were printed and the last 30 are shown: 11 to 40.
     assert "line 11." in message and "line 40." in message and "line 10." not in message
@@ -196,16 +199,24 @@ end_descendants(grace_s=0.2)
         SharedMemory(result.stdout.strip())
 
 
-def test_live_output_is_shown_and_logged_and_standard_error_only_logged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_standard_output_is_passed_on_and_logged_and_standard_error_only_logged(tmp_path: Path) -> None:
     code = "import sys; print('step 1'); print('a warning', file=sys.stderr); print('step 2')"
-    process = ManagedProcess("trainer", [sys.executable, "-c", code], tmp_path / "trainer.log", live_output=True)
+    lines: list[str] = []
+    process = ManagedProcess("trainer", [sys.executable, "-c", code], tmp_path / "trainer.log", on_output=lines.append)
     wait_for(lambda: process.poll() is not None)
     process.wait_stopped()
     assert process.poll() == 0
-    assert capsys.readouterr().out == "step 1\nstep 2\n"
+    assert lines == ["step 1", "step 2"]
     assert sorted(process.log_tail().splitlines()) == ["a warning", "step 1", "step 2"]
+
+
+def test_end_of_a_huge_log_is_read_without_the_rest(tmp_path: Path) -> None:
+    process = ManagedProcess("env", [sys.executable, "-c", ""], tmp_path / "env.log")
+    process.wait_stopped()
+    process.log_path.write_text("x" * 10_000_000 + "\n" + "the cause\n" * 2)
+    # Only 64 KiB of the long line are in what was read.
+    assert len(process.log_tail()) < 100_000
+    assert process.log_tail(2) == "the cause\nthe cause"
 
 
 def test_environment_variables_are_added_to_those_of_the_launcher(tmp_path: Path) -> None:
@@ -243,26 +254,55 @@ def taken_port() -> Iterator[int]:
         yield sock.getsockname()[1]
 
 
-def test_service_that_loses_its_port_is_started_on_another(tmp_path: Path, taken_port: int) -> None:
+@pytest.fixture
+def output(tmp_path: Path) -> Iterator[LaunchOutput]:
+    with LaunchOutput(tmp_path / "combined.log") as output:
+        yield output
+
+
+def test_service_that_loses_its_port_is_started_on_another(
+    tmp_path: Path, taken_port: int, output: LaunchOutput
+) -> None:
     commands = HttpServers(taken_port, num_lost=2)
     with ProcessGroup() as group:
-        service = Service("api", "/", commands, tmp_path / "api.log", {}, group)
+        service = Service("api", "/", commands, tmp_path / "api.log", {}, group, output)
         wait_for(service.is_ready)
         group.check()
     assert commands.num_attempts == 3
 
 
-def test_service_that_loses_every_port_is_an_error(tmp_path: Path, taken_port: int) -> None:
+def test_service_that_loses_every_port_is_an_error(tmp_path: Path, taken_port: int, output: LaunchOutput) -> None:
     commands = HttpServers(taken_port, num_lost=99)
     with pytest.raises(ProcessFailedError, match="Address already in use"), ProcessGroup() as group:
-        service = Service("api", "/", commands, tmp_path / "api.log", {}, group)
+        service = Service("api", "/", commands, tmp_path / "api.log", {}, group, output)
         # The taken port listens but never answers, so is_ready can only become true by mistake.
         service.url = f"http://127.0.0.1:{free_port()}"
         wait_for(service.is_ready)
     assert commands.num_attempts == 3
 
 
-def test_service_that_crashes_while_starting_is_not_retried(tmp_path: Path) -> None:
+def test_service_is_started_on_the_port_that_was_told_and_on_no_other(
+    tmp_path: Path, taken_port: int, output: LaunchOutput
+) -> None:
+    commands = HttpServers(taken_port, num_lost=0)
+    with ProcessGroup() as group:
+        with pytest.raises(PreflightError, match=f"Port {taken_port} of 127.0.0.1, the `api_port`, cannot be taken"):
+            Service("api", "/", commands, tmp_path / "api.log", {}, group, output, port=taken_port)
+        assert commands.num_attempts == 0 and group.names == []
+        port = free_port()
+        service = Service("api", "/", commands, tmp_path / "api.log", {}, group, output, port=port)
+        wait_for(service.is_ready)
+        assert service.url == f"http://127.0.0.1:{port}"
+    check_port("api", port)
+
+
+def test_external_service_that_is_away_is_not_called_a_slow_start(output: LaunchOutput) -> None:
+    service = ExternalService("vllm", f"http://127.0.0.1:{free_port()}/", "/health")
+    with ProcessGroup() as group, pytest.raises(PreflightError, match="external: the launch does not start it"):
+        wait_until_ready([service], 0.5, group, output)
+
+
+def test_service_that_crashes_while_starting_is_not_retried(tmp_path: Path, output: LaunchOutput) -> None:
     attempts: list[int] = []
 
     def build_command(port: int) -> list[str]:
@@ -270,7 +310,7 @@ def test_service_that_crashes_while_starting_is_not_retried(tmp_path: Path) -> N
         return [sys.executable, "-c", "raise SystemExit('no such model')"]
 
     with pytest.raises(ProcessFailedError, match="no such model"), ProcessGroup() as group:
-        wait_for(Service("vllm", "/health", build_command, tmp_path / "vllm.log", {}, group).is_ready)
+        wait_for(Service("vllm", "/health", build_command, tmp_path / "vllm.log", {}, group, output).is_ready)
     assert len(attempts) == 1
 
 
@@ -280,7 +320,8 @@ def test_signal_to_a_real_launch_ends_its_servers_and_exits_with_128_plus_n(
 ) -> None:
     config = tmp_path / "launch.yaml"
     run_dir = tmp_path / "run"
-    config.write_text(f"model_name_or_path: {tmp_path}\nrun_dir: {run_dir}\nenv_command: e\ntrainer_command: t\n")
+    parts = "environments: {e: {command: e}}\ntrainer_command: t\n"
+    config.write_text(f"model_name_or_path: {tmp_path}\nrun_dir: {run_dir}\n{parts}")
     command = [sys.executable, "-m", "trl_atropos.cli.main", "launch", "-c", str(config)]
     launcher = psutil.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     # Two guards, each with its server: `run-api` and `trl vllm-serve`.

@@ -13,6 +13,9 @@ import trl_atropos
 from trl_atropos.atropos_config import AtroposConfig
 from trl_atropos.cli.main import main
 from trl_atropos.diagnosis.api import API_CHECKS
+from trl_atropos.diagnosis.machine import MACHINE_CHECKS
+from trl_atropos.diagnosis.server_config import SERVER_CHECKS
+from trl_atropos.diagnosis.tokenizers import ENVIRONMENT_CHECKS
 from trl_atropos.diagnosis.trainer import TRAINER_CHECKS
 from trl_atropos.diagnosis.vllm import VLLM_CHECKS
 
@@ -20,11 +23,13 @@ from trl_atropos.diagnosis.vllm import VLLM_CHECKS
 PACKAGE = Path(trl_atropos.__file__).parent
 TEXT = (PACKAGE.parent / "docs" / "troubleshooting.md").read_text()
 ROWS = [re.split(r" \| ", line.strip("| ")) for line in re.findall(r"^\|[^-].+\|$", TEXT, re.MULTILINE)]
+PREFLIGHT_CHECKS = (*SERVER_CHECKS, *ENVIRONMENT_CHECKS, *MACHINE_CHECKS)
 VALUE = "\0"
 # Of programs that are not ours: environments (`--env.x`, `--openai.x`), run-api, vLLM.
 FOREIGN_OPTIONS = {
     *("env", "openai", "port", "model", "max_model_len", "middleware"),
-    *("enable_scale_out", "weight_transfer_config"),
+    *("enable_scale_out", "weight_transfer_config", "enable_lora", "logprobs_mode", "chat_template"),
+    *("skip_tokenizer_init", "model_name_or_path"),
 }
 
 
@@ -54,7 +59,11 @@ def quotes() -> list[str]:
     return re.findall(r'"([^"]+)"', prose)
 
 
-@pytest.mark.parametrize("checks", [API_CHECKS, TRAINER_CHECKS, VLLM_CHECKS], ids=["api", "trainer", "vllm"])
+@pytest.mark.parametrize(
+    "checks",
+    [API_CHECKS, TRAINER_CHECKS, VLLM_CHECKS, PREFLIGHT_CHECKS],
+    ids=["api", "trainer", "vllm", "preflight"],
+)
 def test_each_kind_of_diagnosis_has_a_table_in_the_order_of_its_checks(checks):
     names = [name for row in ROWS for name in re.findall(r"^`(\w+)`$", row[0])]
     first = names.index(checks[0].name)
@@ -65,7 +74,9 @@ def test_each_kind_of_diagnosis_has_a_table_in_the_order_of_its_checks(checks):
 def test_every_diagnosis_has_exactly_one_row_and_every_row_a_diagnosis():
     names = [name for row in ROWS for name in re.findall(r"^`(\w+)`$", row[0])]
 
-    assert sorted(names) == sorted(check.name for check in [*API_CHECKS, *TRAINER_CHECKS, *VLLM_CHECKS])
+    assert sorted(names) == sorted(
+        check.name for check in [*API_CHECKS, *TRAINER_CHECKS, *VLLM_CHECKS, *PREFLIGHT_CHECKS]
+    )
 
 
 def test_every_row_is_as_wide_as_its_table():
@@ -88,8 +99,9 @@ def test_a_message_that_nobody_has_would_be_found():
 
 
 def test_every_option_is_one_of_the_trainer_the_doctor_or_another_program(capsys):
-    with pytest.raises(SystemExit):
-        main(["doctor", "--help"])
+    for command in ("doctor", "preflight"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
     known = {field.name for field in fields(AtroposConfig)} | FOREIGN_OPTIONS
     known |= {name.replace("-", "_") for name in re.findall(r"--([\w-]+)", capsys.readouterr().out)}
 

@@ -157,6 +157,20 @@ class TestSeedKeys:
         assert what in caught.value.what
         assert fix in caught.value.fix
 
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [("batch_size", value) for value in (None, "many", 0, 1.5, True)]
+        + [("max_retries", -1), ("max_retries", [1]), ("timeout", "soon"), ("timeout", float("nan"))],
+    )
+    def test_a_value_that_is_no_number_is_refused(self, key, value):
+        with pytest.raises(PreflightError, match=rf"`data\.atropos\.{key}`.*number of [01] or more"):
+            translate_seed_options({"data": {"atropos": {key: value}}})
+
+    @pytest.mark.parametrize("name", ["per_device_train_batch_size", "gradient_accumulation_steps"])
+    def test_a_batch_cannot_be_cut_into_nothing(self, name):
+        with pytest.raises(PreflightError, match=rf"`{name}`: 0.*whole number of 1 or more"):
+            translate_seed_options({"data": {"train_batch_size": 32}, name: 0})
+
     def test_every_option_that_a_key_names_exists(self):
         known = {field.name for cls in (AtroposConfig, ModelConfig) for field in fields(cls)}
         assert {name for option in SEED_OPTIONS.values() for name in option.options} <= known

@@ -5,6 +5,7 @@ The real server is met in tests/e2e/test_generate_endpoint.py.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import threading
@@ -16,10 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from tiny_models import byte_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from trl_atropos.atropos_config import AtroposConfig
 from trl_atropos.errors import PreflightError, WeightSyncError
-from trl_atropos.preflight import ServerFacts, inspect_server
+from trl_atropos.preflight import ServerFacts, inspect_run, inspect_server, trainer_side
 from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
 
 
@@ -199,6 +202,43 @@ class TestRefusedServers:
         answers[path] = (500, {"error": {"message": "engine dead"}})
         with pytest.raises(WeightSyncError, match=f"{path}.* answered 500: .*engine dead"):
             inspect(answers)
+
+
+def test_all_errors_are_said_at_once(answers):
+    vllm_config(answers)["weight_transfer_config"] = None
+    vllm_config(answers)["model_config"]["skip_tokenizer_init"] = True
+    with pytest.raises(PreflightError) as caught:
+        inspect(answers)
+    assert caught.value.what == "2 checks before the start failed."
+    assert "weight_transfer_backend: " in caught.value.why and "server_tokenizer: " in caught.value.why
+    assert "trl-atropos preflight" in caught.value.fix
+
+
+def test_server_without_a_tokenizer_is_never_sent_an_id_that_would_end_its_engine(answers):
+    vllm_config(answers)["model_config"]["skip_tokenizer_init"] = True
+    with serving(answers) as (client, server), pytest.raises(PreflightError):
+        inspect_server(client, llama_config(), MAX_LENGTH)
+    assert "/v1/completions" not in [path for path, _ in server.requests]
+
+
+def test_errors_of_all_servers_come_together_and_what_could_not_be_read_is_logged(answers, tmp_path, caplog):
+    model, tokenizer = LlamaForCausalLM(llama_config()), byte_tokenizer()
+    tokenizer.save_pretrained(vllm_config(answers)["model_config"]["model"])
+    args = AtroposConfig(output_dir=str(tmp_path), use_cpu=True, max_length=MAX_LENGTH)
+    broken = copy.deepcopy(answers)
+    vllm_config(broken)["weight_transfer_config"] = None
+    foreign = copy.deepcopy(answers)
+    vllm_config(foreign)["weight_transfer_config"]["backend"] = "nccl"
+    trainer = trainer_side(args, model, tokenizer, torch.device("cpu"))
+    with serving(answers) as (first, _), serving(broken) as (second, _), serving(foreign) as (third, _):
+        with caplog.at_level(logging.WARNING, logger="trl_atropos"):
+            assert inspect_run([first], trainer, args, model) == [GOOD_FACTS]
+        # The scripted server has no /tokenize.
+        assert ["/tokenize" in message and "chat_template" in message for message in caplog.messages] == [True]
+        with pytest.raises(PreflightError) as caught:
+            inspect_run([first, second, third], trainer, args, model)
+        assert caught.value.what == "2 checks before the start failed."
+        assert second.base_url in caught.value.why and third.base_url in caught.value.why
 
 
 class TestWarnings:

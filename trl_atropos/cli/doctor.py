@@ -20,7 +20,7 @@ from ..weight_sync.http import ServerSession
 TIMEOUT_S = 10.0
 """Longest wait for one answer."""
 
-STYLES = {"error": "bold red", "warning": "yellow", "ok": "green"}
+STYLES = {"error": "bold red", "warning": "yellow", "ok": "green", "unknown": "cyan"}
 
 
 def run_doctor(
@@ -54,7 +54,7 @@ def run_doctor(
     findings = _examine_api(api_url, batch_size, max_length, watch_s)
     if vllm_url is not None:
         findings += _examine_vllm(vllm_url, max_length, watch_s)
-    _print_table(Console(), findings)
+    print_findings(Console(), findings)
     return findings
 
 
@@ -96,7 +96,15 @@ def _describe_vllm(facts: VLLMFacts) -> str:
     )
 
 
-def _print_table(console: Console, findings: Sequence[Finding]) -> None:
+def print_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """Print a table of what was found.
+
+    Args:
+        console (`Console`):
+            The terminal.
+        findings (sequence of [`~diagnosis.checks.Finding`]):
+            Its rows.
+    """
     table = Table(show_lines=True)
     for title in ("level", "check", "what was seen, what it means, what to do"):
         table.add_column(title, no_wrap=title != "what was seen, what it means, what to do", overflow="fold")

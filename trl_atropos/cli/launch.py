@@ -1,4 +1,4 @@
-"""`trl-atropos launch`: the Atropos API, the inference server, an environment and the trainer on one machine."""
+"""`trl-atropos launch`: the Atropos API, the inference server, environments and the trainer on one machine."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,120 +19,226 @@ from rich.console import Console
 
 from ..errors import PreflightError
 from . import summary
-from .launch_config import (
-    HOST,
-    LaunchConfig,
+from .gpus import split_gpus
+from .launch_commands import (
     build_api_command,
     build_env_command,
     build_trainer_command,
     build_vllm_command,
+    env_flags,
+    trainer_flags,
 )
-from .processes import ManagedProcess, ProcessGroup, failure_of, free_port
+from .launch_config import LaunchConfig
+from .output import LaunchOutput
+from .processes import ManagedProcess, ProcessGroup, failure_of
+from .services import AnyService, ExternalService, Service, wait_until_ready
 
 
-MAX_PORT_ATTEMPTS = 3
 POLL_S = 0.2
-PROGRESS_S = 5.0
-PROBE_TIMEOUT_S = 2.0
 COMPLETION_TIMEOUT_S = 120.0
 
 
-class Service:
-    """A server of the launch: started on a free port, and on another one if that port was taken meanwhile."""
-
-    def __init__(
-        self,
-        name: str,
-        health_path: str,
-        build_command: Callable[[int], list[str]],
-        log_path: Path,
-        env: Mapping[str, str],
-        group: ProcessGroup,
-    ):
-        self.name = name
-        self.health_path = health_path
-        self._build_command = build_command
-        self._log_path = log_path
-        self._env = env
-        self._group = group
-        self._num_attempts = 0
-        self._start()
-
-    def _start(self) -> None:
-        self._num_attempts += 1
-        port = free_port()
-        self.url = f"http://{HOST}:{port}"
-        self._process = ManagedProcess(self.name, self._build_command(port), self._log_path, self._env)
-        self._group.add(self._process)
-
-    def is_ready(self) -> bool:
-        """Return whether the server answers. One that lost the race for its port is started again.
-
-        Raises:
-            ProcessFailedError: It ended for another reason, or lost `MAX_PORT_ATTEMPTS` ports.
-        """
-        if self._process.poll() is not None:
-            lost_port = "address already in use" in self._process.log_tail().lower()
-            if not lost_port or self._num_attempts >= MAX_PORT_ATTEMPTS:
-                raise failure_of(self._process)
-            self._group.discard(self._process)
-            self._start()
-            return False
-        try:
-            return requests.get(self.url + self.health_path, timeout=PROBE_TIMEOUT_S).ok
-        except (requests.ConnectionError, requests.Timeout):
-            return False
-
-    def last_log_line(self) -> str:
-        """Return the newest line of the log, to show what a slow start is busy with."""
-        return self._process.log_tail(1)
-
-
-class Checklist:
-    """One line per thing that the launch does, with the seconds since its start."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-
-    def elapsed_s(self) -> float:
-        """Seconds since the launch began."""
-        return time.monotonic() - self._start
-
-    def say(self, name: str, message: str) -> None:
-        """Print one line."""
-        print(f"[{self.elapsed_s():6.1f} s] {name:<8} {message}", flush=True)
-
-
-def run_launch(config: LaunchConfig) -> dict[str, Any]:
-    """Start the four processes, wait for the trainer, end the others, write the summary.
+def run_launch(config: LaunchConfig) -> dict[str, Any] | None:
+    """Start what is not external, wait for the trainer, end what was started, write the summary.
 
     The logs of the processes, `summary.json`, `reward.png` and `completions.json` lie in `config.run_dir` afterwards, the
-    model in its subdirectory `model`. However this function is left, no process of the launch is left behind.
+    model in its subdirectory `model`. However this function is left, no process of the launch is left behind. With an
+    external trainer the others run until Ctrl-C.
 
     Args:
         config ([`LaunchConfig`]):
             What to run.
 
     Returns:
-        `dict[str, Any]`: The content of `summary.json`.
+        `dict[str, Any]`: The content of `summary.json`; None with an external trainer, whose model lies elsewhere.
 
     Raises:
-        PreflightError: Another launch uses the directory, a server did not start in time, or the run left no log.
+        PreflightError: Another launch uses the directory, GPUs or a port cannot be had, a server did not start in time, or
+            the run left no log.
         ProcessFailedError: One of the processes ended before the trainer did, or the trainer failed.
     """
-    checklist = Checklist()
+    gpus = split_gpus(config)
     run_dir = Path(config.run_dir)
-    with _own_run_dir(run_dir), ProcessGroup() as group:
-        api, vllm = _start_servers(config, run_dir, group)
-        _wait_until_ready([api, vllm], config.startup_timeout_s, group, checklist)
-        before = _complete(vllm.url, config)
-        trainer = _start_clients(config, run_dir, group, api.url, vllm.url, checklist)
-        _wait_for_trainer(group, trainer, checklist)
-        wall_s = checklist.elapsed_s()
-        after = _complete(vllm.url, config)
-        weight_version = _request("GET", f"{vllm.url}/weight_info")["weight_version"]
-        checklist.say("launch", "the trainer is done, ending the other processes")
+    combined = run_dir / "logs" / "combined.log"
+    with (
+        _own_run_dir(run_dir),
+        LaunchOutput(combined, config.show_all_logs) as output,
+        ProcessGroup() as group,
+    ):
+        launch = _Launch(config, gpus, group, output)
+        try:
+            api, vllm = launch.start_servers()
+            wait_until_ready([api, vllm], config.startup_timeout_s, group, output)
+            if not config.has_trainer:
+                launch.serve(api.url, vllm.url)
+                return None
+            before = launch.complete(vllm.url)
+            launch.start_environments(api.url, vllm.url)
+            launch.wait_for_trainer(launch.start_trainer(api.url, vllm.url))
+            wall_s = output.elapsed_s()
+            after = launch.complete(vllm.url)
+            weight_version = _request("GET", f"{vllm.url}/weight_info")["weight_version"]
+        finally:
+            if group.names:
+                output.say("launch", f"ending {', '.join(group.names)}")
+                output.wait_for("launch", "waiting for them to end")
     return _write_results(config, before, after, weight_version, wall_s)
+
+
+class _Launch:
+    """The parts of one launch.
+
+    Args:
+        config ([`LaunchConfig`]):
+            What to run.
+        gpus (`dict[str, dict[str, str]]`):
+            From [`~cli.gpus.split_gpus`].
+        group ([`~cli.processes.ProcessGroup`]):
+            Ends what is started.
+        output ([`~cli.output.LaunchOutput`]):
+            The terminal.
+    """
+
+    def __init__(
+        self, config: LaunchConfig, gpus: Mapping[str, Mapping[str, str]], group: ProcessGroup, output: LaunchOutput
+    ):
+        self._config = config
+        self._gpus = gpus
+        self._group = group
+        self._output = output
+        self._logs = Path(config.run_dir) / "logs"
+        self._environments: list[ManagedProcess] = []
+
+    def start_servers(self) -> tuple[AnyService, AnyService]:
+        """Start the Atropos API and the inference server side by side, those of them that are not external."""
+        config = self._config
+
+        def vllm_command(port: int) -> list[str]:
+            return build_vllm_command(config, port)
+
+        api: AnyService
+        vllm: AnyService
+        if config.api_url is not None:
+            api = ExternalService("api", config.api_url, "/")
+        else:
+            env = self._child_env({})
+            api = Service(
+                "api", "/", build_api_command, self._log_path("api"), env, self._group, self._output, config.api_port
+            )
+        if config.vllm_url is not None:
+            vllm = ExternalService("vllm", config.vllm_url, "/health")
+        else:
+            env = self._child_env({**self._gpus.get("vllm", {}), **config.vllm_env})
+            vllm = Service(
+                "vllm",
+                "/health",
+                vllm_command,
+                self._log_path("vllm"),
+                env,
+                self._group,
+                self._output,
+                config.vllm_port,
+            )
+        return api, vllm
+
+    def start_environments(self, api_url: str, vllm_url: str) -> None:
+        """Start the environments, which wait by themselves until the trainer has registered."""
+        for name, environment in self._config.environments.items():
+            command = build_env_command(self._config, environment, api_url, vllm_url)
+            copies = (
+                [f"-{copy}" for copy in range(1, environment.num_copies + 1)] if environment.num_copies > 1 else [""]
+            )
+            for copy in copies:
+                process = self._start(name + copy, command, environment.env)
+                self._environments.append(process)
+                self._output.say(process.name, environment.command)
+        if not self._config.environments:
+            flags = shlex.join(_flat(env_flags(self._config, api_url, vllm_url)))
+            self._output.say("launch", f"start the environments with: python ENVIRONMENT.py serve {flags}")
+
+    def start_trainer(self, api_url: str, vllm_url: str) -> ManagedProcess:
+        """Start the trainer."""
+        command = build_trainer_command(self._config, api_url, vllm_url)
+        env = {**self._gpus.get("trainer", {}), **self._config.trainer_env}
+        trainer = self._start("trainer", command, env, shows_output=True)
+        self._output.say("trainer", f"{self._config.trainer_command} (logs of all processes: {self._logs})")
+        return trainer
+
+    def wait_for_trainer(self, trainer: ManagedProcess) -> None:
+        """Return when the trainer has ended with exit code 0 and all others that the run needs are there."""
+        self._output.wait_for("launch", "training")
+        while not self._check(trainer.name):
+            time.sleep(POLL_S)
+        self._output.say("trainer", "done")
+
+    def serve(self, api_url: str, vllm_url: str) -> None:
+        """Keep servers and environments running for a trainer that somebody else starts, until Ctrl-C."""
+        self.start_environments(api_url, vllm_url)
+        flags = shlex.join(_flat(trainer_flags(self._config, api_url, vllm_url)))
+        self._output.say("launch", f"start the trainer with: python TRAINER.py {flags}")
+        self._output.say("launch", "the others run until Ctrl-C")
+        self._output.wait_for("launch", "serving", only_on_terminal=True)
+        try:
+            while True:
+                self._check()
+                time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            self._output.say("launch", "interrupted")
+
+    def complete(self, vllm_url: str) -> list[list[str]]:
+        """Let the server continue the configured prompts; return the completions of each."""
+        prompts = self._config.prompts
+        if not prompts:
+            return []
+        self._output.wait_for("launch", f"the server continues {len(prompts)} prompts")
+        body = {"model": self._config.model_name_or_path, "prompt": prompts, **self._config.completion_args}
+        choices = _request("POST", f"{vllm_url}/v1/completions", body)["choices"]
+        texts = [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
+        # The choices of the first prompt come first, then those of the second.
+        num_each = len(texts) // len(prompts)
+        return [texts[start : start + num_each] for start in range(0, len(texts), num_each)]
+
+    def _check(self, may_finish: str | None = None) -> bool:
+        """Look at all processes; say and forget environments that ended, if the run goes on without them."""
+        if self._config.on_environment_exit == "continue":
+            for process in [process for process in self._environments if process.poll() is not None]:
+                self._environments.remove(process)
+                left = [environment.name for environment in self._environments]
+                if not left:
+                    others = [name for name in self._group.names if name != process.name]
+                    raise failure_of(process, still_running=others)
+                self._output.say(
+                    process.name,
+                    f"ended with exit code {process.poll()}; the run goes on with {', '.join(left)}. The last lines of its "
+                    f"log ({process.log_path}):\n{process.log_tail()}",
+                )
+                self._group.discard(process)
+        return self._group.check(may_finish)
+
+    def _start(
+        self, name: str, command: list[str], env: Mapping[str, str], shows_output: bool = False
+    ) -> ManagedProcess:
+        path = self._log_path(name)
+        on_output = self._output.show if shows_output else None
+        process = ManagedProcess(name, command, path, self._child_env(env), on_output)
+        self._group.add(process)
+        self._output.follow(name, path)
+        return process
+
+    def _log_path(self, name: str) -> Path:
+        return self._logs / f"{name}.log"
+
+    def _child_env(self, extra: Mapping[str, str]) -> dict[str, str]:
+        """Return what is added to a child's environment: this interpreter's commands first, output unbuffered."""
+        env = {
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+            "PYTHONUNBUFFERED": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "COLUMNS": str(shutil.get_terminal_size().columns),
+        }
+        if self._config.is_local_model:
+            env["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
+        return {**env, **extra}
 
 
 @contextlib.contextmanager
@@ -155,106 +262,20 @@ def _own_run_dir(run_dir: Path) -> Iterator[None]:
             "model/trainer_state.json",
         ):
             (run_dir / name).unlink(missing_ok=True)
+        for log in (run_dir / "logs").glob("*.log"):
+            log.unlink()
         yield
 
 
-def _child_env(config: LaunchConfig, extra: Mapping[str, str]) -> dict[str, str]:
-    """Return what is added to a child's environment: this interpreter's commands first, output unbuffered."""
-    env = {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "COLUMNS": str(shutil.get_terminal_size().columns),
-    }
-    if config.is_local_model:
-        env["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
-    return {**env, **extra}
-
-
-def _start_servers(config: LaunchConfig, run_dir: Path, group: ProcessGroup) -> tuple[Service, Service]:
-    """Start the Atropos API and the inference server side by side."""
-    logs = run_dir / "logs"
-    api = Service("api", "/", build_api_command, logs / "api.log", _child_env(config, {}), group)
-
-    def vllm_command(port: int) -> list[str]:
-        return build_vllm_command(config, port)
-
-    vllm_env = _child_env(config, config.vllm_env)
-    return api, Service("vllm", "/health", vllm_command, logs / "vllm.log", vllm_env, group)
-
-
-def _wait_until_ready(
-    services: Sequence[Service], timeout_s: float, group: ProcessGroup, checklist: Checklist
-) -> None:
-    """Wait for all services, with a line at least every `PROGRESS_S` seconds."""
-    for service in services:
-        checklist.say(service.name, "starting")
-    waiting = list(services)
-    next_line_s = checklist.elapsed_s() + PROGRESS_S
-    deadline_s = checklist.elapsed_s() + timeout_s
-    while waiting:
-        for service in [service for service in waiting if service.is_ready()]:
-            checklist.say(service.name, f"ready at {service.url}")
-            waiting.remove(service)
-            next_line_s = checklist.elapsed_s() + PROGRESS_S
-        if not waiting:
-            group.check()
-            return
-        if checklist.elapsed_s() >= deadline_s:
-            raise PreflightError(
-                f"`{waiting[0].name}` was not ready after {timeout_s:.0f} s.",
-                f"The last line of its log: {waiting[0].last_log_line()}",
-                "Raise `startup_timeout_s` in the launch file if it was still loading the model.",
-            )
-        if checklist.elapsed_s() >= next_line_s:
-            for service in waiting:
-                checklist.say(service.name, f"still starting: {service.last_log_line()[-100:]}")
-            next_line_s += PROGRESS_S
-        time.sleep(POLL_S)
-
-
-def _start_clients(
-    config: LaunchConfig, run_dir: Path, group: ProcessGroup, api_url: str, vllm_url: str, checklist: Checklist
-) -> ManagedProcess:
-    """Start the environment, which waits by itself until the trainer has registered, and the trainer; return it."""
-    logs = run_dir / "logs"
-    env_command = build_env_command(config, api_url, vllm_url)
-    group.add(ManagedProcess("env", env_command, logs / "env.log", _child_env(config, config.env_env)))
-    checklist.say("env", config.env_command)
-    trainer_command = build_trainer_command(config, api_url, vllm_url)
-    trainer_env = _child_env(config, config.trainer_env)
-    trainer = ManagedProcess("trainer", trainer_command, logs / "trainer.log", trainer_env, live_output=True)
-    group.add(trainer)
-    checklist.say("trainer", f"{config.trainer_command} (logs of all processes: {logs})")
-    return trainer
-
-
-def _wait_for_trainer(group: ProcessGroup, trainer: ManagedProcess, checklist: Checklist) -> None:
-    """Return when the trainer has ended with exit code 0 and all others still run."""
-    next_line_s = checklist.elapsed_s() + PROGRESS_S
-    while not group.check(may_finish=trainer.name):
-        if not trainer.has_output.is_set() and checklist.elapsed_s() >= next_line_s:
-            # Importing and loading take longer than a person waits in silence; then the trainer speaks for itself.
-            checklist.say(trainer.name, f"starting: {trainer.log_tail(1).strip()[-100:]}")
-            next_line_s += PROGRESS_S
-        time.sleep(POLL_S)
-
-
-def _complete(vllm_url: str, config: LaunchConfig) -> list[list[str]]:
-    """Let the server continue the configured prompts; return the completions of each."""
-    if not config.prompts:
-        return []
-    body = {"model": config.model_name_or_path, "prompt": config.prompts, **config.completion_args}
-    choices = _request("POST", f"{vllm_url}/v1/completions", body)["choices"]
-    texts = [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
-    # The choices of the first prompt come first, then those of the second.
-    num_each = len(texts) // len(config.prompts)
-    return [texts[start : start + num_each] for start in range(0, len(texts), num_each)]
+def _flat(flags: Mapping[str, str]) -> list[str]:
+    return [part for pair in flags.items() for part in pair]
 
 
 def _request(method: str, url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     try:
-        response = requests.request(method, url, json=body, timeout=COMPLETION_TIMEOUT_S)
+        key = os.environ.get("VLLM_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        response = requests.request(method, url, json=body, headers=headers, timeout=COMPLETION_TIMEOUT_S)
         response.raise_for_status()
         return response.json()
     except requests.RequestException as exc:
@@ -266,7 +287,7 @@ def _raise_server_error(url: str, exc: requests.RequestException) -> NoReturn:
     raise PreflightError(
         f"{url} did not answer as expected: {exc}.{detail}",
         "The inference server is asked for completions before and after training.",
-        "Read logs/vllm.log in the run directory.",
+        "Read its log: logs/vllm.log in the run directory, unless it is external.",
     ) from exc
 
 

@@ -6,6 +6,7 @@ import argparse
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
@@ -63,7 +64,10 @@ def _run_launch(args: argparse.Namespace, rest: Sequence[str]) -> int:
         "run_dir": args.run_dir,
         "model_name_or_path": args.model_name_or_path,
         "trainer_args": args.trainer_args,
-        "env_command": shlex.join(rest) or None,
+        "api_url": args.api_url,
+        "vllm_url": args.vllm_url,
+        "show_all_logs": args.show_all_logs or None,
+        "environments": {"env": {"command": shlex.join(rest)}} if rest else None,
     }
     run_launch(load_launch_config(args.config, overrides))
     return 0
@@ -82,10 +86,44 @@ def _run_doctor(args: argparse.Namespace, _rest: Sequence[str]) -> int:
     return int(any(finding.level == "error" for finding in findings))
 
 
+def _run_preflight(args: argparse.Namespace, _rest: Sequence[str]) -> int:
+    # What follows takes seconds to import.
+    print("Loading the libraries of the trainer", file=sys.stderr, flush=True)
+    # Our own check of versions says what is supported.
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+    from .preflight import Preflight, run_preflight
+
+    told = Preflight(args.launch_config, args.config, args.api_url, args.vllm_url, args.model)
+    return int(any(finding.level == "error" for finding in run_preflight(told, args.json)))
+
+
+def _run_env(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from .env import list_shims, run_env
+
+    if args.list_shims:
+        list_shims()
+        return 0
+    if args.file is None:
+        make_parser().error("env: FILE.py is missing")
+    return run_env(args.file, [*args.arguments, *(["--", *rest] if rest else [])], args.no_shim)
+
+
+def _run_report(args: argparse.Namespace, _rest: Sequence[str]) -> int:
+    # What follows takes seconds to import.
+    print("Loading the libraries that draw", file=sys.stderr, flush=True)
+    from .report import run_report
+
+    print(run_report(args.run_dir, args.output, args.png_dir))
+    return 0
+
+
 _RUNNERS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "model": _run_model,
     "launch": _run_launch,
     "doctor": _run_doctor,
+    "preflight": _run_preflight,
+    "env": _run_env,
+    "report": _run_report,
 }
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -20,6 +20,7 @@ from . import guard
 
 
 LOG_TAIL_LINES = 30
+LOG_TAIL_BYTES = 64 * 1024
 # What compiled extensions print when their interpreter exits; in a crash it buries the cause.
 EXIT_NOISE = ("nanobind:", " - leaked ", " - ... skipped")
 # The guard needs its own grace and a moment to look for what is left.
@@ -53,12 +54,8 @@ class ManagedProcess:
             Receives standard output and standard error; emptied first.
         env (`Mapping[str, str]`, *optional*):
             Added to this process's environment.
-        live_output (`bool`, *optional*, defaults to `False`):
-            Whether standard output is also copied to the launcher's.
-
-    Attributes:
-        has_output (`threading.Event`):
-            Set by the first line of standard output, with `live_output`.
+        on_output (`Callable[[str], None]`, *optional*):
+            Gets each line of standard output as well, without its line break, on a thread of its own.
     """
 
     def __init__(
@@ -67,11 +64,10 @@ class ManagedProcess:
         command: Sequence[str],
         log_path: Path,
         env: Mapping[str, str] | None = None,
-        live_output: bool = False,
+        on_output: Callable[[str], None] | None = None,
     ):
         self.name = name
         self.log_path = log_path
-        self.has_output = threading.Event()
         self._pump: threading.Thread | None = None
         log_path.parent.mkdir(parents=True, exist_ok=True)
         log_path.write_bytes(b"")
@@ -80,15 +76,15 @@ class ManagedProcess:
             self._guard = subprocess.Popen(
                 [sys.executable, "-m", guard.__name__, *command],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE if live_output else log,
+                stdout=log if on_output is None else subprocess.PIPE,
                 stderr=log,
                 env={**os.environ, **(env or {})},
                 start_new_session=True,
             )
-        if live_output:
+        if on_output is not None:
             self._pump = threading.Thread(
                 target=_copy_lines,
-                args=(self._guard.stdout, log_path, self.has_output),
+                args=(self._guard.stdout, log_path, on_output),
                 name=f"{name}-output",
                 daemon=True,
             )
@@ -103,7 +99,9 @@ class ManagedProcess:
 
     def log_tail(self, num_lines: int = LOG_TAIL_LINES) -> str:
         """Return the last `num_lines` lines of the log that say something."""
-        lines = self.log_path.read_text(errors="replace").splitlines()
+        with self.log_path.open("rb") as log:
+            log.seek(max(0, self.log_path.stat().st_size - LOG_TAIL_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
         return "\n".join([line for line in lines if line.strip() and not line.startswith(EXIT_NOISE)][-num_lines:])
 
     def request_stop(self) -> None:
@@ -128,14 +126,12 @@ class ManagedProcess:
                 stream.close()
 
 
-def _copy_lines(source: IO[bytes], log_path: Path, has_output: threading.Event) -> None:
-    """Copy a process's standard output to its log and to the launcher's standard output, line by line."""
+def _copy_lines(source: IO[bytes], log_path: Path, on_output: Callable[[str], None]) -> None:
+    """Copy a process's standard output to its log and to `on_output`, line by line."""
     with log_path.open("ab", buffering=0) as log:
         for line in source:
-            has_output.set()
             log.write(line)
-            sys.stdout.write(line.decode(errors="replace"))
-            sys.stdout.flush()
+            on_output(line.decode(errors="replace").rstrip("\r\n"))
 
 
 class ProcessGroup:
@@ -161,6 +157,11 @@ class ProcessGroup:
         process.wait_stopped()
         self._processes.remove(process)
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the processes, in the order of their start."""
+        return [process.name for process in self._processes]
+
     def check(self, may_finish: str | None = None) -> bool:
         """Look at all processes once.
 
@@ -183,7 +184,11 @@ class ProcessGroup:
         ended = [process for process in self._processes if process.poll() is not None]
         failed = [process for process in ended if process.name != may_finish or process.poll() != 0]
         if failed:
-            raise failure_of(failed[0], also_ended=[process.name for process in failed[1:]])
+            raise failure_of(
+                failed[0],
+                also_ended=[process.name for process in failed[1:]],
+                still_running=[process.name for process in self._processes if process not in ended],
+            )
         return True
 
     def stop(self) -> None:
@@ -201,11 +206,23 @@ class ProcessGroup:
         self._processes.clear()
 
 
-def failure_of(process: ManagedProcess, also_ended: Sequence[str] = ()) -> ProcessFailedError:
-    """Return the error that names `process`, its exit code and the last lines of its log."""
+def failure_of(
+    process: ManagedProcess, also_ended: Sequence[str] = (), still_running: Sequence[str] = ()
+) -> ProcessFailedError:
+    """Return the error that names a process, its exit code, the last lines of its log, and what ends because of it.
+
+    Args:
+        process ([`ManagedProcess`]):
+            The one that ended.
+        also_ended (sequence of `str`, *optional*):
+            Names of those that ended by themselves with it.
+        still_running (sequence of `str`, *optional*):
+            Names of those that the launch ends now.
+    """
     others = f" (after it or with it: {', '.join(also_ended)})" if also_ended else ""
+    ended = f"The launch has ended {', '.join(still_running)}; it started nothing else. " if still_running else ""
     return ProcessFailedError(
         f"The process `{process.name}` ended with exit code {process.poll()} while the run needed it{others}.",
         f"The last lines of its log:\n{process.log_tail()}\n",
-        f"The whole log is {process.log_path}.",
+        f"{ended}The whole log is {process.log_path}.",
     )

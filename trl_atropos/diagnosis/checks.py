@@ -1,17 +1,21 @@
 """What a diagnosis is made of: traps with a name, how they show in facts, and what to do.
 
+A preflight also says what is well, and what could not be looked at.
+
 Each name has a row in docs/troubleshooting.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 
-Level = Literal["error", "warning", "ok"]
+GIB = 2**30
+Level = Literal["error", "warning", "ok", "unknown"]
 FactsT = TypeVar("FactsT")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class Finding:
         name (`str`):
             Of the trap; the row of docs/troubleshooting.md.
         level (`str`):
-            `"error"`: no training like this; `"warning"`: it may be meant so, or pass; `"ok"`: a good sign.
+            `"error"`: no training like this; `"warning"`: it may be meant so, or pass; `"ok"`: a good sign; `"unknown"`: not
+            checked.
         what (`str`):
             What was seen, with values: a sentence.
         why (`str`, *optional*, defaults to `""`):
@@ -82,3 +87,61 @@ def diagnose(facts: FactsT, checks: Sequence[Check[FactsT]]) -> list[Finding]:
             if check.hides_others:
                 break
     return findings
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A fact that is not known. Nothing is concluded from it.
+
+    Args:
+        why (`str`):
+            A sentence.
+    """
+
+    why: str
+
+
+NOT_ASKED = Unread("Nothing was given to compare with.")
+
+
+@dataclass(frozen=True)
+class PreflightCheck(Check[FactsT]):
+    """A check that also says what is well.
+
+    Args:
+        describe (`Callable`):
+            Says in a sentence how the facts look where nothing is wrong.
+        needs (`tuple[str, ...]`, *optional*, defaults to `()`):
+            Fields of the facts without which nothing can be told.
+    """
+
+    describe: Callable[[FactsT], str] = field(kw_only=True)
+    needs: tuple[str, ...] = field(default=(), kw_only=True)
+
+
+def examine(facts: FactsT, checks: Sequence[PreflightCheck[FactsT]]) -> list[Finding]:
+    """Run all checks.
+
+    Args:
+        facts (`FactsT`):
+            What was seen.
+        checks (sequence of [`PreflightCheck`]):
+            Of such facts.
+
+    Returns:
+        `list[Finding]`: one per check, in their order, of any level.
+    """
+    findings = []
+    for check in checks:
+        unread = [value for name in check.needs if isinstance(value := getattr(facts, name), Unread)]
+        if unread:
+            findings.append(Finding(check.name, "unknown", f"Not checked: {unread[0].why}"))
+        else:
+            findings += diagnose(facts, [check]) or [Finding(check.name, "ok", check.describe(facts))]
+    return findings
+
+
+def known(value: T | Unread) -> T:
+    """Return a fact that the check has named in `needs`."""
+    assert not isinstance(value, Unread), value.why
+    return value

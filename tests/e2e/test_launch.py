@@ -1,0 +1,246 @@
+"""A launch of real processes: a real `run-api`, small scripts as environments and trainer, and a stand-in for vLLM.
+
+With a real vLLM server and a real trainer: test_training.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+import yaml
+from scripted_server import ScriptedServer
+
+from trl_atropos.cli.main import main
+
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE_S = 60.0
+
+ENVIRONMENT = """
+import sys, time
+print("rollout", flush=True)
+print("arguments", *sys.argv[1:], flush=True)
+while True:
+    time.sleep(0.05)
+"""
+
+# Writes the log that the summary is made of, once the environments have said something.
+TRAINER = """
+import json, os, sys, time
+output_dir = sys.argv[sys.argv.index("--output_dir") + 1]
+logs = os.path.join(os.path.dirname(output_dir), "logs")
+time.sleep(float(os.environ.get("TRAINER_S", "0.5")))
+os.makedirs(output_dir, exist_ok=True)
+print("step 1 reward 0.5", flush=True)
+print("a warning of the trainer", file=sys.stderr, flush=True)
+with open(os.path.join(output_dir, "trainer_state.json"), "w") as file:
+    json.dump({"log_history": [{"step": 1, "reward": 0.5, "policy_version": 1}]}, file)
+"""
+
+
+class Launch:
+    """A launch file in a directory of its own, and its processes.
+
+    Args:
+        directory (`Path`):
+            Of the test.
+        vllm_url (`str`):
+            Of the stand-in.
+    """
+
+    def __init__(self, directory: Path, vllm_url: str):
+        self.directory = directory
+        self.run_dir = directory / "run"
+        self.logs = self.run_dir / "logs"
+        for name, code in (("environment", ENVIRONMENT), ("trainer", TRAINER)):
+            (directory / f"{name}.py").write_text(code)
+        self.environment_command = f"{sys.executable} {directory / 'environment.py'} serve"
+        self.content: dict[str, Any] = {
+            "model_name_or_path": "served",
+            "run_dir": str(self.run_dir),
+            "environments": {"first": {"command": self.environment_command}},
+            "trainer_command": f"{sys.executable} {directory / 'trainer.py'}",
+            "vllm_url": vllm_url,
+        }
+
+    def write(self) -> list[str]:
+        path = self.directory / "launch.yaml"
+        path.write_text(yaml.safe_dump(self.content))
+        return ["launch", "-c", str(path)]
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "trl_atropos.cli.main", *self.write(), *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S)
+
+    def start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "trl_atropos.cli.main", *self.write()]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def pid_of(self, process: psutil.Process, name: str) -> int:
+        """The process of a launch whose command line contains `name`, behind its guard."""
+        found: list[int] = []
+        deadline = time.monotonic() + DEADLINE_S
+        while not found:
+            assert time.monotonic() < deadline, f"no process of {name}"
+            found = [
+                child.pid
+                for child in process.children(recursive=True)
+                if name in " ".join(child.cmdline()) and "trl_atropos.cli.guard" not in child.cmdline()
+            ]
+            time.sleep(0.05)
+        return found[0]
+
+    def leftovers(self) -> list[str]:
+        """Command lines of processes that name this test's directory."""
+        lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+        return [line for line in lines if str(self.directory) in line]
+
+
+@pytest.fixture
+def vllm() -> Iterator[ScriptedServer]:
+    with ScriptedServer() as server:
+        yield server
+
+
+@pytest.fixture
+def launch(tmp_path: Path, vllm: ScriptedServer) -> Iterator[Launch]:
+    launch = Launch(tmp_path, vllm.base_url)
+    yield launch
+    assert launch.leftovers() == []
+
+
+def wait_for_line(process: subprocess.Popen[str], pattern: str) -> list[str]:
+    """Lines of a launch up to the first that matches."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(pattern, line):
+            return lines
+    raise AssertionError(f"{pattern} never came:\n{''.join(lines)}")
+
+
+def test_environments_and_trainer_run_with_the_addresses_and_the_external_server_stays(
+    launch: Launch, vllm: ScriptedServer
+) -> None:
+    launch.content["environments"] = {
+        "first": {"command": launch.environment_command},
+        "second": {"command": launch.environment_command, "num_copies": 2},
+    }
+    launch.logs.mkdir(parents=True)
+    (launch.logs / "of-an-earlier-run.log").touch()
+    finished = launch.run()
+
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert sorted(path.name for path in launch.logs.iterdir()) == [
+        *("api.log", "combined.log", "first.log", "second-1.log", "second-2.log", "trainer.log"),
+    ]
+    assert "vllm     external, at " + vllm.base_url in finished.stdout
+    assert "ending api, first, second-1, second-2, trainer" in finished.stdout
+    (arguments,) = [line for line in (launch.logs / "second-2.log").read_text().splitlines() if "arguments" in line]
+    assert f"--openai.base_url {vllm.base_url}/v1" in arguments
+    assert json.loads((launch.run_dir / "summary.json").read_text())["rewards"] == [0.5]
+    combined = (launch.logs / "combined.log").read_text()
+    for name, line in (
+        ("api", "INFO: .*Uvicorn running.*"),
+        ("first", "rollout"),
+        ("second-2", "rollout"),
+        ("trainer", "step 1 reward 0.5"),
+        ("trainer", "a warning of the trainer"),
+        ("launch", "ending api, first, second-1, second-2, trainer"),
+    ):
+        assert re.search(rf"^\[ *\d+\.\d s\] {name} +\| {line}$", combined, re.MULTILINE), line
+    assert "\nstep 1 reward 0.5\n" in finished.stdout
+    assert "a warning of the trainer" not in finished.stdout and "rollout" not in finished.stdout
+    assert requests.get(f"{vllm.base_url}/health", timeout=10).ok
+
+
+def test_command_after_two_dashes_is_the_only_environment_and_all_output_is_shown_if_told(launch: Launch) -> None:
+    finished = launch.run("--show_all_logs", "--", *launch.environment_command.split(), "--mine")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert re.search(r"^env +\| rollout$", finished.stdout, re.MULTILINE)
+    assert re.search(r"^trainer +\| step 1 reward 0.5$", finished.stdout, re.MULTILINE)
+    assert not (launch.logs / "first.log").exists()
+    assert "arguments serve --mine" in (launch.logs / "env.log").read_text()
+
+
+@pytest.mark.parametrize("victim", ["environment.py", "run-api"])
+def test_killed_part_ends_the_run_and_is_named_with_what_was_ended(launch: Launch, victim: str) -> None:
+    launch.content["trainer_env"] = {"TRAINER_S": "60"}
+    process = launch.start()
+    wait_for_line(process, "trainer  ")
+    os.kill(launch.pid_of(psutil.Process(process.pid), victim), signal.SIGKILL)
+    output, _ = process.communicate(timeout=DEADLINE_S)
+
+    name, others = ("first", "api, trainer") if victim == "environment.py" else ("api", "first, trainer")
+    assert process.returncode == 1
+    assert f"ProcessFailedError: The process `{name}` ended with exit code 137" in output  # 128 + 9
+    assert f"The launch has ended {others};" in output
+    assert str(launch.logs / f"{name}.log") in output
+
+
+def test_run_goes_on_with_the_other_environments_if_told(launch: Launch) -> None:
+    crash = f"{sys.executable} -c 'print(\"the cause\"); raise SystemExit(3)'"
+    launch.content |= {"on_environment_exit": "continue", "trainer_env": {"TRAINER_S": "2"}}
+    launch.content["environments"]["crasher"] = {"command": crash}
+    finished = launch.run()
+
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "crasher  ended with exit code 3; the run goes on with first." in finished.stdout
+    assert "the cause" in finished.stdout
+
+
+def test_run_without_any_environment_left_is_over_also_if_told_to_continue(launch: Launch) -> None:
+    crash = f"{sys.executable} -c 'raise SystemExit(3)'"
+    launch.content |= {"on_environment_exit": "continue", "trainer_env": {"TRAINER_S": "60"}}
+    launch.content["environments"] = {name: {"command": crash} for name in ("one", "two")}
+    finished = launch.run()
+
+    assert finished.returncode == 1
+    assert re.search(r"The process `(one|two)` ended with exit code 3", finished.stderr)
+
+
+def test_services_for_an_external_trainer_run_until_they_are_interrupted(launch: Launch, vllm: ScriptedServer) -> None:
+    launch.content["trainer_command"] = "external"
+    process = launch.start()
+    (addresses, _) = wait_for_line(process, "until Ctrl-C")[-2:]
+    api_url = re.search(r"--atropos_api_url (\S+)", addresses)
+    assert api_url is not None and f"--vllm_server_base_url {vllm.base_url}" in addresses
+    assert requests.get(api_url[1], timeout=10).json() == {"message": "AtroposLib API"}
+
+    process.send_signal(signal.SIGINT)
+
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, output
+    assert not (launch.run_dir / "summary.json").exists()
+    with pytest.raises(requests.ConnectionError):
+        requests.get(api_url[1], timeout=10)
+
+
+def test_external_environments_are_told_where_to_go(launch: Launch, vllm: ScriptedServer) -> None:
+    launch.content["environments"] = "external"
+    finished = launch.run()
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "ENVIRONMENT.py serve --env.rollout_server_url http" in finished.stdout
+    assert f"--openai.base_url {vllm.base_url}/v1" in finished.stdout
+
+
+def test_server_that_is_away_and_external_is_said_so(
+    launch: Launch, vllm: ScriptedServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch.content["startup_timeout_s"] = 1
+    vllm.stop()
+    assert main(launch.write()) == 1
+    assert "external: the launch does not start it, and /health does not answer there." in capsys.readouterr().err

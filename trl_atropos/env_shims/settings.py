@@ -1,0 +1,121 @@
+"""Shims for what the command line of an environment makes of its settings."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from .shim import Shim
+
+
+PLACEHOLDER_KEY = "none"
+"""What a server that asks for no key is sent."""
+
+
+class ServerList(Shim):
+    """A server configuration that counts, although `config_init` returns it without a list around it."""
+
+    name = "server_list"
+    why = "Without a list around its server configuration an environment ignores base_url and asks ports 9004 to 9007."
+    upstream = "atroposlib/envs/server_handling/server_manager.py: ServerManager.__init__"
+
+    def install(self) -> None:
+        """Put a list around a single configuration that has a `base_url`."""
+        from atroposlib.envs import base
+
+        original = base.resolve_openai_configs
+
+        @functools.wraps(original)
+        def resolve(default_server_configs: Any, openai_config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            base_url = openai_config_dict.get("base_url")
+            if base_url and not isinstance(default_server_configs, list) and self._is_for_us(**kwargs):
+                self.acts(f"one server at {base_url}, not four at localhost:9004 to 9007")
+                default_server_configs = [base.APIServerConfig(**default_server_configs.model_dump())]
+            return original(
+                default_server_configs=default_server_configs, openai_config_dict=openai_config_dict, **kwargs
+            )
+
+        base.resolve_openai_configs = resolve
+
+    @staticmethod
+    def _is_for_us(*, yaml_config: dict[str, Any], cli_passed_flags: dict[str, Any], **_: Any) -> bool:
+        told = yaml_config.get("openai") or {}
+        servers = told if isinstance(told, list) else [told]
+        if len(servers) > 1:
+            # Upstream takes several servers of a YAML file as they are.
+            return False
+        is_told = "openai.base_url" in cli_passed_flags or any("base_url" in server for server in servers)
+        # Upstream asks the nodes of a Slurm job, and the URL of `config_init` is a placeholder.
+        return is_told or "SLURM_JOB_NODELIST" not in os.environ
+
+
+class Wandb(Shim):
+    """No Weights & Biases unless the command line or the YAML file says so."""
+
+    name = "wandb"
+    why = "process and evaluate set use_wandb for everybody, and many files do; without a login the environment hangs or ends."
+    upstream = "atroposlib/envs/base.py: get_cli_process_config_cls, get_cli_evaluate_config_cls, setup_wandb"
+
+    def install(self) -> None:
+        """Set `use_wandb` to false where neither YAML nor command line names it."""
+        from atroposlib.envs import base
+
+        original = base.merge_dicts
+
+        @functools.wraps(original)
+        def merge_dicts(defaults: dict[str, Any], *told: dict[str, Any]) -> dict[str, Any]:
+            merged: dict[str, Any] = original(defaults, *told)
+            if defaults.get("use_wandb") and not any("use_wandb" in settings for settings in told):
+                self.acts("use_wandb is off; --env.use_wandb true turns it on")
+                merged["use_wandb"] = False
+            return merged
+
+        base.merge_dicts = merge_dicts
+
+
+class WandbName(Shim):
+    """A name to register with."""
+
+    name = "wandb_name"
+    why = "The API refuses an environment without wandb_name (422); the class' `name` is meant to be it but is not copied."
+    upstream = "atroposlib/envs/base.py: CliServeConfig.run"
+
+    def install(self) -> None:
+        """Take the class' `name`, or else its Python name, for a `wandb_name` that is not set."""
+        from atroposlib.envs.base import BaseEnv
+
+        original = BaseEnv.__init__
+
+        @functools.wraps(original)
+        def init(env: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+            if config.wandb_name is None:
+                config.wandb_name = type(env).name or type(env).__name__
+                self.acts(f"the environment registers as {config.wandb_name!r}")
+            original(env, config, *args, **kwargs)
+
+        BaseEnv.__init__ = init
+
+
+class ApiKey(Shim):
+    """A placeholder key for a local server that asks for none."""
+
+    name = "api_key"
+    why = "Current versions of the openai package refuse an empty API key, the default of a server configuration."
+    upstream = "atroposlib/envs/server_handling/server_baseline.py: APIServerConfig.api_key"
+
+    def install(self) -> None:
+        """Fill `api_key` of the servers before an environment makes their clients."""
+        from atroposlib.envs.base import BaseEnv
+
+        original = BaseEnv.__init__
+
+        @functools.wraps(original)
+        def init(env: Any, config: Any, server_configs: Any, *args: Any, **kwargs: Any) -> None:
+            for server in server_configs if isinstance(server_configs, list) else []:
+                if server.base_url and not server.api_key and "OPENAI_API_KEY" not in os.environ:
+                    self.acts(f"{server.base_url} gets a placeholder; --openai.api_key sets a real one")
+                    server.api_key = PLACEHOLDER_KEY
+            original(env, config, server_configs, *args, **kwargs)
+
+        BaseEnv.__init__ = init

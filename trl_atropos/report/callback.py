@@ -1,0 +1,90 @@
+"""Records the facts of a run when it starts, and writes its report when it ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..errors import PreflightError
+from .page import REPORT_FILE, write_report
+from .run_files import RUN_FACTS_FILE, read_run_files
+
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("trl-atropos", "atroposlib", "trl", "transformers", "torch", "vllm", "accelerate", "peft", "datasets")
+
+
+class ReportCallback(TrainerCallback):
+    """Writes `run_facts.json` when training begins and `report.html` when it ends, into `output_dir`, on rank 0.
+
+    A report that cannot be written is logged and does not end the run.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        path = Path(str(args.output_dir)) / RUN_FACTS_FILE
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(
+                json.dumps({"config": changed_options(args), "versions": versions()}, indent=2), encoding="utf-8"
+            )
+        except OSError as exc:
+            logger.warning(f"{path} cannot be written: {exc}. The report will lack configuration and versions.")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        output_dir = Path(str(args.output_dir))
+        try:
+            # The trainer writes trainer_state.json only after this.
+            write_report(read_run_files(output_dir, state.log_history), output_dir / REPORT_FILE)
+        except (PreflightError, OSError, ValueError) as exc:
+            logger.warning(
+                f"The report of the run was not written: {exc} Training is not affected; after mending it, run "
+                f"`trl-atropos report {output_dir}`."
+            )
+
+
+def changed_options(args: TrainingArguments) -> dict[str, str]:
+    """Return the options that differ from their defaults, as text, without secrets.
+
+    Args:
+        args (`TrainingArguments`):
+            The options of the run.
+
+    Returns:
+        `dict[str, str]`: Option -> value; that of a token, key or password, and a login inside of a URL, is `***`.
+    """
+    defaults = {field.name: field.default for field in fields(args)}
+    shown = {}
+    for name, default in defaults.items():
+        value = getattr(args, name)
+        if value is None or value == default or name.startswith("_"):
+            continue
+        is_secret = re.search(r"(token|key|password|secret)$", name)
+        shown[name] = "***" if is_secret else re.sub(r"//[^/@\s]*@", "//***@", str(value))
+    return shown
+
+
+def versions() -> dict[str, str]:
+    """Return the installed parts of a run with their versions."""
+    found = {}
+    for name in PARTS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,211 @@
+"""What a run leaves behind, read for its report: log history, facts of the run, refused groups, completions."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import PreflightError
+
+
+RUN_FACTS_FILE = "run_facts.json"
+MAX_SHOWN_STEPS = 6
+MAX_TEXT_CHARACTERS = 1500
+
+LogEntry = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One rollout as text.
+
+    Args:
+        step (`int`):
+            Number of the optimizer step.
+        environment (`str`):
+            Its name.
+        prompt (`str`):
+            Shortened to 1500 characters.
+        completion (`str`):
+            Shortened to 1500 characters.
+        reward (`float`):
+            In the environment's unit.
+        advantage (`float`):
+            Mean over its trained tokens, before normalisation.
+    """
+
+    step: int
+    environment: str
+    prompt: str
+    completion: str
+    reward: float
+    advantage: float
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a report is made from.
+
+    Args:
+        output_dir (`Path`):
+            Directory of the trainer.
+        state_path (`Path`, *optional*):
+            The `trainer_state.json` that was read; `None` if the log history came from the trainer itself.
+        history (`Sequence[LogEntry]`):
+            Log lines of optimizer steps, oldest first.
+        facts (`dict`):
+            `config` and `versions` of the run; empty if they were not recorded.
+        refused (`Counter[str]`):
+            Groups in `quarantine.jsonl` by reason.
+        completions (`Sequence[Completion]`):
+            A selection: of at most 6 steps the best, the middle and the worst rollout.
+    """
+
+    output_dir: Path
+    state_path: Path | None
+    history: Sequence[LogEntry]
+    facts: dict[str, dict[str, Any]]
+    refused: Counter[str]
+    completions: Sequence[Completion]
+
+    def values(self, key: str) -> list[tuple[float, float]]:
+        """Return `(step, value)` of every log line with a finite value of a metric."""
+        return [
+            (float(entry.get("step", index)), float(entry[key]))
+            for index, entry in enumerate(self.history, start=1)
+            if _is_number(entry.get(key)) and math.isfinite(entry[key])
+        ]
+
+    def num_not_finite(self) -> Counter[str]:
+        """Count the values of each metric that are NaN or infinite."""
+        return Counter(
+            key
+            for entry in self.history
+            for key, value in entry.items()
+            if _is_number(value) and not math.isfinite(value)
+        )
+
+    def environments(self) -> list[str]:
+        """Return the names of the environments that have a metric of their own."""
+        keys = {key for entry in self.history for key in entry}
+        return sorted(
+            key[len("env/") : -len("/reward")] for key in keys if key.startswith("env/") and key.endswith("/reward")
+        )
+
+
+def read_run_files(run_dir: Path, history: Sequence[LogEntry] | None = None) -> RunFiles:
+    """Read a run that is finished, going on, or was killed.
+
+    Args:
+        run_dir (`Path`):
+            Directory of the trainer, or that of `trl-atropos launch`.
+        history (`Sequence[LogEntry]`, *optional*):
+            The log history of a trainer in memory. If not given, that of `trainer_state.json` is read, or that of the newest
+            checkpoint that can be read.
+
+    Returns:
+        `RunFiles`: What was found.
+
+    Raises:
+        PreflightError: There is no log with an optimizer step, or a file cannot be read.
+    """
+    state_path = None
+    output_dir = run_dir
+    if history is None:
+        state_path, history = _read_history(run_dir)
+        output_dir = (
+            state_path.parent.parent if state_path.parent.name.startswith("checkpoint-") else state_path.parent
+        )
+    steps = [entry for entry in history if "loss" in entry or "reward" in entry]
+    if not steps:
+        raise _no_history(run_dir)
+    try:
+        return RunFiles(
+            output_dir, state_path, steps, _facts(output_dir), _refused(output_dir), _completions(output_dir)
+        )
+    except (OSError, ValueError, KeyError) as exc:
+        raise PreflightError(
+            f"A file of the run in {output_dir} cannot be read: {exc}.",
+            "It may be cut off, or come from another program.",
+            "Move the file away, and make the report with `trl-atropos report` again.",
+        ) from exc
+
+
+def _read_history(run_dir: Path) -> tuple[Path, Sequence[LogEntry]]:
+    for directory in (run_dir, run_dir / "model"):
+        checkpoints = [path for path in directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+        checkpoints.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+        for path in (folder / "trainer_state.json" for folder in (directory, *checkpoints)):
+            try:
+                history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+            except (OSError, ValueError, KeyError, TypeError):
+                # A run that was killed leaves its last file missing or cut off; the one before it is whole.
+                continue
+            if isinstance(history, list):
+                return path, [entry for entry in history if isinstance(entry, dict)]
+    raise _no_history(run_dir)
+
+
+def _no_history(run_dir: Path) -> PreflightError:
+    return PreflightError(
+        f"{run_dir} holds no trainer_state.json with a logged optimizer step, and neither do its checkpoints.",
+        "The report is made from the log history in it.",
+        "Name the --output_dir of a run, or the run directory of `trl-atropos launch`; a run that may be killed needs "
+        "`--save_steps` and `--logging_steps 1`.",
+    )
+
+
+def _facts(output_dir: Path) -> dict[str, dict[str, Any]]:
+    path = output_dir / RUN_FACTS_FILE
+    if not path.exists():
+        return {}
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    return {name: dict(facts[name]) for name in ("config", "versions")}
+
+
+def _refused(output_dir: Path) -> Counter[str]:
+    path = output_dir / "quarantine.jsonl"
+    if not path.exists():
+        return Counter()
+    with open(path, encoding="utf-8", errors="replace") as file:
+        # A run that goes on may be in the middle of its last line.
+        return Counter(str(json.loads(line).get("reason", "unknown")) for line in file if line.endswith("\n"))
+
+
+def _completions(output_dir: Path) -> list[Completion]:
+    paths = sorted((output_dir / "completions").glob("completions_*.parquet"))
+    if not paths:
+        return []
+    import pandas as pd
+
+    last = len(paths) - 1
+    chosen = sorted({round(index * last / (MAX_SHOWN_STEPS - 1)) for index in range(MAX_SHOWN_STEPS)})
+    shown = []
+    for path in (paths[index] for index in chosen):
+        rows = pd.read_parquet(path).sort_values("reward", ascending=False).to_dict("records")
+        for row in (rows[index] for index in sorted({0, len(rows) // 2, len(rows) - 1}) if rows):
+            texts = (_text(row["prompt"]), _text(row["completion"]))
+            shown.append(
+                Completion(
+                    int(row["step"]), str(row["environment"]), *texts, float(row["reward"]), float(row["advantage"])
+                )
+            )
+    return shown
+
+
+def _text(value: Any) -> str:
+    """Return a text, or turns of a conversation as one, shortened."""
+    if not isinstance(value, str):
+        value = "\n".join(f"{turn['role']}: {turn['content']}" for turn in value)
+    if len(value) <= MAX_TEXT_CHARACTERS:
+        return str(value)
+    return f"{value[:MAX_TEXT_CHARACTERS]} … [{len(value) - MAX_TEXT_CHARACTERS} more characters]"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
