@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from summary_keys import SUMMARY_KEYS
 
-from trl_atropos.cli.summary import plot_reward, print_report, read_training_log, running_mean, summarize
+from trl_atropos.cli.summary import print_report, read_training_log, summarize
 from trl_atropos.errors import PreflightError
 
 
@@ -71,11 +71,6 @@ def test_weight_version_that_is_no_number_is_kept_as_it_is() -> None:
     assert summarize(ENTRIES, server_weight_version="default", wall_s=1.0)["server_weight_version"] == "default"
 
 
-def test_running_mean_uses_what_there_is_at_the_start() -> None:
-    # window 2: 1, (1 + 3) / 2, (3 + 5) / 2
-    assert running_mean([1.0, 3.0, 5.0], window=2) == [1.0, 2.0, 4.0]
-
-
 def test_log_is_read_without_the_entry_that_ends_the_training(tmp_path: Path) -> None:
     history = [*ENTRIES, {"step": 6, "train_runtime": 10.0, "train_loss": 0.1}]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
@@ -88,12 +83,6 @@ def test_log_without_steps_is_refused(tmp_path: Path, content: str | None) -> No
         (tmp_path / "trainer_state.json").write_text(content)
     with pytest.raises(PreflightError, match="no log entry with a reward"):
         read_training_log(tmp_path)
-
-
-def test_plot_is_a_png_also_when_seconds_are_missing(tmp_path: Path) -> None:
-    for name, entries in (("full.png", ENTRIES), ("bare.png", [{"step": 1, "reward": 0.5}])):
-        plot_reward(entries, tmp_path / name)
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_shows_rewards_and_completions_side_by_side() -> None:

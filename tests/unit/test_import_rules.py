@@ -99,6 +99,7 @@ ALLOWED_BY_FILE = {
     "cli.doctor": ALLOWED["cli"] | DIAGNOSIS | {"atropos_client", "weight_sync"},
     "cli.services": ALLOWED["cli"] | DIAGNOSIS,
     "cli.report": ALLOWED["cli"] | REPORT,
+    "cli.launch": ALLOWED["cli"] | REPORT,
     "cli.preflight": ALLOWED["cli"]
     | DIAGNOSIS
     | {"atropos_client", "weight_sync", "atropos_config", "preflight", "preflight_facts"},

@@ -18,6 +18,8 @@ import requests
 from rich.console import Console
 
 from ..errors import PreflightError
+from ..report.page import REPORT_FILE
+from ..report.plots import save_reward_plot
 from . import summary
 from .gpus import split_gpus
 from .launch_commands import (
@@ -260,6 +262,7 @@ def _own_run_dir(run_dir: Path) -> Iterator[None]:
             "reward.png",
             "completions.json",
             "model/trainer_state.json",
+            "model/report.html",
         ):
             (run_dir / name).unlink(missing_ok=True)
         for log in (run_dir / "logs").glob("*.log"):
@@ -308,11 +311,12 @@ def _write_results(
         for prompt, first, last in zip(config.prompts, before, after, strict=True)
     ]
     (run_dir / "completions.json").write_text(json.dumps(completions, indent=2) + "\n", encoding="utf-8")
-    summary.plot_reward(entries, run_dir / "reward.png")
+    save_reward_plot(config.trainer_output_dir, run_dir / "reward.png")
     summary.print_report(Console(), entries, config.prompts, before, after)
     print(
         f"reward   {result['reward_first']:.3f} (first {summary.WINDOW} steps) -> {result['reward_last']:.3f} (last)"
     )
     print(f"model    {config.trainer_output_dir}")
+    print(f"report   {config.trainer_output_dir / REPORT_FILE}")
     print(f"summary  {run_dir / 'summary.json'}, {run_dir / 'reward.png'}, logs in {run_dir / 'logs'}", flush=True)
     return result

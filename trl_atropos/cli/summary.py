@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: `summary.json`, `reward.png` and the tables on the terminal."""
+"""What a finished run leaves behind beside its report: `summary.json` and the tables on the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import PreflightError
 
 
 WINDOW = 4
-"""Steps over which `reward_first`, `reward_last` and the running mean are taken."""
+"""Steps over which `reward_first` and `reward_last` are taken."""
 
 TABLE_COLUMNS = {
     "step": ("step", "d"),
@@ -87,41 +87,6 @@ def summarize(entries: Sequence[LogEntry], server_weight_version: int | str | No
         "logprob_probe_mean_abs_diff": _reduce(entries, "logprob_probe/mean_abs_diff", max),
         "peak_rss_bytes_trainer": _as_int(_reduce(entries, "memory/peak_rss_bytes", max)),
     }
-
-
-def running_mean(values: Sequence[float], window: int = WINDOW) -> list[float]:
-    """Return the mean of each value with up to `window - 1` values before it."""
-    return [statistics.fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
-
-
-def plot_reward(entries: Sequence[LogEntry], path: Path) -> None:
-    """Draw the reward over the steps with its running mean, and below it the seconds of each step and publish."""
-    import matplotlib
-
-    # A server has no display, and the backend must be chosen before pyplot is imported.
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    steps = [entry.get("step", index) for index, entry in enumerate(entries, start=1)]
-    rewards = [float(entry["reward"]) for entry in entries]
-    figure, (top, bottom) = pyplot.subplots(
-        2, 1, figsize=(8, 6), sharex=True, height_ratios=(2, 1), layout="constrained"
-    )
-    top.plot(steps, rewards, "o-", color="tab:blue", alpha=0.4, label="reward (mean of the step)")
-    top.plot(steps, running_mean(rewards), color="tab:blue", linewidth=2, label=f"mean of {WINDOW} steps")
-    top.set_ylabel("reward")
-    for key, label in (("step_time", "step"), ("perf/weight_sync_s", "publish")):
-        points = [(step, entry[key]) for step, entry in zip(steps, entries, strict=True) if key in entry]
-        bottom.plot([step for step, _ in points], [value for _, value in points], "o-", markersize=3, label=label)
-    bottom.set_ylabel("seconds")
-    bottom.set_ylim(bottom=0)
-    bottom.set_xlabel("optimizer step")
-    bottom.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (top, bottom):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def print_report(

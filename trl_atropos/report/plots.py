@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .run_files import RunFiles
+from .run_files import RunFiles, read_run_files
 
 
 WINDOW = 4
@@ -257,3 +257,19 @@ def to_svg(plot: Plot, series: dict[str, Points]) -> str:
 def save_png(plot: Plot, series: dict[str, Points], path: Path) -> None:
     """Write a plot as a PNG with a white ground."""
     draw(plot, series).savefig(path, format="png", dpi=120)
+
+
+def save_reward_plot(run_dir: Path, path: Path) -> None:
+    """Write the reward over the steps of a run as a PNG.
+
+    Args:
+        run_dir (`Path`):
+            Directory of the trainer.
+        path (`Path`):
+            Of the PNG.
+
+    Raises:
+        PreflightError: There is no log of a run.
+    """
+    plot = next(plot for plot in PLOTS if plot.name == "reward")
+    save_png(plot, series_of(read_run_files(run_dir), plot), path)
