@@ -66,6 +66,29 @@ class ApiProcess:
     def post(self, group: dict[str, Any]) -> None:
         requests.post(f"{self.url}/scored_data", json=group, timeout=10).raise_for_status()
 
+    def register(self, batch_size: int, max_token_len: int) -> None:
+        """Register as a trainer and ask for a first batch, so that environments may come."""
+        registration = {
+            **{
+                "wandb_group": "test",
+                "wandb_project": "test",
+                "batch_size": batch_size,
+                "max_token_len": max_token_len,
+            },
+            **{"checkpoint_dir": "", "save_checkpoint_interval": 0, "starting_step": 0, "num_steps": 1000},
+        }
+        requests.post(f"{self.url}/register", json=registration, timeout=10).raise_for_status()
+        assert self.get("/batch") == {"batch": None}
+
+    def wait_for_batch(self, environment: subprocess.Popen[bytes], log_path: Path, timeout_s: float) -> list[Any]:
+        """The next batch, unless the environment ends before."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and environment.poll() is None:
+            if batch := self.get("/batch")["batch"]:
+                return batch
+            time.sleep(0.1)
+        raise AssertionError(f"no batch came:\n{log_path.read_text()[-4000:]}")
+
     def wait_for_registration(self, timeout_s: float) -> None:
         """Return when a trainer is registered; what is posted before makes the API refuse it."""
         deadline = time.monotonic() + timeout_s

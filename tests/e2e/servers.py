@@ -16,6 +16,7 @@ from typing import Any
 import requests
 import torch
 from tiny_models import byte_tokenizer, tiny_llama, tiny_qwen3
+from transformers import AutoTokenizer
 
 from trl_atropos import AtroposConfig
 
@@ -43,6 +44,17 @@ def save_tiny_model(directory: Path, *, tied: bool, seed: int, architecture: str
     model.to(torch.bfloat16).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
+
+
+def add_chat_template(model_dir: Path) -> Path:
+    """Give the tokenizer a template in which every turn ends with an end-of-sequence token, as in most."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'][0] }}:{{ message['content'] }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    tokenizer.save_pretrained(model_dir)
+    return model_dir
 
 
 def free_port() -> int:

@@ -7,35 +7,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-import requests
 from live_api import ApiProcess
-from servers import ROOT, save_tiny_model, serve
+from servers import ROOT, add_chat_template, save_tiny_model, serve
 from transformers import AutoTokenizer
 
 
 PROGRAM = ROOT / "tests" / "e2e" / "envs" / "upstream_shape.py"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'][0] }}:{{ message['content'] }}<eos>{% endfor %}"
-    "{% if add_generation_prompt %}a:{% endif %}"
-)
 GROUP_SIZE = 2
 TIMEOUT_S = 120.0
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = save_tiny_model(tmp_path_factory.mktemp("model"), tied=True, seed=0)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(directory)
-    return directory
+    return add_chat_template(save_tiny_model(tmp_path_factory.mktemp("model"), tied=True, seed=0))
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +38,7 @@ def vllm_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def api(tmp_path: Path) -> Iterator[ApiProcess]:
     """`run-api` with a trainer that is registered and asked for its first batch, so that environments may come."""
     with ApiProcess(tmp_path / "api.log") as process:
-        registration = {
-            **{"wandb_group": "test", "wandb_project": "test", "batch_size": GROUP_SIZE, "max_token_len": 129},
-            **{"checkpoint_dir": "", "save_checkpoint_interval": 0, "starting_step": 0, "num_steps": 1000},
-        }
-        requests.post(f"{process.url}/register", json=registration, timeout=10).raise_for_status()
-        assert process.get("/batch") == {"batch": None}
+        process.register(GROUP_SIZE, max_token_len=129)
         yield process
 
 
@@ -78,19 +62,10 @@ def environment(
         process.wait()
 
 
-def next_batch(api: ApiProcess, process: subprocess.Popen[bytes], log_path: Path) -> list[dict[str, Any]]:
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        if batch := api.get("/batch")["batch"]:
-            return batch
-        time.sleep(0.1)
-    raise AssertionError(f"no batch came:\n{log_path.read_text()[-4000:]}")
-
-
 def test_an_environment_of_upstreams_shape_delivers(api, vllm_url, model, tmp_path):
     log_path = tmp_path / "env.log"
     with environment(api=api, vllm_url=vllm_url, model=model, log_path=log_path) as process:
-        (group,) = next_batch(api, process, log_path)
+        (group,) = api.wait_for_batch(process, log_path, TIMEOUT_S)
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert len(group["tokens"]) == GROUP_SIZE
     for tokens, masks, messages in zip(group["tokens"], group["masks"], group["messages"], strict=True):

@@ -24,7 +24,7 @@ from atroposlib.envs.server_handling.server_manager import ServerManager
 from envs.calculator import NUM_TURNS
 from live_api import ApiProcess
 from publishing import Publishing, load
-from servers import HOST, ROOT, config, running, save_tiny_model, serve
+from servers import HOST, ROOT, add_chat_template, config, running, save_tiny_model, serve
 from transformers import AutoTokenizer, TrainerCallback
 
 from trl_atropos import AtroposTrainer
@@ -37,10 +37,6 @@ CALCULATOR = ROOT / "tests" / "e2e" / "envs" / "calculator.py"
 CAPITALS = ROOT / "examples" / "envs" / "capitals.py"
 EOS = 256
 # Every turn ends with the end of a sequence. A completion has one already, so that it is there twice at a turn's border.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'][0] }}:{{ message['content'] }}<eos>{% endfor %}"
-    "{% if add_generation_prompt %}a:{% endif %}"
-)
 # Program, group size, share of the environments' requests, batches that may wait in the API before it stops. The last is what
 # keeps the fast environment from filling the API's queue alone: with 1 for all, the slow ones stop before they begin.
 ENVIRONMENTS = ((CALCULATOR, 2, 1.0, 4), (CALCULATOR, 4, 2.0, 4), (CAPITALS, 8, 0.5, 1))
@@ -154,10 +150,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weight = policy.get_input_embeddings().weight
         weight[EOS] = 4 * weight[EOS - 1]
     policy.to(torch.bfloat16).save_pretrained(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(directory)
-    return directory
+    return add_chat_template(directory)
 
 
 @pytest.fixture(scope="module")
