@@ -13,6 +13,7 @@ from torch import nn
 
 from .atropos_client import AtroposClient, Registration
 from .atropos_config import AtroposConfig
+from .data_config import check_source
 from .errors import PreflightError, VLLMServerUnreachable, WeightSyncTimeout
 from .preflight import ServerFacts, inspect_run, inspect_server, trainer_side
 from .weight_sync.adapter_publisher import AdapterPublisher
@@ -120,12 +121,8 @@ def connect(
     Raises:
         [`TrlAtroposError`]: a server does not answer in time, or does not fit.
     """
-    if args.atropos_api_url is None:
-        raise PreflightError(
-            "Neither atropos_api_url nor data_path is given.",
-            "Rollouts come from a live Atropos API or from recorded data.",
-            "Set --atropos_api_url to the URL of `run-api`, such as http://localhost:8000, or --data_path.",
-        )
+    check_source(args)
+    assert args.atropos_api_url is not None, "a run on recorded data connects to nobody"
     atropos_client = AtroposClient(args.atropos_api_url)
     atropos_client.wait_until_reachable(args.api_timeout_s)
     clients = [

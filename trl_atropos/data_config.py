@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .config_checks import check_choices, check_positive
+from .errors import PreflightError
 from .journal import DEFAULT_SEGMENT_BYTES
 from .staleness import STALE_ROLLOUTS
 
@@ -130,6 +131,20 @@ class DataConfig:
             "the parent of several; what is new there is reported."
         },
     )
+
+
+def check_source(args: DataConfig) -> None:
+    """Refuse a run without any rollouts. Not when the configuration is made: it may be completed afterwards.
+
+    Raises:
+        [`PreflightError`]: neither the API nor recorded data are named.
+    """
+    if args.atropos_api_url is None and args.data_path is None:
+        raise PreflightError(
+            "Neither atropos_api_url nor data_path is given.",
+            "Rollouts come from a live Atropos API or from recorded data.",
+            "Set --atropos_api_url to the URL of `run-api`, such as http://localhost:8000, or --data_path.",
+        )
 
 
 def check_data(args: AtroposConfig) -> None:

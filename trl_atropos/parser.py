@@ -13,6 +13,7 @@ import yaml
 from transformers.hf_argparser import DataClass
 from trl import TrlParser
 
+from .data_config import DataConfig, check_source
 from .errors import PreflightError
 from .seed_options import translate_seed_options
 
@@ -47,45 +48,53 @@ class AtroposParser(TrlParser):
         Args:
             args (`Iterable[str]`, *optional*):
                 Those of the process if not given.
-            return_remaining_strings, separate_remaining_strings (`bool`, *optional*, defaults to `False`):
-                Not supported: a name that is no option is an error.
-            fail_with_unknown_args (`bool`, *optional*, defaults to `True`):
-                Has to be True.
+            return_remaining_strings (`bool`, *optional*, defaults to `False`):
+                Return names that are no option, with their values, as a list after the instances, instead of refusing them.
+            fail_with_unknown_args (`bool`, *optional*, defaults to `True`), separate_remaining_strings (`bool`, *optional*,
+            defaults to `False`):
+                Only their defaults are supported.
 
         Returns:
             `tuple[DataClass, ...]`: one instance per dataclass.
 
         Raises:
-            `SystemExit`: with status 2 and a message: the file cannot be read, a name is no option, or options contradict each
-                other.
+            `SystemExit`: with status 2 and a message: the file cannot be read, a name is no option, options contradict each
+                other, or nothing says where rollouts come from.
         """
-        if return_remaining_strings or separate_remaining_strings or not fail_with_unknown_args:
-            raise NotImplementedError("AtroposParser refuses names that are no option; use TrlParser to keep them.")
+        if separate_remaining_strings or not fail_with_unknown_args:
+            raise NotImplementedError("AtroposParser refuses names that are no option, or returns all of them.")
         try:
-            return self._parse(list(sys.argv[1:] if args is None else args))
+            return self._parse(list(sys.argv[1:] if args is None else args), return_remaining_strings)
         except (PreflightError, ValueError) as exc:
             # As argparse ends for a value of the wrong type, but without the list of all options.
             self.exit(2, f"{type(exc).__name__}: {exc}\n")
             raise AssertionError("exit() does not return") from exc
 
-    def _parse(self, args: list[str]) -> tuple[DataClass, ...]:
+    def _parse(self, args: list[str], returns_unknown: bool) -> tuple[Any, ...]:
         rest, path = _take_config(args)
-        if path is not None:
-            self._set_defaults(path)
+        of_file = [] if path is None else self._set_defaults(path)
+        if of_file and not returns_unknown:
+            self._refuse(f"The configuration file {path}", of_file[0].removeprefix("--"))
         *parsed, unknown = self.parse_args_into_dataclasses(args=rest, return_remaining_strings=True)
+        if returns_unknown:
+            return (*parsed, of_file + unknown)
         if unknown:
             flags = [text for text in unknown if text.startswith("-")]
             self._refuse("The command line", (flags or unknown)[0].split("=")[0], prefix="--")
+        for args_of_class in parsed:
+            if isinstance(args_of_class, DataConfig):
+                # Before a model is loaded for nothing.
+                check_source(args_of_class)
         return tuple(parsed)
 
-    def _set_defaults(self, path: str) -> None:
+    def _set_defaults(self, path: str) -> list[str]:
+        """Take the values of a file; return the names that are no option, each followed by its value."""
         config, lines = translate_seed_options(_read(path))
         os.environ.update({name: str(value) for name, value in config.pop("env", {}).items()})
         if lines and os.environ.get("RANK", "0") == "0":
             title = f"{path} has keys of an AtroposSFTTrainer file:"
             self._print_message("\n  ".join([title, *lines]) + "\n", sys.stderr)
-        for flag in self.set_defaults_with_config(**config)[::2]:
-            self._refuse(f"The configuration file {path}", flag.removeprefix("--"))
+        return self.set_defaults_with_config(**config)
 
     def _refuse(self, where: str, name: str, prefix: str = "") -> None:
         known = [action.dest for action in self._actions]

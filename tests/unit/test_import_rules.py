@@ -102,7 +102,7 @@ ALLOWED_BY_FILE = {
     "cli.launch": ALLOWED["cli"] | REPORT,
     "cli.preflight": ALLOWED["cli"]
     | DIAGNOSIS
-    | {"atropos_client", "weight_sync", "atropos_config", "preflight", "preflight_facts"},
+    | {"atropos_client", "weight_sync", "atropos_config", "parser", "preflight", "preflight_facts"},
 }
 
 THIRD_PARTY = {

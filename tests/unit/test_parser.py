@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"
 TRAINING_FILES = sorted(path for path in CONFIGS.glob("*.yaml") if "launch" not in path.name)
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
+API = ["--atropos_api_url", "http://localhost:8000"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,9 @@ def parse(tmp_path: Path, config: Any, *arguments: str) -> tuple[AtroposConfig, 
         path = tmp_path / "file.yaml"
         path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
     parser = AtroposParser((AtroposConfig, ModelConfig))
-    return parser.parse_args_and_config(["--config", str(path), "--output_dir", str(tmp_path), *ON_CPU, *arguments])
+    return parser.parse_args_and_config(
+        ["--config", str(path), "--output_dir", str(tmp_path), *ON_CPU, *API, *arguments]
+    )
 
 
 @pytest.fixture
@@ -185,7 +188,7 @@ class TestFilesAndCommandLine:
         (tmp_path / "f.yaml").write_text("max_steps: 3\n")
         parser = AtroposParser((AtroposConfig, ModelConfig))
         args, _ = parser.parse_args_and_config(
-            [f"--config={tmp_path / 'f.yaml'}", "--output_dir", str(tmp_path), *ON_CPU]
+            [f"--config={tmp_path / 'f.yaml'}", "--output_dir", str(tmp_path), *ON_CPU, *API]
         )
         assert args.max_steps == 3
 
@@ -204,6 +207,13 @@ class TestFilesAndCommandLine:
     def test_a_value_without_a_name_is_refused(self, tmp_path, refused):
         refused(r"The command line has `stray`", tmp_path, {}, "stray")
 
+    def test_names_that_are_no_option_can_be_returned(self, tmp_path):
+        (tmp_path / "f.yaml").write_text("max_steps: 3\nmine: 1\n")
+        arguments = ["--config", str(tmp_path / "f.yaml"), "--output_dir", str(tmp_path), *ON_CPU, "--ours", "2"]
+        parser = AtroposParser((AtroposConfig, ModelConfig))
+        args, _, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+        assert (args.max_steps, unknown) == (3, ["--mine", "1", "--ours", "2"])
+
     def test_options_that_contradict_each_other_are_refused(self, tmp_path, refused):
         refused(
             r"^ValueError: batch_timeout_s .* is not below ddp_timeout",
@@ -220,3 +230,8 @@ class TestFilesAndCommandLine:
 
     def test_a_file_that_is_not_there_is_refused(self, tmp_path, refused):
         refused(r"absent\.yaml cannot be read", tmp_path, tmp_path / "absent.yaml")
+
+    def test_a_run_without_rollouts_is_refused_before_a_model_is_loaded(self, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            AtroposParser((AtroposConfig, ModelConfig)).parse_args_and_config(["--output_dir", str(tmp_path), *ON_CPU])
+        assert "Neither atropos_api_url nor data_path is given." in capsys.readouterr().err

@@ -17,7 +17,7 @@ import transformers
 from accelerate import init_empty_weights
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from ..atropos_client import AtroposClient
 from ..atropos_config import AtroposConfig
@@ -28,6 +28,7 @@ from ..diagnosis.server_config import SERVER_CHECKS, ServerConfigFacts, TrainerS
 from ..diagnosis.tokenizers import ENVIRONMENT_CHECKS, EnvironmentFacts
 from ..diagnosis.vllm import VLLM_CHECKS, inspect_vllm
 from ..errors import PreflightError, TrlAtroposError
+from ..parser import AtroposParser
 from ..preflight import describe_model, read_server_config, segment_bytes
 from ..preflight_facts import chat_ids, free_bytes, machine_facts, num_parameters, read_tokenizer, tokenizer_facts
 from ..weight_sync.http import ServerSession
@@ -155,7 +156,7 @@ def _load_trainer(
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parser = TrlParser((AtroposConfig, ModelConfig))
+            parser = AtroposParser((AtroposConfig, ModelConfig))
             args, model_args, *unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     except (ValueError, OSError, SystemExit) as exc:
         reason = said.getvalue().strip().splitlines()[-1:] if isinstance(exc, SystemExit) else [str(exc)]
