@@ -298,7 +298,7 @@ class AtroposTrainer(Trainer):
                     loss += super().training_step(model, batch, num_items_in_batch)
             return loss + super().training_step(model, inputs[-1], num_items_in_batch)
 
-    def floating_point_ops(self, inputs: list[dict[str, Any]]) -> int:
+    def floating_point_ops(self, inputs: list[dict[str, Any]]) -> int:  # noqa: D102 (that of `Trainer`)
         return sum(super(AtroposTrainer, self).floating_point_ops(batch) for batch in inputs)
 
     def compute_loss(

@@ -36,11 +36,13 @@ class PublishPolicyCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Publish the starting policy."""
         self.publish()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Publish where it is due."""
         if state.global_step % self.weight_sync_steps == 0 or control.should_training_stop:
             self.publish()
 
@@ -59,6 +61,7 @@ class TrainedBatchCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Mark the batch of the step."""
         self.mark_trained()
 
 
@@ -114,6 +117,7 @@ class StepTableCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Write the line of a step."""
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         cells = [_cell(logs.get(name), width) for _, name, width in COLUMNS]

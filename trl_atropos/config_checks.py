@@ -165,6 +165,7 @@ def _check_sequence_parallel(args: AtroposConfig, size: int, num_replicas: int) 
 
 
 def check_batch_size(args: AtroposConfig) -> None:
+    """Set `atropos_batch_size` if it is not given, and refuse one that is not what one optimizer step trains."""
     num_data_ranks = args.world_size // sequence_parallel_size(args)
     step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_data_ranks
     if args.atropos_batch_size is None:

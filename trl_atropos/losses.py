@@ -97,7 +97,9 @@ class LossOutputs:
 class LossFunction(Protocol):
     """Maps the trained tokens of a micro-batch to their losses. Pure: no state, no collectives, no denominator."""
 
-    def __call__(self, inputs: LossInputs, /) -> LossOutputs: ...
+    def __call__(self, inputs: LossInputs, /) -> LossOutputs:
+        """The losses of the trained tokens of a micro-batch."""
+        ...
 
 
 def make_loss_function(options: LossOptions) -> LossFunction:

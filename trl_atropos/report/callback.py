@@ -31,6 +31,7 @@ class ReportCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Write what the report says of options and versions."""
         if not state.is_world_process_zero:
             return
         path = Path(str(args.output_dir)) / RUN_FACTS_FILE
@@ -45,6 +46,7 @@ class ReportCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Write the report."""
         if not state.is_world_process_zero:
             return
         output_dir = Path(str(args.output_dir))

@@ -87,6 +87,7 @@ class GenerateEndpoint:
         self.policy_versions: OrderedDict[str, int] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the routes of Atropos, and pass all others on."""
         request = (scope["method"], route_of(scope)) if scope["type"] == "http" else ("", "")
         if request == ("POST", "/generate"):
             await self._generate(scope, receive, send)

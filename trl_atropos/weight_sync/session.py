@@ -38,7 +38,9 @@ T = TypeVar("T")
 class OnMain(Protocol):
     """Calls a function on rank 0 and gives every rank its value or its error."""
 
-    def __call__(self, function: Callable[[], T], /) -> T: ...
+    def __call__(self, function: Callable[[], T], /) -> T:
+        """Call it on rank 0, and give every rank its value or its error."""
+        ...
 
 
 def call(function: Callable[[], T]) -> T:
