@@ -228,7 +228,7 @@ class AtroposTrainer(Trainer):
         )
         # Collated in get_batch_samples: the layout is found out with the wrapped model, which does not exist yet.
         # A generator of its own: the loader draws from it at its start, which a resume must not do twice from the global one.
-        return DataLoader(stream, batch_size=None, collate_fn=_unchanged, generator=torch.Generator())
+        return DataLoader(stream, batch_size=None, collate_fn=list, generator=torch.Generator())
 
     def _mark_trained(self) -> None:
         if self._data is not None:
@@ -254,7 +254,9 @@ class AtroposTrainer(Trainer):
             tokens of the step over all ranks.
         """
         collate = self._get_collator()
-        items = [[collate(rollouts) for rollouts in item] for item in itertools.islice(epoch_iterator, num_batches)]
+        # A run that was killed after its last step has none left; transformers would make one more.
+        num_left = num_batches if self.state.global_step < self.args.max_steps else 0
+        items = [[collate(rollouts) for rollouts in item] for item in itertools.islice(epoch_iterator, num_left)]
         if not items:
             # Recorded data of which whole batches were refused is at its end before the last step.
             self.control.should_training_stop = True
@@ -444,7 +446,3 @@ class AtroposTrainer(Trainer):
     @property
     def _vocab_size(self) -> int:
         return self.model.config.get_text_config().vocab_size
-
-
-def _unchanged(item: Any) -> Any:
-    return item

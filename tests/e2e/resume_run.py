@@ -30,6 +30,7 @@ from trl_atropos import AtroposConfig, AtroposTrainer
 from trl_atropos.atropos_client import AtroposClient
 from trl_atropos.errors import TrlAtroposError
 from trl_atropos.journal import MARKS_NAME, Journal
+from trl_atropos.report.callback import ReportCallback
 from trl_atropos.types import Rollout
 
 
@@ -156,6 +157,8 @@ class RecordingTrainer(AtroposTrainer):
 
     def __init__(self, records: Records, moment: tuple[str, int] | None, *args: Any, **kwargs: Any):
         super().__init__(*args, callbacks=[records], **kwargs)
+        # It takes longer than all steps: most kills would come after the training.
+        self.remove_callback(ReportCallback)
         self.records = records
         self.moment, self.num_left = moment or ("", 0)
 

@@ -111,6 +111,15 @@ def test_an_interrupted_run_that_resumes_ends_as_the_straight_one(tmp_path, data
     assert [entries[0][name] for name in names] == [entries[1][name] for name in names] == [12, 48]
 
 
+def test_a_run_that_was_killed_after_its_last_step_makes_no_other(tmp_path, data_path):
+    finished = trainer(tmp_path / "out", data_path, max_steps=4)
+    finished.train()
+    resumed = trainer(tmp_path / "out", data_path, max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert all(torch.equal(*pair) for pair in zip(weights(finished), weights(resumed), strict=True))
+
+
 def test_the_state_of_the_data_is_in_the_checkpoint(tmp_path, data_path):
     trainer(tmp_path / "out", data_path).train()
     state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
