@@ -90,6 +90,14 @@ class AtroposConfig(DataConfig, PublishConfig, TrainingArguments):
         },
     )
 
+    push_merged: bool = field(
+        default=False,
+        metadata={
+            "help": "With `push_to_hub` and LoRA: at the end upload the policy merged into one model as well, to "
+            "`<hub_model_id>-merged`."
+        },
+    )
+
     # Parameters that control the training
     loss_type: str = field(
         default="dapo",

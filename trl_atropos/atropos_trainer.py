@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     set_seed,
 )
@@ -38,6 +37,7 @@ from .completions import make_completions_table
 from .connections import Connections, connect
 from .distributed import is_distributed, run_on_main_process, without_gradient_sync
 from .evaluation import Evaluator
+from .hub.trainer_uploads import HubUploads
 from .loss_options import AGGREGATIONS
 from .losses import LossFunction, LossInputs, make_loss_function
 from .metrics import MetricAccumulator, mean_of
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class AtroposTrainer(Trainer):
+class AtroposTrainer(HubUploads):
     """
     Trainer for Atropos environments: takes scored rollouts from the Atropos API, applies an advantage-weighted loss that
     is exact at any split of the batch, and keeps the vLLM server that the environments query on the newest policy.

@@ -10,6 +10,7 @@
     +-- JournalError              (OSError)           the journal of fetched groups cannot be written or read
     +-- PreflightError            (RuntimeError)      a server or an option that cannot work together with this run
     +-- NonFiniteGradientError    (ArithmeticError)   a gradient is NaN or infinite; the optimizer step was not taken
+    +-- HubUploadError            (OSError)           the Hub did not take an upload; training goes on
     +-- ProcessFailedError        (ChildProcessError) a process of `trl-atropos launch` ended (cli/processes.py)
     +-- WeightSyncError           (RuntimeError)      a publish failed; says in which state the server is
         +-- WeightSyncTimeout     (TimeoutError)      a phase of a publish exceeded its deadline
@@ -84,6 +85,25 @@ class JournalError(TrlAtroposError, OSError):
 
 class PreflightError(TrlAtroposError, RuntimeError):
     """A server, a model or an option that cannot work with the rest of the run; found before training starts."""
+
+
+class HubUploadError(TrlAtroposError, OSError):
+    """The Hub did not take an upload, or a repository could not be made.
+
+    Args:
+        what (`str`):
+            See [`TrlAtroposError`].
+        why (`str`):
+            See [`TrlAtroposError`].
+        fix (`str`):
+            See [`TrlAtroposError`].
+        is_lasting (`bool`, *optional*, defaults to `False`):
+            Whether the same would happen again: a token without rights, and not a broken connection.
+    """
+
+    def __init__(self, what: str, why: str, fix: str, is_lasting: bool = False):
+        super().__init__(what, why, fix)
+        self.is_lasting = is_lasting
 
 
 class NonFiniteGradientError(TrlAtroposError, ArithmeticError):

@@ -142,6 +142,9 @@ METRICS: dict[str, str] = {
     "perf/num_micro_batches": (
         "Forward passes of a rank in a step, mean over ranks. Count. Many small ones: raise max_tokens_per_micro_batch."
     ),
+    "hub/num_failed_uploads": (
+        "Uploads to the Hub that failed since the start. Count. Above 0: the log has the command that repeats them."
+    ),
     "perf/has_layout_fallback": "1 if forward passes are not made in the best way, 0 else; the log says why.",
     "perf/weight_sync_s": "Wall time of the publish, in seconds. Large against step_time: publish less often.",
     "perf/weight_sync_fraction": "Share of the time since the last publish that the publish took, 0 to 1. Large: publish less often.",

@@ -20,6 +20,7 @@ STANDARD_BASE = {
     errors.AtroposDataTimeout: TimeoutError,
     errors.JournalError: OSError,
     errors.PreflightError: RuntimeError,
+    errors.HubUploadError: OSError,
     errors.NonFiniteGradientError: ArithmeticError,
     errors.WeightSyncError: RuntimeError,
     errors.WeightSyncTimeout: TimeoutError,

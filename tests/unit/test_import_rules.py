@@ -67,6 +67,7 @@ L4 = {
     "atropos_trainer",
 }
 REPORT = {"report"}
+HUB = {"hub"}
 CLI = {"cli"}
 
 ALLOWED = {
@@ -87,7 +88,8 @@ ALLOWED = {
     "scoring": L0 | L1 | {"distributed", "sequence_parallel", "tree_attention"},
     "sequence_parallel": L1,
     "tree_attention": set(),
-    **dict.fromkeys(L4, L0 | L1 | L2 | DIAGNOSIS | SERVING | L3 | L4 | REPORT),
+    **dict.fromkeys(L4, L0 | L1 | L2 | DIAGNOSIS | SERVING | L3 | L4 | REPORT | HUB),
+    "hub": L0 | REPORT | HUB | {"weight_sync", "distributed", "atropos_config"},
     "report": L0 | REPORT,
     "cli": CLI | {"errors"},
 }
@@ -99,6 +101,7 @@ ALLOWED_BY_FILE = {
     "cli.doctor": ALLOWED["cli"] | DIAGNOSIS | {"atropos_client", "weight_sync"},
     "cli.services": ALLOWED["cli"] | DIAGNOSIS,
     "cli.report": ALLOWED["cli"] | REPORT,
+    "cli.push": ALLOWED["cli"] | HUB,
     "cli.launch": ALLOWED["cli"] | REPORT,
     "cli.preflight": ALLOWED["cli"]
     | DIAGNOSIS
@@ -129,7 +132,8 @@ THIRD_PARTY = {
     "sources": set(),
     "prefetch": set(),
     "quarantine": set(),
-    "report": {"jinja2", "markupsafe", "matplotlib", "pandas", "transformers"},
+    "report": {"jinja2", "markupsafe", "matplotlib", "pandas", "torch", "transformers"},
+    "hub": {"huggingface_hub", "torch", "transformers", "trl", "yaml"},
     "distributed": {"torch", "accelerate"},
     "optimizer_step": {"torch"},
     "scoring": {"torch", "transformers"},

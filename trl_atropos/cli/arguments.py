@@ -12,7 +12,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = argparse.ArgumentParser(prog="trl-atropos", description="Train on Atropos environments with TRL.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_model, _add_doctor, _add_launch, _add_preflight, _add_env, _add_report):
+    for add in (_add_model, _add_doctor, _add_launch, _add_preflight, _add_env, _add_report, _add_push):
         add(commands)
     return parser
 
@@ -136,6 +136,31 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     report.add_argument("--output", type=Path, help="the page (default: report.html in the directory of the trainer)")
     report.add_argument("--png_dir", type=Path, help="directory that also gets every plot as a PNG")
+
+
+def _add_push(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    push = commands.add_parser(
+        "push",
+        help="upload the model of a run to the Hub",
+        description="Upload the newest model of a run that is finished or was killed: weights or adapter, tokenizer, model card "
+        "with the plot of the reward, and training_config.yaml. Optimizer, data and logs stay here. docs/hub.md shows a card.",
+        epilog="The token is that of `hf auth login`, or HF_TOKEN. Exit code: 0, or 1 with what to mend.",
+    )
+    push.add_argument(
+        "run_dir",
+        type=Path,
+        metavar="RUN_DIR",
+        help="--output_dir of a run, the run directory of `launch`, or a checkpoint",
+    )
+    push.add_argument(
+        "--hub_model_id", help="repository, NAMESPACE/NAME (default: the name of the directory, in your namespace)"
+    )
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--revision", help="branch to upload to; made if there is none (default: main)")
+    push.add_argument(
+        "--merged", action="store_true", help="upload an adapter merged into its base model as well, to NAME-merged"
+    )
+    push.add_argument("--dry_run", action="store_true", help="show the files and their sizes, and upload nothing")
 
 
 def _seconds(text: str) -> float:

@@ -117,6 +117,18 @@ def _run_report(args: argparse.Namespace, _rest: Sequence[str]) -> int:
     return 0
 
 
+def _run_push(args: argparse.Namespace, _rest: Sequence[str]) -> int:
+    # What follows takes seconds to import.
+    print("Loading the libraries of the Hub and of models", file=sys.stderr, flush=True)
+    # Nothing here talks to a vLLM server.
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+    from .push import Push, run_push
+
+    for url in run_push(Push(args.run_dir, args.hub_model_id, args.private, args.revision, args.merged, args.dry_run)):
+        print(url)
+    return 0
+
+
 _RUNNERS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "model": _run_model,
     "launch": _run_launch,
@@ -124,6 +136,7 @@ _RUNNERS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "preflight": _run_preflight,
     "env": _run_env,
     "report": _run_report,
+    "push": _run_push,
 }
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import re
+import os
+import sys
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..errors import PreflightError
 from .page import REPORT_FILE, write_report
 from .run_files import RUN_FACTS_FILE, read_run_files
+from .secrets import HIDDEN, is_secret, shown_command, without_logins
 
 
 logger = logging.getLogger(__name__)
@@ -37,9 +39,8 @@ class ReportCallback(TrainerCallback):
         path = Path(str(args.output_dir)) / RUN_FACTS_FILE
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(
-                json.dumps({"config": changed_options(args), "versions": versions()}, indent=2), encoding="utf-8"
-            )
+            facts = {"config": changed_options(args), "versions": versions(), "run": run_facts(args)}
+            path.write_text(json.dumps(facts, indent=2), encoding="utf-8")
         except OSError as exc:
             logger.warning(f"{path} cannot be written: {exc}. The report will lack configuration and versions.")
 
@@ -76,9 +77,29 @@ def changed_options(args: TrainingArguments) -> dict[str, str]:
         value = getattr(args, name)
         if value is None or value == default or name.startswith("_"):
             continue
-        is_secret = re.search(r"(token|key|password|secret)$", name)
-        shown[name] = "***" if is_secret else re.sub(r"//[^/@\s]*@", "//***@", str(value))
+        shown[name] = HIDDEN if is_secret(name) else without_logins(str(value))
     return shown
+
+
+def run_facts(args: TrainingArguments) -> dict[str, str]:
+    """Return how a run was started, and on what.
+
+    Args:
+        args (`TrainingArguments`):
+            The options of the run.
+
+    Returns:
+        `dict[str, str]`: `command` without secrets, `num_processes`, `device`.
+    """
+    import torch
+
+    cuda = args.device.type == "cuda"
+    device = torch.cuda.get_device_name(args.device) if cuda else f"{args.device.type}, {os.cpu_count()} cores"
+    return {
+        "command": shown_command(["python", *sys.argv]),
+        "num_processes": str(args.world_size),
+        "device": device,
+    }
 
 
 def versions() -> dict[str, str]:

@@ -59,7 +59,7 @@ class RunFiles:
         history (`Sequence[LogEntry]`):
             Log lines of optimizer steps, oldest first.
         facts (`dict`):
-            `config` and `versions` of the run; empty if they were not recorded.
+            `config`, `versions` and `run` (how it was started) of the run; empty if they were not recorded.
         refused (`Counter[str]`):
             Groups in `quarantine.jsonl` by reason.
         completions (`Sequence[Completion]`):
@@ -165,7 +165,7 @@ def _facts(output_dir: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     facts = json.loads(path.read_text(encoding="utf-8"))
-    return {name: dict(facts[name]) for name in ("config", "versions")}
+    return {name: dict(facts.get(name, {})) for name in ("config", "versions", "run")}
 
 
 def _refused(output_dir: Path) -> Counter[str]:

@@ -1,0 +1,223 @@
+"""What `push_to_hub` and `hub_strategy` of a trainer do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any, ClassVar
+
+from huggingface_hub import CommitInfo
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+
+from ..distributed import run_on_main_process
+from ..errors import HubUploadError
+from .merged import MERGED_DIR, save_merged
+from .model_card import describe_merged, described, write_model_card
+from .run_model import checkpoint_files, merged_repo_of, model_files, warn_of_local_base
+from .training_config import training_config, write_training_config
+from .upload import HubClient, remove_leftovers, wait_for
+
+
+logger = logging.getLogger(__name__)
+
+LAST_CHECKPOINT = "last-checkpoint"
+
+
+class HubUploads(Trainer):
+    """The part of [`AtroposTrainer`] that concerns the Hub.
+
+    Deviations from [`~transformers.Trainer`]: (1) an upload that fails is logged, with the command that repeats it, and
+    counted in `hub/num_failed_uploads`; it never ends a run. What cannot work later either (a token without rights, a name
+    that is none) is refused before the first step. (2) `training_args.bin` is not uploaded: it holds tokens in the clear and
+    runs code when it is loaded; `training_config.yaml` takes its place. (3) The journal, refused groups and logs are not
+    uploaded. (4) `push_merged` uploads a LoRA policy a second time, merged, to `<hub_model_id>-merged`.
+    """
+
+    _tag_names: ClassVar[list[str]] = []
+    _hub: HubClient | None = None
+    _uploads: tuple[Future[CommitInfo], ...] = ()
+
+    def init_hf_repo(self, token: str | None = None) -> None:
+        """Make the repository. On every rank.
+
+        Raises:
+            [`HubUploadError`]: it will not work later either.
+        """
+        self.hub_model_id = run_on_main_process(lambda: self._make_repo(token))
+
+    def _make_repo(self, token: str | None) -> str | None:
+        output_dir = Path(str(self.args.output_dir))
+        remove_leftovers(output_dir)
+        self._hub = self._hub or HubClient(output_dir, token or self.args.hub_token)
+        name = self.args.hub_model_id or output_dir.absolute().name
+        try:
+            return self._hub.create_repo(name, self.args.hub_private_repo)
+        except HubUploadError as exc:
+            if exc.is_lasting:
+                raise
+            self._hub.num_failed += 1
+            logger.warning(f"{exc} It is tried again with the next upload.")
+            return None
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write the model card, its plot and `training_config.yaml` into `output_dir`; on rank 0.
+
+        Args:
+            model_name (`str`, *optional*):
+                Not used: the card is named after the repository.
+            dataset_name (`str`, *optional*):
+                Not used: what the model was trained on are environments.
+            tags (`str` or `list[str]`, *optional*):
+                More tags.
+        """
+        if not self.is_world_process_zero():
+            return
+        output_dir = Path(str(self.args.output_dir))
+        output_dir.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model)
+        write_training_config(self.args, model, output_dir)
+        more = [tags] if isinstance(tags, str) else tags or []
+        write_model_card(
+            output_dir,
+            training_config(self.args, model),
+            hub_model_id=self.hub_model_id or self.args.hub_model_id,
+            history=self.state.log_history,
+            tags=[*self._tag_names, *more],
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`~transformers.Trainer.save_model`]; an upload of what would be overwritten ends first."""
+        if output_dir is None:
+            self._finish_current_push()
+        super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.create_model_card()
+        super()._save_checkpoint(model, trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if not self.args.hub_always_push and not all(upload.done() for upload in self._uploads):
+            return
+        repo_id = self._repo()
+        if repo_id is None:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        checkpoint, output_dir = Path(checkpoint_folder), Path(str(self.args.output_dir))
+        self._upload({**model_files(checkpoint), **described(output_dir)}, repo_id, message)
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            folder = LAST_CHECKPOINT if is_last else checkpoint.name
+            self._upload(checkpoint_files(checkpoint), repo_id, f"{message}, checkpoint", folder)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Save the model and upload it, with its card. On every rank.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`), token (`str`, *optional*), revision (`str`,
+            *optional*), kwargs:
+                As for [`~transformers.Trainer.push_to_hub`].
+            blocking (`bool`, *optional*, defaults to `True`):
+                Wait for the upload.
+
+        Returns:
+            `CommitInfo`, or a `Future` of it with `blocking=False`; None on other ranks, and if the upload failed, which is
+            logged.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self._hub is None:
+            self.init_hf_repo(token)
+        self.save_model(_internal_call=True)
+        merged = Path(str(self.args.output_dir)) / MERGED_DIR
+        model = self.accelerator.unwrap_model(self.model)
+        pushes_merged = self.args.push_merged and hasattr(model, "peft_config")
+        if pushes_merged:
+            save_merged(model, self.processing_class, merged, self.is_world_process_zero())
+        if self.is_world_process_zero():
+            warn_of_local_base(Path(str(self.args.output_dir)))
+        repo_id = self._repo() if self.is_world_process_zero() else None
+        if repo_id is None:
+            return None
+        kwargs.pop("model_name", None)
+        self.create_model_card(**kwargs)
+        output_dir = Path(str(self.args.output_dir))
+        future = self._upload(
+            {**model_files(output_dir), **described(output_dir)}, repo_id, commit_message, None, revision
+        )
+        if pushes_merged:
+            self._push_merged(merged, repo_id, commit_message)
+        if not blocking:
+            return future
+        self._finish_current_push()
+        return None if future.exception() else future.result()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the number of failed uploads, if there are uploads."""
+        if "loss" in logs and self._hub is not None:
+            logs = {**logs, "hub/num_failed_uploads": float(self._hub.num_failed)}
+        super().log(logs, start_time)
+
+    def _finish_current_push(self) -> None:
+        for upload in self._uploads:
+            wait_for(upload, f"the model to {self.hub_model_id}")
+        wait(self._uploads)
+        self._uploads = ()
+
+    def _repo(self) -> str | None:
+        """The repository, made now if the Hub could not be reached before; on rank 0."""
+        if self.hub_model_id is None:
+            try:
+                self.hub_model_id = self._make_repo(None)
+            except HubUploadError as exc:
+                logger.warning(str(exc))
+        return self.hub_model_id
+
+    def _upload(
+        self,
+        files: Mapping[str, Path],
+        repo_id: str,
+        message: str | None,
+        folder: str | None = None,
+        revision: str | None = None,
+    ) -> Future[CommitInfo]:
+        assert self._hub is not None, "_repo() made it"
+        future = self._hub.upload(
+            files,
+            repo_id,
+            message or "End of training",
+            revision=revision or self.args.hub_revision,
+            path_in_repo=folder,
+        )
+        self._uploads = (*(upload for upload in self._uploads if not upload.done()), future)
+        return future
+
+    def _push_merged(self, merged: Path, repo_id: str, message: str | None) -> None:
+        assert self._hub is not None, "_repo() made it"
+        merged_id = merged_repo_of(repo_id)
+        try:
+            self._hub.create_repo(merged_id, self.args.hub_private_repo)
+        except HubUploadError as exc:
+            self._hub.num_failed += 1
+            logger.warning(str(exc))
+            return
+        config = training_config(self.args, self.accelerator.unwrap_model(self.model))
+        files = describe_merged(Path(str(self.args.output_dir)), config, merged_id, repo_id, self.state.log_history)
+        self._upload({**model_files(merged), **files}, merged_id, message)
