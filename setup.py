@@ -34,6 +34,8 @@ extras = {
     "model": ["gguf>=0.19"],
     # Quantised base models (QLoRA).
     "quantization": ["bitsandbytes>=0.50"],
+    # Trackers; wandb comes with atroposlib.
+    "trackers": ["trackio>=0.43", "tensorboard>=2.20"],
     "docs": ["hf-doc-builder>=0.5"],
 }
 extras["dev"] = [

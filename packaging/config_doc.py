@@ -15,6 +15,7 @@ from trl_atropos.atropos_config import AtroposConfig
 from trl_atropos.data_config import DataConfig
 from trl_atropos.publish_config import PublishConfig
 from trl_atropos.seed_options import SEED_OPTIONS
+from trl_atropos.watch_config import WatchConfig
 
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "config.md"
@@ -48,6 +49,7 @@ def render() -> str:
     sections = {
         "Data": own_fields(DataConfig),
         "Inference servers and publishing": own_fields(PublishConfig),
+        "Watching": own_fields(WatchConfig),
         "Model, loss and forward pass": loss,
         "Other defaults than in TrainingArguments": changed,
     }

@@ -21,6 +21,7 @@ from .data_config import DataConfig, check_data
 from .layouts import LAYOUTS
 from .loss_options import CORRECTION_MODES, IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES, LossOptions
 from .publish_config import PublishConfig, check_publish
+from .watch_config import WatchConfig, check_watching, choose_tracker
 
 
 INFERENCE_LOGPROBS = ("require", "use", "recompute")
@@ -29,14 +30,14 @@ SEQUENCE_LAYOUTS = ("auto", *LAYOUTS)
 
 
 @dataclass
-class AtroposConfig(DataConfig, PublishConfig, TrainingArguments):
+class AtroposConfig(DataConfig, PublishConfig, WatchConfig, TrainingArguments):
     r"""
     Configuration class for the [`AtroposTrainer`].
 
     Only the options specific to this trainer are listed by `--help` under their own names; the others are those of
     [`~transformers.TrainingArguments`], of which these defaults differ: `logging_steps` 1, `learning_rate` 1e-6,
     `lr_scheduler_type` constant, `gradient_checkpointing` True, `bf16` True on a GPU, `max_steps` 1000,
-    `num_train_epochs` 1, `ignore_data_skip` True, `logging_nan_inf_filter` False.
+    `num_train_epochs` 1, `ignore_data_skip` True, `logging_nan_inf_filter` False, `report_to` auto.
 
     Raises:
         `ValueError`: at construction, if options contradict each other; the message names both.
@@ -283,7 +284,11 @@ class AtroposConfig(DataConfig, PublishConfig, TrainingArguments):
             import torch
 
             self.bf16 = not self.fp16 and torch.cuda.is_available() and not self.use_cpu
+        if choose_tracker(self):
+            # transformers would upload it when the model is pushed.
+            self.trackio_static_space_id = False
         super().__post_init__()
+        check_watching(self)
         # TRL takes booleans, too.
         self.scale_rewards = {"True": "group", "False": "none"}.get(str(self.scale_rewards), self.scale_rewards)
         self._check_choices()
@@ -314,6 +319,13 @@ class AtroposConfig(DataConfig, PublishConfig, TrainingArguments):
         if options.get("vllm_api_key"):
             options["vllm_api_key"] = "<VLLM_API_KEY>"
         return options
+
+    def __str__(self) -> str:
+        # The one that @dataclass makes shows the tokens.
+        options = "".join(f"{name}={value!r},\n" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{options})"
+
+    __repr__ = __str__
 
     def _check_choices(self) -> None:
         check_choices(

@@ -31,7 +31,7 @@ from transformers import (
 from trl.models import get_act_offloading_ctx_manager
 
 from .atropos_config import AtroposConfig
-from .callbacks import PublishPolicyCallback, TrainedBatchCallback, add_watching_callbacks
+from .callbacks import PublishPolicyCallback, TrainedBatchCallback
 from .checkpoints import find_checkpoint
 from .completions import make_completions_table
 from .connections import Connections, connect
@@ -50,6 +50,7 @@ from .publishing import TrainerPublishing
 from .sequence_parallel import use_sequence_parallel
 from .step_clock import StepClock
 from .trainer_data import TrainerData
+from .watching.setup import Watching
 from .weight_sync.base import WeightTransport
 from .weight_sync.probe import LogprobProbe
 from .weight_sync.session import WeightSync
@@ -163,7 +164,7 @@ class AtroposTrainer(HubUploads):
         if args.data_path is None:
             self.add_callback(PublishPolicyCallback(self.publish_policy, args.weight_sync_steps))
         self.add_callback(TrainedBatchCallback(self._mark_trained))
-        add_watching_callbacks(self)
+        self._watching = Watching(self, args)
 
     # Life of a run
 
@@ -197,6 +198,7 @@ class AtroposTrainer(HubUploads):
                 self._publishing.resume(state["policy_version"])
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
+            self._watching.close()
             if self._data is not None:
                 self._data.close()
             if self._connections is not None:

@@ -1,22 +1,11 @@
-"""Trainer callbacks: publish the policy, mark what is trained, and show every step as a line of a table."""
+"""Trainer callbacks that the run needs: publish the policy, mark what is trained."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-
-from .report.callback import ReportCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class PublishPolicyCallback(TrainerCallback):
@@ -63,70 +52,3 @@ class TrainedBatchCallback(TrainerCallback):
     ) -> None:
         """Mark the batch of the step."""
         self.mark_trained()
-
-
-def add_watching_callbacks(trainer: Trainer) -> None:
-    """Replace what transformers shows of a run by what shows an Atropos run.
-
-    Args:
-        trainer (`Trainer`):
-            Changed.
-    """
-    trainer.pop_callback(PrinterCallback)
-    trainer.pop_callback(ProgressCallback)
-    trainer.add_callback(StepTableCallback())
-    trainer.add_callback(ReportCallback())
-
-
-COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("reward", "reward", "8.3f"),
-    ("std", "reward_std", "7.3f"),
-    ("loss", "loss", "9.4f"),
-    ("stale", "staleness/mean", "7.2f"),
-    ("wait s", "perf/batch_wait_s", "8.2f"),
-    ("publish s", "perf/weight_sync_s", "10.2f"),
-    ("step s", "step_time", "8.2f"),
-)
-
-
-class StepTableCallback(TrainerCallback):
-    """Writes one line per logged step: step, reward, reward_std, loss, staleness, seconds of wait, publish and step.
-
-    Args:
-        stream (`TextIO`, *optional*):
-            Where to write; standard output if not given.
-    """
-
-    def __init__(self, stream: TextIO | None = None):
-        self.stream = stream or sys.stdout
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Write the header. The first batch takes as long as the environments need."""
-        if state.is_world_process_zero:
-            titles = [title.rjust(int(width.split(".")[0])) for title, _, width in COLUMNS]
-            self._write("Waiting for the first batch.")
-            self._write("step".rjust(10) + "".join(titles))
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write the line of a step."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
-            return
-        cells = [_cell(logs.get(name), width) for _, name, width in COLUMNS]
-        self._write(f"{state.global_step}/{state.max_steps}".rjust(10) + "".join(cells))
-
-    def _write(self, line: str) -> None:
-        self.stream.write(line + "\n")
-        self.stream.flush()
-
-
-def _cell(value: float | None, width: str) -> str:
-    return "?".rjust(int(width.split(".")[0])) if value is None else format(value, width)

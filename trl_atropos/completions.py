@@ -150,7 +150,7 @@ def make_completions_table(args: AtroposConfig, processing_class: Any) -> Comple
         args.scale_rewards,
         args.num_completions_to_print,
         args.env_names,
-        args.report_to,
+        list(args.report_to or ()),
     )
 
 

@@ -7,8 +7,9 @@ import io
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from trl_atropos.callbacks import PublishPolicyCallback, StepTableCallback
+from trl_atropos.callbacks import PublishPolicyCallback
 from trl_atropos.metrics import METRICS
+from trl_atropos.watching.step_table import StepTableCallback
 
 
 LOGS = {

@@ -48,6 +48,7 @@ L3 = SOURCES | {"distributed", "data", "optimizer_step", "scoring", "sequence_pa
 L4 = {
     "modeling",
     "publish_config",
+    "watch_config",
     "publishing",
     "preflight",
     "preflight_facts",
@@ -68,6 +69,7 @@ L4 = {
 }
 REPORT = {"report"}
 HUB = {"hub"}
+WATCHING = {"watching"}
 CLI = {"cli"}
 
 ALLOWED = {
@@ -88,7 +90,8 @@ ALLOWED = {
     "scoring": L0 | L1 | {"distributed", "sequence_parallel", "tree_attention"},
     "sequence_parallel": L1,
     "tree_attention": set(),
-    **dict.fromkeys(L4, L0 | L1 | L2 | DIAGNOSIS | SERVING | L3 | L4 | REPORT | HUB),
+    **dict.fromkeys(L4, L0 | L1 | L2 | DIAGNOSIS | SERVING | L3 | L4 | REPORT | HUB | WATCHING),
+    "watching": L0 | REPORT | WATCHING | {"metrics", "atropos_config"},
     "hub": L0 | REPORT | HUB | {"weight_sync", "distributed", "atropos_config"},
     "report": L0 | REPORT,
     "cli": CLI | {"errors"},
@@ -133,6 +136,7 @@ THIRD_PARTY = {
     "prefetch": set(),
     "quarantine": set(),
     "report": {"jinja2", "markupsafe", "matplotlib", "pandas", "torch", "transformers"},
+    "watching": {"prometheus_client", "rich", "transformers"},
     "hub": {"huggingface_hub", "torch", "transformers", "trl", "yaml"},
     "distributed": {"torch", "accelerate"},
     "optimizer_step": {"torch"},

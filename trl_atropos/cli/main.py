@@ -6,7 +6,6 @@ import argparse
 import shlex
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
@@ -89,8 +88,6 @@ def _run_doctor(args: argparse.Namespace, _rest: Sequence[str]) -> int:
 def _run_preflight(args: argparse.Namespace, _rest: Sequence[str]) -> int:
     # What follows takes seconds to import.
     print("Loading the libraries of the trainer", file=sys.stderr, flush=True)
-    # Our own check of versions says what is supported.
-    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
     from .preflight import Preflight, run_preflight
 
     told = Preflight(args.launch_config, args.config, args.api_url, args.vllm_url, args.model)
@@ -120,8 +117,6 @@ def _run_report(args: argparse.Namespace, _rest: Sequence[str]) -> int:
 def _run_push(args: argparse.Namespace, _rest: Sequence[str]) -> int:
     # What follows takes seconds to import.
     print("Loading the libraries of the Hub and of models", file=sys.stderr, flush=True)
-    # Nothing here talks to a vLLM server.
-    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
     from .push import Push, run_push
 
     for url in run_push(Push(args.run_dir, args.hub_model_id, args.private, args.revision, args.merged, args.dry_run)):

@@ -28,7 +28,14 @@ class ReportCallback(TrainerCallback):
     """Writes `run_facts.json` when training begins and `report.html` when it ends, into `output_dir`, on rank 0.
 
     A report that cannot be written is logged and does not end the run.
+
+    Args:
+        writes_page (`bool`, *optional*, defaults to `True`):
+            Whether the page is written at the end.
     """
+
+    def __init__(self, writes_page: bool = True):
+        self.writes_page = writes_page
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -48,7 +55,7 @@ class ReportCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the report."""
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or not self.writes_page:
             return
         output_dir = Path(str(args.output_dir))
         try:

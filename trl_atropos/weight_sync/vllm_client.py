@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
-
-from trl.generation.vllm_client import VLLMClient
 
 from ..errors import (
     PreflightError,
@@ -22,6 +21,18 @@ from .http import Answer, ServerSession
 
 if TYPE_CHECKING:
     from .session import WeightSync
+
+
+@contextmanager
+def _without_version_warnings() -> Iterator[None]:
+    """TRL warns five times of a vLLM version that it has not met; our check at the start of a run says what is supported."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+        yield
+
+
+with _without_version_warnings():
+    from trl.generation.vllm_client import VLLMClient
 
 
 logger = logging.getLogger(__name__)
@@ -83,7 +94,8 @@ class AtroposVLLMClient(VLLMClient):
     ):
         base_url = base_url.rstrip("/")
         self._server_session = ServerSession(base_url, request_timeout, api_key)
-        super().__init__(base_url=base_url, connection_timeout=connection_timeout)
+        with _without_version_warnings():
+            super().__init__(base_url=base_url, connection_timeout=connection_timeout)
 
     @property
     def request_timeout(self) -> float:
