@@ -12,7 +12,7 @@ ARGS ?=
 export ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart replay test check bench lock clean
+.PHONY: help install quickstart replay test check docs bench lock clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -40,7 +40,11 @@ check: $(INSTALLED) ## Linter, formatter, type checker, unit tests: a minute.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@$(MAKE) --no-print-directory docs
 	$(BIN)/pytest -q tests/unit
+
+docs: $(INSTALLED) ## Build the documents into site/; warnings are errors.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 test: check ## Everything: what `check` does, then the tests with real servers.
 	$(BIN)/pytest tests/protocol tests/invariant tests/e2e
@@ -56,6 +60,6 @@ lock: $(INSTALLED) ## Resolve requirements/cpu.in into requirements/cpu.txt.
 	$(BIN)/python packaging/lock.py
 
 clean: ## Remove what the other targets made, except the model.
-	rm -rf "$(VENV)" runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" runs build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	rm -rf *.egg-info packaging/vllm_cpu_metadata/build packaging/vllm_cpu_metadata/*.egg-info

@@ -370,11 +370,8 @@ class AtroposTrainer(HubUploads):
         """[`~trl_atropos.advantage_weighted_sft_loss`] of the current policy, at `args.temperature` and with this
         trainer's normalisation and clipping of the advantages.
 
-        Args:
-            input_ids (`torch.Tensor` of shape `(B, T)`, int64), advantages (`(B, T)`, `(B, 1)` or `(B,)`), loss_mask
-            (`(B, T)`): see there, errors included.
-            attention_mask, position_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
-                For the model; its own defaults if not given.
+        The arguments are those of the function, shapes and errors included; `attention_mask` and `position_ids` of shape
+        `(B, T)` go to the model.
 
         Returns:
             `torch.Tensor` of shape `()`: a mean over the trained tokens of these tensors.

@@ -25,9 +25,7 @@ class AtroposParser(TrlParser):
     became is printed by the first process; (2) a name that is no option is refused with the nearest one, in the file and on
     the command line.
 
-    Args:
-        dataclass_types (`DataClassType` or `Iterable[DataClassType]`):
-            As for [`~trl.TrlParser`].
+    Takes the arguments of [`~trl.TrlParser`].
 
     Example:
 
@@ -50,9 +48,10 @@ class AtroposParser(TrlParser):
                 Those of the process if not given.
             return_remaining_strings (`bool`, *optional*, defaults to `False`):
                 Return names that are no option, with their values, as a list after the instances, instead of refusing them.
-            fail_with_unknown_args (`bool`, *optional*, defaults to `True`), separate_remaining_strings (`bool`, *optional*,
-            defaults to `False`):
-                Only their defaults are supported.
+            fail_with_unknown_args (`bool`, *optional*, defaults to `True`):
+                Only the default is supported.
+            separate_remaining_strings (`bool`, *optional*, defaults to `False`):
+                Only the default is supported.
 
         Returns:
             `tuple[DataClass, ...]`: one instance per dataclass.

@@ -132,11 +132,16 @@ class HubUploads(Trainer):
         """Save the model and upload it, with its card. On every rank.
 
         Args:
-            commit_message (`str`, *optional*, defaults to `"End of training"`), token (`str`, *optional*), revision (`str`,
-            *optional*), kwargs:
-                As for [`~transformers.Trainer.push_to_hub`].
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                Of the commit.
             blocking (`bool`, *optional*, defaults to `True`):
                 Wait for the upload.
+            token (`str`, *optional*):
+                Of the Hub; `args.hub_token` if not given.
+            revision (`str`, *optional*):
+                Branch; `args.hub_revision` if not given.
+            kwargs:
+                For `create_model_card`.
 
         Returns:
             `CommitInfo`, or a `Future` of it with `blocking=False`; None on other ranks, and if the upload failed, which is
