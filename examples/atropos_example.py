@@ -1,122 +1,148 @@
-"""One reinforcement-learning step after another, told phase by phase, with the real parts behind each line.
+"""A walk through the RL loop, one optimizer step after another, on a CPU: rollouts, advantages, training, weight sync.
 
-    python examples/atropos_example.py [--num_steps 3] [--model_name_or_path DIR_OR_HUB_ID]
+    python examples/atropos_example.py [--model_name_or_path DIR] [--num_steps 3]
 
-Starts the Atropos API, a vLLM server, the environment examples/envs/capitals.py and this file again as the trainer, all on this
-machine, and ends them with it. Needs no GPU and, after `make quickstart` has fetched the small model, no network.
+Every part is the real one: the Atropos API, the environment examples/envs/capitals.py, `trl vllm-serve`, and AtroposTrainer.
+`trl-atropos launch` starts them, runs this script again with their addresses, and ends all of them; Ctrl-C too. The first run
+downloads a model of 135M parameters.
+
+The environment does not stop while the trainer trains: from step 1 on a batch may have been sampled by the policy before, which the
+column `stale` shows. The time of a publish is measured by the trainer's own, so the column `publish s` is a question mark here.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig
-
-from trl_atropos import AtroposConfig, AtroposParser, AtroposTrainer
-from trl_atropos.cli.launch import run_launch
-from trl_atropos.cli.launch_config import load_launch_config
-from trl_atropos.cli.model import SMOLLM2_DIR, fetch_smollm2
-from trl_atropos.watching.step_table import StepTableCallback
-from trl_atropos.weight_sync.source import PolicyWeights
+from typing import TYPE_CHECKING, Any
 
 
-CONFIGS = Path(__file__).parent / "configs"
+if TYPE_CHECKING:
+    import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH_FILE = "examples/configs/atropos_example_launch.yaml"
+SMOLLM2 = ".models/SmolLM2-135M-Instruct"
+NUM_ROLLOUTS = 32  # of one step: 4 countries, 8 answers to each
 RULE = "=" * 60
 
 
-class WalkThroughTrainer(AtroposTrainer):
-    """[`AtroposTrainer`] that says what it does. Nothing is computed in another way."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        # Its lines would stand between ours.
-        self.pop_callback(StepTableCallback)
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor]:
-        say(f"\n{RULE}\nRL TRAINING STEP {self.state.global_step}\n{RULE}")
-        say(f"ROLLOUT PHASE (Step {self.state.global_step})")
-        say(f"   The environment generates with policy version {self.policy_version}, scores, and posts to the API...")
-        items, num_trained_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
-        micro_batches = [batch for item in items for batch in item]
-        num_rollouts = sum(batch["num_rollouts"] for batch in micro_batches)
-        say(f"   Received {num_rollouts} rollouts, {int(num_trained_tokens)} tokens to train\n")
-        say("COMPUTING ADVANTAGES")
-        for batch in micro_batches:
-            advantages = batch["advantages"]
-            say(f"   Computed advantages shape: {advantages.shape}, {advantages.min():.2f} to {advantages.max():.2f}")
-        return items, num_trained_tokens
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        say("TRAINING PHASE")
-        loss = super().training_step(*args, **kwargs)
-        say(f"   Training loss: {loss.item():.4f}")
-        return loss
-
-    def publish_policy(self) -> None:
-        say("\nENTERING WEIGHT SYNC\n   Syncing training weights -> inference server...")
-        super().publish_policy()
-        tensors = PolicyWeights(self.model, self.model.dtype).manifest()
-        say(f"   Updated {len(tensors)} weight tensors; the server has proven policy version {self.policy_version}")
-        say("EXITING WEIGHT SYNC")
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)
-        if "loss" in logs:
-            entry = self.state.log_history[-1]
-            say(f"   Mean reward: {entry['reward']:.3f}; {entry['perf/weight_sync_s']:.2f} s for the weight sync")
+def say(*lines: str) -> None:
+    print(*lines, sep="\n", flush=True)
 
 
-def say(line: str) -> None:
-    print(line, flush=True)
+def start_everything(args: argparse.Namespace) -> None:
+    """Become `trl-atropos launch`."""
+    command = str(Path(sys.executable).parent / "trl-atropos")
+    model, run_dir = args.model_name_or_path, args.output_dir
+    if model is None:
+        say(f"The model: {SMOLLM2}")
+        subprocess.run([command, "model", "fetch", "smollm2", "--output_dir", str(ROOT / SMOLLM2)], check=True)
+    elif Path(model).is_dir():
+        model = str(Path(model).resolve())
+    options = {
+        "--model_name_or_path": model,
+        "--run_dir": None if run_dir is None else str(Path(run_dir).resolve()),
+        "--trainer_args": f"--num_steps {args.num_steps}",
+    }
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    # The launch file names files relative to the repository.
+    os.chdir(ROOT)
+    os.execv(command, [command, "launch", "-c", LAUNCH_FILE, *given])
 
 
-def train(training_args: AtroposConfig, model_args: ModelConfig) -> None:
-    """What the trainer's process does."""
-    model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-    trainer = WalkThroughTrainer(model=model, args=training_args, processing_class=tokenizer)
+def train(args: argparse.Namespace) -> None:
+    """Train, and say what happens in which order."""
+    # Imported here: the other role of this script must not wait for them.
+    import torch
+
+    from trl_atropos import AtroposConfig, AtroposTrainer
+
+    class ExampleTrainer(AtroposTrainer):
+        """Each method is called once per step, in this order. `AtroposTrainer` does the same without the words."""
+
+        def get_batch_samples(
+            self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+        ) -> tuple[list, torch.Tensor]:
+            step = self.state.global_step
+            say("", RULE, f"RL TRAINING STEP {step}", RULE, f"ROLLOUT PHASE (Step {step})")
+            say("   The environment samples from the server and scores; waiting for a batch of the API...")
+            items, num_trained_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+            batches = [batch for item in items for batch in item]
+            advantages = torch.cat([batch["advantages"] for batch in batches])
+            say(f"   Received {sum(batch['num_rollouts'] for batch in batches)} rollouts", "")
+            say(
+                "COMPUTING ADVANTAGES", f"   Computed advantages shape: {advantages.shape}, one for each trained token"
+            )
+            say(f"   From {advantages.min():.2f} to {advantages.max():.2f}", "")
+            return items, num_trained_tokens
+
+        def training_step(self, model: torch.nn.Module, inputs: list, *rest: Any) -> torch.Tensor:
+            say("TRAINING PHASE")
+            loss = super().training_step(model, inputs, *rest)
+            say(f"   Training loss: {loss.item():.4f}", "")
+            return loss
+
+        def publish_policy(self) -> None:
+            # Before step 0 the server gets the starting policy, version 0.
+            version = self.state.global_step
+            model = self.accelerator.unwrap_model(self.model)
+            say("ENTERING WEIGHT SYNC", f"   Syncing policy version {version} -> inference server...")
+            with self.weight_sync(version) as sync:
+                sync.push(model)
+            report = sync.report
+            say(f"   Updated {sum(1 for _ in model.parameters())} weight tensors, {report.num_bytes / 1e6:.0f} MB")
+            say(f"   The server answers as version {self.policy_version}; it was paused for {report.paused_s:.2f} s")
+            if report.probe is not None:
+                say(f"   Logprobs of server and trainer differ by {report.probe.mean_abs_diff:.4f} on average")
+            say("EXITING WEIGHT SYNC", "")
+
+    trainer = ExampleTrainer(
+        model=args.model_name_or_path,
+        args=AtroposConfig(
+            output_dir=args.output_dir,
+            atropos_api_url=args.atropos_api_url,
+            vllm_server_base_url=args.vllm_server_base_url,
+            max_steps=args.num_steps,
+            per_device_train_batch_size=NUM_ROLLOUTS,
+            learning_rate=4e-5,
+            max_length=128,
+            loss_type="weighted_sft",
+            # Fetch a batch when its step begins, not one ahead.
+            num_prefetched_batches=0,
+            refresh_interval=0.5,
+            batch_timeout_s=120,
+            logging_steps=1,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            report_to="none",
+        ),
+    )
     trainer.train()
     trainer.save_state()
 
 
-def launch() -> None:
-    """Start everything; this file again as the trainer."""
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="directory or hub id of a causal language model")
     parser.add_argument("--num_steps", type=int, default=3, help="optimizer steps (default: %(default)s)")
-    parser.add_argument(
-        "--model_name_or_path", help="hub id or directory (default: SmolLM2-135M-Instruct, fetched once)"
-    )
-    parser.add_argument("--run_dir", default="runs/example", help="logs and report (default: %(default)s)")
+    parser.add_argument("--output_dir", help="directory of the logs (default: that of the launch file)")
+    parser.add_argument("--atropos_api_url", help="set by the launch; with it nothing is started")
+    parser.add_argument("--vllm_server_base_url", help="set by the launch")
     args = parser.parse_args()
-    trainer = [
-        sys.executable,
-        __file__,
-        "--config",
-        str(CONFIGS / "quickstart.yaml"),
-        "--max_steps",
-        str(args.num_steps),
-    ]
-    # The loss and the advantages of the walk: advantage-weighted cross entropy.
-    options = ["--loss_type", "weighted_sft", "--advantage_normalization", "global", "--advantage_clipping", "-5", "5"]
-    overrides = {
-        "trainer_command": shlex.join([*trainer, *options]),
-        "model_name_or_path": args.model_name_or_path or str(fetch_smollm2(SMOLLM2_DIR)),
-        "run_dir": args.run_dir,
-    }
-    run_launch(load_launch_config(CONFIGS / "quickstart_launch.yaml", overrides))
+    if args.num_steps < 1:
+        parser.error(f"--num_steps is {args.num_steps}; the walk needs 1 or more.")
+    if args.atropos_api_url is None:
+        start_everything(args)
+    else:
+        train(args)
 
 
 if __name__ == "__main__":
-    if "--atropos_api_url" in sys.argv:
-        train(*AtroposParser((AtroposConfig, ModelConfig)).parse_args_and_config())
-    else:
-        launch()
+    main()
