@@ -36,7 +36,7 @@ extras = {
     "quantization": ["bitsandbytes>=0.50"],
     # Trackers; wandb comes with atroposlib.
     "trackers": ["trackio>=0.43", "tensorboard>=2.20"],
-    "docs": ["latex2mathml>=3.78", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
+    "docs": ["latex2mathml>=3.78", "mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
 }
 extras["dev"] = [
     *extras["atropos"],

@@ -14,6 +14,8 @@ A batch of 64 rollouts x 2048 tokens in groups of 8, as `/batch` answers it (`to
     ratio_vs_json    (parse_s + validate_s + collate_s) / json_s
     journal_s        appending the batch to the journal, until it is on the disk
     write_s          writing and syncing the same bytes to the same disk, nothing else
+    teacher_ratio_vs_json   `parse_batch` of 16 rollouts x 512 tokens with a teacher's 20 likeliest tokens each, over
+                            plain `json.loads` of the same groups
 
 Batches of about 4 MB from a real API (another process), fetched, journalled and validated on a thread as the trainer does
 it, while the main thread multiplies matrices on one core:
@@ -28,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -65,6 +68,9 @@ LIMITS = WireLimits(vocab_size=VOCAB_SIZE, max_length=NUM_TOKENS)
 ABSENT = dict.fromkeys(
     ("advantages", "ref_logprobs", "messages", "generation_params", "overrides", "group_overrides", "images")
 )
+NUM_TAUGHT_TOKENS = 512
+TEACHER_WIDTH = 20
+TAUGHT_LIMITS = WireLimits(vocab_size=VOCAB_SIZE, max_length=NUM_TAUGHT_TOKENS, reads_teacher=True)
 MATRIX_SIZE = 512
 
 
@@ -80,6 +86,20 @@ def make_group(rng: random.Random) -> dict[str, Any]:
         "inference_logprobs": [[1.0] * len(prompt) + values for values in logprobs],
         "env_id": 0,
         **ABSENT,
+    }
+
+
+def make_taught_group(rng: random.Random) -> dict[str, Any]:
+    """Rollouts with a teacher's 20 likeliest tokens at every position but the first, each of probability 1/20."""
+    tokens = [rng.randrange(VOCAB_SIZE) for _ in range(NUM_TAUGHT_TOKENS)]
+    likeliest = [[], *(rng.sample(range(VOCAB_SIZE), TEACHER_WIDTH) for _ in tokens[1:])]
+    logprobs = [[], *([-math.log(TEACHER_WIDTH)] * TEACHER_WIDTH for _ in tokens[1:])]
+    return {
+        "tokens": [tokens] * GROUP_SIZE,
+        "masks": [tokens] * GROUP_SIZE,
+        "scores": [rng.random() for _ in range(GROUP_SIZE)],
+        "distill_token_ids": [likeliest] * GROUP_SIZE,
+        "distill_logprobs": [logprobs] * GROUP_SIZE,
     }
 
 
@@ -113,6 +133,7 @@ def write_synced(path: Path, payload: bytes) -> None:
 def measure_stages(repeats: int, layout: str, directory: Path) -> dict[str, Any]:
     rng = random.Random(0)
     payload = json.dumps({"batch": [make_group(rng) for _ in range(8)]}, separators=(",", ":")).encode()
+    taught_payload = json.dumps([make_taught_group(rng) for _ in range(2)])
     journal = Journal(directory / "journal")
     seconds: dict[str, list[float]] = {}
 
@@ -130,12 +151,16 @@ def measure_stages(repeats: int, layout: str, directory: Path) -> dict[str, Any]
         timed("journal_s", lambda raw_groups=raw_groups: journal.append(raw_groups))
         timed("write_s", lambda: write_synced(directory / "plain", payload))
         assert len(batch.rollouts) == 64 and not batch.rejected
+        taught = timed("teacher_json_s", lambda: json.loads(taught_payload))
+        batch = timed("teacher_validate_s", lambda taught=taught: parse_batch(taught, TAUGHT_LIMITS))
+        assert len(batch.rollouts) == 16 and not batch.rejected
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first is a warm-up
     ours = medians["parse_s"] + medians["validate_s"] + medians["collate_s"]
     return {
         "num_bytes": len(payload),
         **{name: round(value, 4) for name, value in medians.items()},
         "ratio_vs_json": round(ours / medians["json_s"], 2),
+        "teacher_ratio_vs_json": round(medians["teacher_validate_s"] / medians["teacher_json_s"], 2),
     }
 
 

@@ -7,7 +7,7 @@ Every part is the real one: the Atropos API, the environment examples/envs/capit
 downloads a model of 135M parameters.
 
 The environment does not stop while the trainer trains: from step 1 on a batch may have been sampled by the policy before, which the
-column `stale` shows. The time of a publish is measured by the trainer's own, so the column `publish s` is a question mark here.
+column `stale` shows.
 """
 
 from __future__ import annotations

@@ -395,7 +395,9 @@ class AtroposTrainer(HubUploads):
     def publish_policy(self) -> None:
         """Publish the current weights. Collective: call it on every rank, after an optimizer step."""
         model = self.accelerator.unwrap_model(self.model)
-        metrics = self._require_publishing().publish(model, self.state.global_step)
+        self._record_publish(self._require_publishing().publish(model, self.state.global_step))
+
+    def _record_publish(self, metrics: dict[str, float]) -> None:
         if not metrics:
             self._clock.start(self.state.global_step)
         elif self.is_world_process_zero():
@@ -405,7 +407,7 @@ class AtroposTrainer(HubUploads):
         """`with trainer.weight_sync(version) as sync: sync.push(model)`, on every rank: pauses the servers, takes a model or
         all (name, tensor) pairs, and ends with the servers resumed and the publish proven, or raises with them still
         paused. The trainer publishes by itself after its steps."""
-        return self._require_publishing().weight_sync(policy_version)
+        return self._require_publishing().weight_sync(policy_version, self._record_publish)
 
     def _require_publishing(self) -> TrainerPublishing:
         if self._publishing is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -82,15 +82,22 @@ class TrainerPublishing:
         return self._account(self._publish_weights(model, version))
 
     @contextmanager
-    def weight_sync(self, policy_version: int) -> Iterator[WeightSync]:
-        """See [`AtroposTrainer.weight_sync`]. Whole weights follow from then on, also if adapters were published so far."""
+    def weight_sync(self, policy_version: int, record: Callable[[dict[str, float]], None]) -> Iterator[WeightSync]:
+        """See [`AtroposTrainer.weight_sync`]. Whole weights follow from then on, also if adapters were published so far.
+
+        Args:
+            policy_version (`int`):
+                Of the weights.
+            record (`Callable[[dict[str, float]], None]`):
+                Takes the metrics, as `publish` returns them.
+        """
         if self._mode == "adapter":
             self._withdraw_adapter()
             self._mode = "merged"
         with paused(self._new_sync(policy_version)) as sync:
             yield sync
         assert sync.report is not None
-        self._account(sync.report)
+        record(self._account(sync.report))
 
     def sleep(self) -> None:
         """Have the servers give their device memory back until the next publish, if `vllm_enable_sleep_mode`."""

@@ -72,6 +72,7 @@ def test_every_phase_of_every_step_is_shown_with_what_it_did(model, output_dir, 
     assert updated == [(str(len(weights)), megabytes)] * 3
     history = json.loads((output_dir / "model" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "reward" in entry]
+    assert all(entry["perf/weight_sync_s"] > 0 for entry in history if "reward" in entry)
     assert re.findall(r"Training loss: (\S+)", shown) == [f"{loss:.4f}" for loss in losses]
 
 

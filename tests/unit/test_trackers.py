@@ -87,6 +87,8 @@ def test_wandb(tmp_path, monkeypatch):
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    # It reads its environment once.
+    wandb.teardown()
     trainer = trained(tmp_path, report_to="wandb")
     wandb.finish()
     (path,) = tmp_path.rglob("run-*.wandb")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import time
 from typing import Any
 
 import pytest
@@ -228,7 +227,7 @@ def test_a_bad_teacher_costs_its_group_only():
     assert [(rejected.index, rejected.num_rollouts) for rejected in batch.rejected] == [(1, 2)]
 
 
-def test_reading_a_teacher_is_faster_than_decoding_its_json():
+def test_a_teacher_of_many_tokens_is_read_whole():
     length, width = 512, 20
     tokens = list(range(length))
     ids = [[], *(list(range(t, t + width)) for t in range(1, length))]
@@ -241,21 +240,12 @@ def test_reading_a_teacher_is_faster_than_decoding_its_json():
         IDS: [ids] * 8,
         LOGPROBS: [logprobs] * 8,
     }
-    text = json.dumps([group] * 2)
     limits = WireLimits(vocab_size=length + width, max_length=length, reads_teacher=True)
 
-    decoding, reading = [], []
-    for _ in range(5):
-        start = time.perf_counter()
-        raw = json.loads(text)
-        decoded = time.perf_counter()
-        batch = parse_batch(raw, limits)
-        decoding.append(decoded - start)
-        reading.append(time.perf_counter() - decoded)
+    batch = parse_batch([group] * 2, limits)
 
     assert all(rollout.teacher_token_ids.shape == (length, width) for rollout in batch.rollouts)
     assert len(batch.rollouts) == 16
-    assert min(reading) < min(decoding)
 
 
 # Properties

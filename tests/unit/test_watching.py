@@ -147,7 +147,8 @@ class TestWhichOne:
 
     def test_a_terminal_gets_the_panel(self, tmp_path, monkeypatch):
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-        assert self.kinds(tmp_path) == {PanelCallback}
+        # Not left to transformers, which follows its log level.
+        assert self.kinds(tmp_path, disable_tqdm=False) == {PanelCallback}
 
     def test_disable_tqdm_gets_lines_on_a_terminal_too(self, tmp_path, monkeypatch):
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
