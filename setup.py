@@ -34,6 +34,8 @@ extras = {
     "model": ["gguf>=0.19"],
     # Quantised base models (QLoRA).
     "quantization": ["bitsandbytes>=0.50"],
+    # examples/envs/reasoning.py
+    "examples": ["reasoning-gym>=0.1.25"],
     # Trackers; wandb comes with atroposlib.
     "trackers": ["trackio>=0.43", "tensorboard>=2.20"],
     "docs": ["latex2mathml>=3.78", "mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],

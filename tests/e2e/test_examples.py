@@ -1,4 +1,4 @@
-"""The example environments with a tool and with a data set deliver groups that can be trained."""
+"""The example environments with a tool, with a data set and with generated tasks deliver groups that can be trained."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def vllm_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield url
 
 
-@pytest.mark.parametrize("name", ["word_problems", "calculator"])
+@pytest.mark.parametrize("name", ["word_problems", "calculator", "reasoning"])
 def test_it_delivers(vllm_url, model, tmp_path, name):
     log_path = tmp_path / "env.log"
     command = [

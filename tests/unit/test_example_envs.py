@@ -8,6 +8,7 @@ from pathlib import Path
 
 import calculator
 import pytest
+import reasoning
 import word_problems
 
 
@@ -52,6 +53,34 @@ class TestWordProblems:
         first, second = (word_problems.load_problems(config)["question"] for _ in range(2))
         assert list(first) == list(second)
         assert len(first) == 40
+
+
+class TestReasoning:
+    @pytest.mark.parametrize(
+        ("completion", "answer"),
+        [
+            ("7", "7"),
+            ("3 + 4 = 7", "7"),
+            ("Let me see.\nThe answer is: 7.", "7"),
+            ("It is\n\nolleh\n", "olleh"),
+            ("", ""),
+        ],
+    )
+    def test_the_last_line_is_the_answer(self, completion, answer):
+        assert reasoning.find_answer(completion) == answer
+
+    @pytest.mark.parametrize(
+        ("task", "options"), [("basic_arithmetic", reasoning.ONE_DIGIT), ("spell_backward", "{}"), ("gcd", "{}")]
+    )
+    def test_a_task_scores_its_own_answers_and_repeats(self, task, options):
+        config, _ = reasoning.ReasoningEnv.config_init()
+        config = config.model_copy(update={"task": task, "task_config": options, "num_problems": 5})
+        first, second = reasoning.make_problems(config), reasoning.make_problems(config)
+        for problem, same in zip(first, second, strict=True):
+            assert problem["question"] == same["question"]
+            right = f"Let me think.\nThe answer: {problem['answer']}"
+            assert first.score_answer(reasoning.find_answer(right), problem) == 1.0
+            assert first.score_answer(reasoning.find_answer("no idea"), problem) < 0.5
 
 
 class TestCalculator:
