@@ -103,6 +103,10 @@ def check_command(words: list[str]) -> None:
     elif program == "trl-atropos":
         before, _, _ = " ".join(map(shlex.quote, rest)).partition(" -- ")
         parse(make_parser(), shlex.split(before))
+    elif program == "source":
+        assert rest == [".venv/bin/activate"]
+    elif program == "python" and rest[0] == "-c":
+        check_python(rest[1])
     elif program == "python":
         check_script(rest[0], rest[1:])
     elif words[:2] == ["accelerate", "launch"]:

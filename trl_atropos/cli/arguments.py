@@ -34,7 +34,7 @@ def _add_launch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         usage="%(prog)s -c LAUNCH.YAML [options] [-- ENV COMMAND...]",
         description="Start the Atropos API, the vLLM server, environments and the trainer in this order, each when it can be "
         "used, and end together what was started. docs/launch.md explains the file.",
-        epilog="What follows `--` is the command of one environment, which replaces those of the launch file. Exit code: 0 "
+        epilog="What follows `--` is the command of one environment, which replaces those of the launch file and their prompts. Exit code: 0 "
         "when the trainer has ended well, 1 after an error, 128 + n when ended by signal n.",
     )
     launch.add_argument("-c", "--config", type=Path, required=True, help="the launch file (YAML)")

@@ -67,6 +67,8 @@ def _run_launch(args: argparse.Namespace, rest: Sequence[str]) -> int:
         "vllm_url": args.vllm_url,
         "show_all_logs": args.show_all_logs or None,
         "environments": {"env": {"command": shlex.join(rest)}} if rest else None,
+        # Those of the file are questions of its own environments.
+        "prompts": [] if rest else None,
     }
     run_launch(load_launch_config(args.config, overrides))
     return 0
