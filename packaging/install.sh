@@ -16,18 +16,28 @@ if [ "$version" != 3.11 ]; then
     exit 1
 fi
 
+ticker=
+trap '[ -z "$ticker" ] || kill "$ticker" 2>/dev/null || true' EXIT
+
 step() {
     local title=$1
     shift
-    printf 'install: %s ... ' "$title"
-    local start=$SECONDS
-    if ! "$@" >>"$log" 2>&1; then
-        printf 'failed\n'
+    printf 'install: %s ' "$title"
+    local start=$SECONDS status=0
+    # A dot every four seconds: pip says nothing while it downloads and unpacks.
+    (while sleep 4; do printf '.'; done) &
+    ticker=$!
+    "$@" >>"$log" 2>&1 || status=$?
+    kill "$ticker"
+    wait "$ticker" 2>/dev/null || true
+    ticker=
+    if [ "$status" != 0 ]; then
+        printf ' failed\n'
         tail -n 40 "$log" >&2
         echo "install: \`$*\` failed. The whole log is $log." >&2
         return 1
     fi
-    printf '%d s\n' $((SECONDS - start))
+    printf ' %d s\n' $((SECONDS - start))
 }
 
 mkdir -p "$venv"
