@@ -121,6 +121,7 @@ def test_the_card_tells_how_to_do_it_again(hub, tmp_path, data_path, base_model)
     text = hub.files["user/model"]["main"]["README.md"].decode()
     card = ModelCard(text)
     assert card.data.library_name == "transformers" and {"trl", "atropos"} <= set(card.data.tags)
+    assert (tmp_path / "out" / "README.md").read_text() == text
     rewards = [entry["reward"] for entry in run.state.log_history if "reward" in entry]
     first, last = sum(rewards[:2]) / 2, sum(rewards[2:]) / 2
     assert f"first 2 logged steps: {first:.3f}; of the last 2: **{last:.3f}**" in text
@@ -277,6 +278,15 @@ def test_a_killed_run_is_pushed_from_its_newest_complete_checkpoint(hub, tmp_pat
     directory = stored(hub, "user/model", tmp_path / "stored", "draft")
     assert equal(load_file(directory / "model.safetensors"), expected)
     assert "# Model Card for model" in (directory / "README.md").read_text()
+
+
+def test_a_run_that_is_saved_at_its_end_only_has_its_card_and_configuration(hub, tmp_path, data_path, base_model):
+    run = trainer(tmp_path, data_path, base_model, lora=True, push_to_hub=False, save_strategy="no")
+    run.train()
+    run.save_model()
+    assert "### Results" in (tmp_path / "out" / "README.md").read_text()
+    run_push(Push(tmp_path / "out", "user/model"))
+    assert set(hub.files["user/model"]["main"]) >= {"adapter_model.safetensors", *DESCRIPTION}
 
 
 def test_push_merges_an_adapter(hub, tmp_path, data_path, base_model):

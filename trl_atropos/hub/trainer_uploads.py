@@ -95,10 +95,14 @@ class HubUploads(Trainer):
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As [`~transformers.Trainer.save_model`]; an upload of what would be overwritten ends first."""
-        if output_dir is None:
-            self._finish_current_push()
-        super().save_model(output_dir, _internal_call)
+        """As [`~transformers.Trainer.save_model`]; with the model card, and only after an upload of what is overwritten."""
+        if output_dir is not None:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._finish_current_push()
+        super().save_model(None, _internal_call)
+        # PEFT has written a card of its own.
+        self.create_model_card()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.create_model_card()
