@@ -134,6 +134,32 @@ def test_long_texts_are_cut_and_say_so(tmp_path):
     assert row.completion == "x" * MAX_TEXT_CHARACTERS + " … [7 more characters]"
 
 
+def test_staleness_is_counted_at_the_step_that_trained_a_rollout(tmp_path):
+    # Published after every step: step 1 trains with version 0, step 2 with version 1, step 3 with version 2.
+    save_history(tmp_path, [entry | {"policy_version": float(entry["step"])} for entry in make_history(3)])
+    marks = [
+        {"event": "versions", "batch": 0, "fetched_version": 0, "policy_versions": [[0, 0], [0, None]]},
+        {"event": "versions", "batch": 1, "fetched_version": 0, "policy_versions": [[0, 0], [0, 0]]},
+        {"event": "versions", "batch": 2, "fetched_version": 1, "policy_versions": [[2, 1], [0, 0]]},
+        {"event": "trained", "batch": 0, "step": 1},
+        # Trained once more after a resume.
+        {"event": "trained", "batch": 0, "step": 2},
+        {"event": "trained", "batch": 1, "step": 2},
+        {"event": "dropped", "batch": 2, "groups": [1], "reason": "stale"},
+        {"event": "trained", "batch": 2, "step": 3},
+    ]
+    (tmp_path / "journal").mkdir()
+    lines = [json.dumps(mark) for mark in marks]
+    # The run is in the middle of its last line.
+    (tmp_path / "journal" / "marks.jsonl").write_text("\n".join(lines) + '\n{"event": "tr')
+    run = read_run_files(tmp_path)
+    assert run.staleness == {0: 3 + 1, 1: 4 + 1}
+    assert run.refused == {"stale (dropped)": 1}
+    write_report(run, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>1</td><td>5</td>" in page and "56 %" in page and "stale (dropped)" in page
+
+
 def test_a_killed_run_is_read_from_its_newest_whole_checkpoint(tmp_path):
     for step in (9, 10):
         save_history(tmp_path / f"checkpoint-{step}", make_history(step))

@@ -67,6 +67,8 @@ def render_page(run: RunFiles, drawn: list[tuple[Plot, dict[str, Points]]]) -> s
             warnings=find_warnings(run),
             plots=plots,
             refused=run.refused.most_common(),
+            staleness=sorted(run.staleness.items()),
+            num_known=run.staleness.total(),
             completions=run.completions,
             config=run.facts.get("config"),
             versions=run.facts.get("versions"),
@@ -87,7 +89,7 @@ def find_warnings(run: RunFiles) -> list[str]:
         if values and max(values) > bound:
             found.append(f"{sentence} Largest {key}: {max(values):.3g}.")
     if run.refused:
-        found.append(f"{run.refused.total()} groups were refused; quarantine.jsonl has them.")
+        found.append(f"{run.refused.total()} groups were refused or dropped; the reasons are below.")
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,10 @@ class RunFiles:
         facts (`dict`):
             `config`, `versions` and `run` (how it was started) of the run; empty if they were not recorded.
         refused (`Counter[str]`):
-            Groups in `quarantine.jsonl` by reason.
+            Groups in `quarantine.jsonl`, and those that were dropped as too old, by reason.
+        staleness (`Counter[int]`):
+            Trained rollouts by the number of versions that the policy had moved on since they were sampled; those of unknown
+            version are left out.
         completions (`Sequence[Completion]`):
             A selection: of at most 6 steps the best, the middle and the worst rollout.
     """
@@ -71,6 +75,7 @@ class RunFiles:
     history: Sequence[LogEntry]
     facts: dict[str, dict[str, Any]]
     refused: Counter[str]
+    staleness: Counter[int]
     completions: Sequence[Completion]
 
     def values(self, key: str) -> list[tuple[float, float]]:
@@ -125,8 +130,15 @@ def read_run_files(run_dir: Path, history: Sequence[LogEntry] | None = None) -> 
     if not steps:
         raise _no_history(run_dir)
     try:
+        marks = _marks(output_dir)
         return RunFiles(
-            output_dir, state_path, steps, _facts(output_dir), _refused(output_dir), _completions(output_dir)
+            output_dir,
+            state_path,
+            steps,
+            _facts(output_dir),
+            _refused(output_dir) + _dropped(marks),
+            _staleness(marks, steps),
+            _completions(output_dir),
         )
     except (OSError, ValueError, KeyError) as exc:
         raise PreflightError(
@@ -175,6 +187,39 @@ def _refused(output_dir: Path) -> Counter[str]:
     with open(path, encoding="utf-8", errors="replace") as file:
         # A run that goes on may be in the middle of its last line.
         return Counter(str(json.loads(line).get("reason", "unknown")) for line in file if line.endswith("\n"))
+
+
+def _marks(output_dir: Path) -> list[dict[str, Any]]:
+    """What the journal says of its batches."""
+    path = output_dir / "journal" / "marks.jsonl"
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def _dropped(marks: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    dropped: Counter[str] = Counter()
+    for mark in marks:
+        if mark["event"] == "dropped":
+            dropped[f"{mark['reason']} (dropped)"] += len(mark["groups"])
+    return dropped
+
+
+def _staleness(marks: Sequence[Mapping[str, Any]], steps: Sequence[LogEntry]) -> Counter[int]:
+    sampled = {mark["batch"]: mark["policy_versions"] for mark in marks if mark["event"] == "versions"}
+    dropped = {(mark["batch"], group) for mark in marks if mark["event"] == "dropped" for group in mark["groups"]}
+    # A step that was made again after a resume has several marks, of which the last counts.
+    batches = {mark["step"]: mark["batch"] for mark in marks if mark["event"] == "trained"}
+    published = sorted((entry["step"], int(entry["policy_version"])) for entry in steps if "policy_version" in entry)
+    counts: Counter[int] = Counter()
+    for step, batch in batches.items():
+        num_earlier = bisect_left(published, (step, 0))
+        before = published[num_earlier - 1][1] if num_earlier else 0
+        for group, versions in enumerate(sampled.get(batch, ())):
+            if (batch, group) not in dropped:
+                counts.update(before - version for version in versions if version is not None)
+    return counts
 
 
 def _completions(output_dir: Path) -> list[Completion]:
