@@ -289,6 +289,10 @@ class AtroposConfig(DataConfig, PublishConfig, WatchConfig, TrainingArguments):
             self.trackio_static_space_id = False
         super().__post_init__()
         check_watching(self)
+        if self.push_merged and not self.push_to_hub:
+            raise ValueError(
+                "push_merged is set and push_to_hub is not. Nothing is uploaded so. Set --push_to_hub, too."
+            )
         # TRL takes booleans, too.
         self.scale_rewards = {"True": "group", "False": "none"}.get(str(self.scale_rewards), self.scale_rewards)
         self._check_choices()

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hub_standin import READ_TOKEN, TOKEN, HubStandin
 from huggingface_hub import ModelCard
+from launcher import run_launcher
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file
 from tiny_models import byte_tokenizer, tiny_llama
@@ -75,13 +76,18 @@ def trainer(tmp_path: Path, data_path: str, base_model: str, **options: Any) -> 
     args = AtroposConfig(
         output_dir=str(tmp_path / "out"),
         data_path=data_path,
-        per_device_train_batch_size=2,
         learning_rate=1e-2,
         max_length=16,
         report_to="none",
         use_cpu=True,
         env_names=["word|problems", "capitals"],
-        **{"save_steps": 2, "push_to_hub": True, "hub_model_id": "user/model", **options},
+        **{
+            "per_device_train_batch_size": 2,
+            "save_steps": 2,
+            "push_to_hub": True,
+            "hub_model_id": "user/model",
+            **options,
+        },
     )
     peft_config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora else None
     return AtroposTrainer(base_model, args, processing_class=byte_tokenizer(), peft_config=peft_config)
@@ -238,6 +244,39 @@ def test_what_can_never_be_uploaded_is_refused_before_training(
         monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(HubUploadError, match=words):
         trainer(tmp_path, data_path, base_model, **options)
+
+
+def test_what_cannot_be_merged_is_refused_before_training(hub, tmp_path, data_path, base_model):
+    with pytest.raises(PreflightError, match="has no adapter"):
+        trainer(tmp_path, data_path, base_model, push_merged=True)
+    with pytest.raises(ValueError, match="push_to_hub is not"):
+        trainer(tmp_path, data_path, base_model, push_merged=True, push_to_hub=False)
+
+
+def test_two_ranks_push_once(hub, tmp_path, data_path, base_model):
+    script = tmp_path / "two_ranks.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        f"sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]\n"
+        "from test_hub import trainer\n"
+        f"options = dict(lora=True, push_merged=True, per_device_train_batch_size=1, ddp_backend='gloo')\n"
+        f"run = trainer(Path({str(tmp_path)!r}), {data_path!r}, {base_model!r}, **options)\n"
+        "run.train()\n"
+        "run.save_model()\n"
+        "run.push_to_hub()\n"
+    )
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+    status, log = run_launcher(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script],
+        timeout_s=300,
+        environment=environment,
+    )
+    assert status == 0, log
+    assert "adapter_model.safetensors" in hub.files["user/model"]["main"]
+    assert "model.safetensors" in hub.files["user/model-merged"]["main"]
+    repos = [repo for repo, _, message in hub.commits if not message.startswith("Training in progress")]
+    assert set(repos) == {"user/model", "user/model-merged"}
 
 
 def test_offline_mode_with_push_to_hub_is_refused_before_training(hub, tmp_path, data_path, base_model, monkeypatch):

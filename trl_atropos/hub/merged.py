@@ -10,10 +10,30 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import PreflightError
 from ..weight_sync.source import PolicyWeights
 
 
 MERGED_DIR = "merged"
+
+
+def check_mergeable(model: Any) -> None:
+    """Refuse a policy that cannot be merged, before it is trained for that.
+
+    Args:
+        model (`PeftModel`):
+            The unwrapped policy.
+
+    Raises:
+        [`PreflightError`]: it has no adapter, or one that cannot be merged exactly.
+    """
+    if not hasattr(model, "peft_config"):
+        raise PreflightError(
+            "`push_merged` is set and the model has no adapter.",
+            "There is nothing to merge: the model is uploaded whole anyway.",
+            "Leave out --push_merged, or train an adapter with --use_peft.",
+        )
+    PolicyWeights(model, _dtype(model.get_base_model()))
 
 
 def save_merged(

@@ -15,7 +15,7 @@ from transformers.trainer_utils import HubStrategy
 
 from ..distributed import run_on_main_process
 from ..errors import HubUploadError
-from .merged import MERGED_DIR, save_merged
+from .merged import MERGED_DIR, check_mergeable, save_merged
 from .model_card import describe_merged, described, write_model_card
 from .run_model import checkpoint_files, merged_repo_of, model_files, warn_of_local_base
 from .training_config import training_config, write_training_config
@@ -38,7 +38,9 @@ class HubUploads(Trainer):
     """
 
     _tag_names: ClassVar[list[str]] = []
+    # On rank 0.
     _hub: HubClient | None = None
+    _has_asked_hub = False
     _uploads: tuple[Future[CommitInfo], ...] = ()
 
     def init_hf_repo(self, token: str | None = None) -> None:
@@ -46,7 +48,11 @@ class HubUploads(Trainer):
 
         Raises:
             [`HubUploadError`]: it will not work later either.
+            [`PreflightError`]: `push_merged`, and the policy cannot be merged.
         """
+        if self.args.push_merged:
+            check_mergeable(self.accelerator.unwrap_model(self.model))
+        self._has_asked_hub = True
         self.hub_model_id = run_on_main_process(lambda: self._make_repo(token))
 
     def _make_repo(self, token: str | None) -> str | None:
@@ -152,13 +158,12 @@ class HubUploads(Trainer):
             logged.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self._hub is None:
+        if not self._has_asked_hub:
             self.init_hf_repo(token)
         self.save_model(_internal_call=True)
         merged = Path(str(self.args.output_dir)) / MERGED_DIR
         model = self.accelerator.unwrap_model(self.model)
-        pushes_merged = self.args.push_merged and hasattr(model, "peft_config")
-        if pushes_merged:
+        if self.args.push_merged:
             save_merged(model, self.processing_class, merged, self.is_world_process_zero())
         if self.is_world_process_zero():
             warn_of_local_base(Path(str(self.args.output_dir)))
@@ -171,7 +176,7 @@ class HubUploads(Trainer):
         future = self._upload(
             {**model_files(output_dir), **described(output_dir)}, repo_id, commit_message, None, revision
         )
-        if pushes_merged:
+        if self.args.push_merged:
             self._push_merged(merged, repo_id, commit_message)
         if not blocking:
             return future

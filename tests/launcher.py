@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
 # A launcher that is told to stop gives its processes half a minute.
 STOP_TIMEOUT_S = 60
 
