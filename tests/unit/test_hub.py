@@ -20,7 +20,7 @@ from launcher import run_launcher
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file
 from tiny_models import byte_tokenizer, tiny_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import ModelConfig
 
 from trl_atropos import AtroposConfig, AtroposParser, AtroposTrainer
@@ -214,6 +214,19 @@ def test_a_failed_upload_does_not_end_training_and_can_be_made_later(
     assert url.startswith(hub.url)
     loaded = AutoModelForCausalLM.from_pretrained(stored(hub, "user/model", tmp_path / "stored"))
     assert equal(loaded.state_dict(), run.model.state_dict())
+
+
+def test_a_tracker_that_fails_at_an_upload_does_not_end_training(hub, tmp_path, data_path, base_model, caplog):
+    class Tracker(TrainerCallback):
+        def on_push_begin(self, args, state, control, **kwargs):
+            raise ConnectionError("no Space")
+
+    run = trainer(tmp_path, data_path, base_model)
+    run.add_callback(Tracker())
+    run.train()
+    assert run.push_to_hub() is not None
+    assert "ConnectionError: no Space" in caplog.text and run._hub.num_failed >= 2
+    assert "model.safetensors" in hub.files["user/model"]["main"]
 
 
 def test_a_hub_that_is_down_at_the_start_is_tried_again(hub, tmp_path, data_path, base_model, caplog):

@@ -19,7 +19,7 @@ from .merged import MERGED_DIR, check_mergeable, save_merged
 from .model_card import describe_merged, described, write_model_card
 from .run_model import checkpoint_files, merged_repo_of, model_files, warn_of_local_base
 from .training_config import training_config, write_training_config
-from .upload import HubClient, remove_leftovers, wait_for
+from .upload import HUB_ERRORS, HubClient, remove_leftovers, wait_for
 
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class HubUploads(Trainer):
         repo_id = self._repo()
         if repo_id is None:
             return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._announce_push()
         message = f"Training in progress, step {self.state.global_step}"
         checkpoint, output_dir = Path(checkpoint_folder), Path(str(self.args.output_dir))
         self._upload({**model_files(checkpoint), **described(output_dir)}, repo_id, message)
@@ -157,7 +157,7 @@ class HubUploads(Trainer):
             `CommitInfo`, or a `Future` of it with `blocking=False`; None on other ranks, and if the upload failed, which is
             logged.
         """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._announce_push()
         if not self._has_asked_hub:
             self.init_hf_repo(token)
         self.save_model(_internal_call=True)
@@ -194,6 +194,18 @@ class HubUploads(Trainer):
             wait_for(upload, f"the model to {self.hub_model_id}")
         wait(self._uploads)
         self._uploads = ()
+
+    def _announce_push(self) -> None:
+        """Let the callbacks act: the one of trackio uploads what it has logged."""
+        try:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        except (*HUB_ERRORS, RuntimeError) as exc:
+            if self._hub is not None:
+                self._hub.num_failed += 1
+            logger.warning(
+                f"A tracker failed at the beginning of an upload: {type(exc).__name__}: {exc}. The model is uploaded without it. "
+                "With trackio, `trackio_static_space_id: false` in the file of --config keeps its metrics on this machine."
+            )
 
     def _repo(self) -> str | None:
         """The repository, made now if the Hub could not be reached before; on rank 0."""
