@@ -303,6 +303,18 @@ def test_offline_mode_with_push_to_hub_is_refused_before_training(hub, tmp_path,
         huggingface_hub.close_session()
 
 
+def test_files_that_cannot_be_staged_do_not_end_training(hub, tmp_path, data_path, base_model, caplog, monkeypatch):
+    def full(*args: Any, **kwargs: Any) -> str:
+        raise OSError(28, "No space left on device", str(tmp_path))
+
+    run = trainer(tmp_path, data_path, base_model)
+    monkeypatch.setattr("trl_atropos.hub.upload.tempfile.mkdtemp", full)
+    run.train()
+    assert run.push_to_hub() is None
+    assert "No space left on device" in caplog.text and "trl-atropos push" in caplog.text
+    assert run.state.global_step == NUM_STEPS and hub.commits == []
+
+
 def test_a_checkpoint_that_is_deleted_during_its_upload_arrives_whole(hub, tmp_path, data_path, base_model):
     run = trainer(tmp_path, data_path, base_model, hub_strategy="end")
     run.train()

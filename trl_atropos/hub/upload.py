@@ -114,7 +114,14 @@ class HubClient:
         Returns:
             `Future`: of the commit. A failure is counted, and logged with the command that repeats the upload.
         """
-        staged = self._stage(files)
+        try:
+            staged = self._stage(files)
+        except OSError as exc:
+            # A full disk, for example: told and counted like everything that goes wrong later.
+            failed: Future[CommitInfo] = Future()
+            failed.set_exception(exc)
+            self._report(repo_id, failed)
+            return failed
 
         def send() -> CommitInfo:
             try:
@@ -229,6 +236,8 @@ def _reason(cause: BaseException, status: int | None) -> tuple[str, str]:
         return "The Hub limits how often an account may upload.", "Save less often, or use --hub_strategy end."
     if isinstance(cause, HFValidationError) or status == 400:
         return "The Hub does not take this name or content.", "Correct --hub_model_id, or what the message names."
+    if isinstance(cause, OSError) and cause.filename is not None:
+        return "The files are linked or copied beside the model first.", "Mend what the message names."
     if status is not None:
         return "The Hub had an error of its own.", "Look at https://status.huggingface.co."
     return "The Hub could not be reached, or broke the connection.", "Check the network, a proxy, and HF_ENDPOINT."
