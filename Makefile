@@ -36,11 +36,10 @@ replay: $(INSTALLED) ## Train the rollouts that the quickstart recorded once mor
 		--model_name_or_path "$(MODEL)" --data_path runs/quickstart/model/journal --output_dir runs/replay $$ARGS
 	@$(BIN)/python examples/scripts/compare_losses.py runs/quickstart/model runs/replay
 
-check: $(INSTALLED) ## Linter, formatter, type checker, unit tests: a minute.
+check: $(INSTALLED) ## Linter, formatter, type checker, unit tests; some of them build the documents.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@$(MAKE) --no-print-directory docs
 	$(BIN)/pytest -q tests/unit
 
 docs: $(INSTALLED) ## Build the documents into site/; warnings are errors.

@@ -34,8 +34,8 @@ def _add_launch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         usage="%(prog)s -c LAUNCH.YAML [options] [-- ENV COMMAND...]",
         description="Start the Atropos API, the vLLM server, environments and the trainer in this order, each when it can be "
         "used, and end together what was started. docs/launch.md explains the file.",
-        epilog="What follows `--` is the command of one environment, which replaces those of the launch file and their prompts. Exit code: 0 "
-        "when the trainer has ended well, 1 after an error, 128 + n when ended by signal n.",
+        epilog="What follows `--` is the command of one environment, which replaces those of the launch file and their prompts. "
+        "Exit code: 0 when the trainer has ended well, 1 after an error, 128 + n when ended by signal n.",
     )
     launch.add_argument("-c", "--config", type=Path, required=True, help="the launch file (YAML)")
     launch.add_argument("--run_dir", help="directory for logs, model and summary")
@@ -143,7 +143,7 @@ def _add_push(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "push",
         help="upload the model of a run to the Hub",
         description="Upload the newest model of a run that is finished or was killed: weights or adapter, tokenizer, model card "
-        "with the plot of the reward, and training_config.yaml. Optimizer, data and logs stay here. docs/hub.md shows a card.",
+        "with the plot of the reward, and training_config.yaml. Optimizer, data and logs stay here. docs/hub.md says what is in the card.",
         epilog="The token is that of `hf auth login`, or HF_TOKEN. Exit code: 0, or 1 with what to mend.",
     )
     push.add_argument(

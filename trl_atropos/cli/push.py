@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..errors import PreflightError
 from ..hub.merged import MERGED_DIR, save_merged
-from ..hub.model_card import describe_merged, described, write_model_card
+from ..hub.model_card import describe_merged, files_to_upload, write_model_card
 from ..hub.run_model import RunModel, find_model, is_adapter, merged_repo_of, model_files, warn_of_local_base
 from ..hub.training_config import TRAINING_CONFIG_FILE
 from ..hub.upload import HubClient, wait_for
@@ -72,7 +72,7 @@ def run_push(push: Push, console: Console | None = None) -> list[str]:
     warn_of_local_base(model.directory)
     name = push.hub_model_id or model.output_dir.resolve().name
     if push.dry_run:
-        _show(console, {**model_files(model.directory), **described(model.output_dir)}, model, name)
+        _show(console, files_to_upload(model.directory, model.output_dir), model, name)
         return []
     hub = HubClient(model.output_dir, logs_failures=False)
     repo_id = hub.create_repo(name, push.private, push.revision)
@@ -80,7 +80,7 @@ def run_push(push: Push, console: Console | None = None) -> list[str]:
     write_model_card(
         model.output_dir, config, hub_model_id=repo_id, tags=("peft",) if is_adapter(model.directory) else ()
     )
-    uploads = [(repo_id, {**model_files(model.directory), **described(model.output_dir)})]
+    uploads = [(repo_id, files_to_upload(model.directory, model.output_dir))]
     if push.merged:
         merged_id = hub.create_repo(merged_repo_of(repo_id), push.private, push.revision)
         merged = _merge(model, console)

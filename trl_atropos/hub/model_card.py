@@ -18,6 +18,7 @@ from ..report.plots import PLOTS, save_png, series_of
 from ..report.run_files import LogEntry, RunFiles, read_run_files
 from .citations import ATROPOS, papers_of
 from .merged import MERGED_DIR
+from .run_model import model_files
 from .training_config import TRAINING_CONFIG_FILE
 
 
@@ -123,6 +124,18 @@ def described(directory: Path) -> dict[str, Path]:
     """The files of a directory that tell of the model: card, plot, configuration. Name -> file."""
     paths = (directory / name for name in (CARD_FILE, REWARD_PLOT, TRAINING_CONFIG_FILE))
     return {path.name: path for path in paths if path.exists()}
+
+
+def files_to_upload(directory: Path, output_dir: Path) -> dict[str, Path]:
+    """The model in a directory with what tells of its run. Name in the repository -> file.
+
+    Args:
+        directory (`Path`):
+            Where the model lies: `output_dir` or one of its checkpoints.
+        output_dir (`Path`):
+            Directory of the trainer.
+    """
+    return {**model_files(directory), **described(output_dir)}
 
 
 def describe_merged(

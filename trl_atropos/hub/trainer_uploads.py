@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from transformers.trainer_utils import HubStrategy
 from ..distributed import run_on_main_process
 from ..errors import HubUploadError
 from .merged import MERGED_DIR, check_mergeable, save_merged
-from .model_card import describe_merged, described, write_model_card
+from .model_card import describe_merged, files_to_upload, write_model_card
 from .run_model import checkpoint_files, merged_repo_of, model_files, warn_of_local_base
 from .training_config import training_config, write_training_config
 from .upload import HUB_ERRORS, HubClient, remove_leftovers, wait_for
@@ -56,10 +56,9 @@ class HubUploads(Trainer):
         self.hub_model_id = run_on_main_process(lambda: self._make_repo(token))
 
     def _make_repo(self, token: str | None) -> str | None:
-        output_dir = Path(str(self.args.output_dir))
-        remove_leftovers(output_dir)
-        self._hub = self._hub or HubClient(output_dir, token or self.args.hub_token)
-        name = self.args.hub_model_id or output_dir.absolute().name
+        remove_leftovers(self._output_dir)
+        self._hub = self._hub or HubClient(self._output_dir, token or self.args.hub_token)
+        name = self.args.hub_model_id or self._output_dir.absolute().name
         try:
             return self._hub.create_repo(name, self.args.hub_private_repo)
         except HubUploadError as exc:
@@ -87,14 +86,13 @@ class HubUploads(Trainer):
         """
         if not self.is_world_process_zero():
             return
-        output_dir = Path(str(self.args.output_dir))
-        output_dir.mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model)
-        write_training_config(self.args, model, output_dir)
+        self._output_dir.mkdir(parents=True, exist_ok=True)
+        config = training_config(self.args, self.accelerator.unwrap_model(self.model))
+        write_training_config(config, self._output_dir)
         more = [tags] if isinstance(tags, str) else tags or []
         write_model_card(
-            output_dir,
-            training_config(self.args, model),
+            self._output_dir,
+            config,
             hub_model_id=self.hub_model_id or self.args.hub_model_id,
             history=self.state.log_history,
             tags=[*self._tag_names, *more],
@@ -107,8 +105,9 @@ class HubUploads(Trainer):
             return
         self._finish_current_push()
         super().save_model(None, _internal_call)
-        # PEFT has written a card of its own.
-        self.create_model_card()
+        # A push writes it itself. Before that, PEFT has written a card of its own.
+        if not _internal_call and not self.args.push_to_hub:
+            self.create_model_card()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.create_model_card()
@@ -124,8 +123,8 @@ class HubUploads(Trainer):
             return
         self._announce_push()
         message = f"Training in progress, step {self.state.global_step}"
-        checkpoint, output_dir = Path(checkpoint_folder), Path(str(self.args.output_dir))
-        self._upload({**model_files(checkpoint), **described(output_dir)}, repo_id, message)
+        checkpoint = Path(checkpoint_folder)
+        self._upload(files_to_upload(checkpoint, self._output_dir), repo_id, message)
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             folder = LAST_CHECKPOINT if is_last else checkpoint.name
@@ -161,21 +160,19 @@ class HubUploads(Trainer):
         if not self._has_asked_hub:
             self.init_hf_repo(token)
         self.save_model(_internal_call=True)
-        merged = Path(str(self.args.output_dir)) / MERGED_DIR
+        merged = self._output_dir / MERGED_DIR
         model = self.accelerator.unwrap_model(self.model)
         if self.args.push_merged:
             save_merged(model, self.processing_class, merged, self.is_world_process_zero())
         if self.is_world_process_zero():
-            warn_of_local_base(Path(str(self.args.output_dir)))
+            warn_of_local_base(self._output_dir)
         repo_id = self._repo() if self.is_world_process_zero() else None
-        if repo_id is None:
-            return None
         kwargs.pop("model_name", None)
         self.create_model_card(**kwargs)
-        output_dir = Path(str(self.args.output_dir))
-        future = self._upload(
-            {**model_files(output_dir), **described(output_dir)}, repo_id, commit_message, None, revision
-        )
+        if repo_id is None:
+            return None
+        files = files_to_upload(self._output_dir, self._output_dir)
+        future = self._upload(files, repo_id, commit_message, None, revision)
         if self.args.push_merged:
             self._push_merged(merged, repo_id, commit_message)
         if not blocking:
@@ -192,7 +189,6 @@ class HubUploads(Trainer):
     def _finish_current_push(self) -> None:
         for upload in self._uploads:
             wait_for(upload, f"the model to {self.hub_model_id}")
-        wait(self._uploads)
         self._uploads = ()
 
     def _announce_push(self) -> None:
@@ -206,6 +202,10 @@ class HubUploads(Trainer):
                 f"A tracker failed at the beginning of an upload: {type(exc).__name__}: {exc}. The model is uploaded without it. "
                 "With trackio, `trackio_static_space_id: false` in the file of --config keeps its metrics on this machine."
             )
+
+    @property
+    def _output_dir(self) -> Path:
+        return Path(str(self.args.output_dir))
 
     def _repo(self) -> str | None:
         """The repository, made now if the Hub could not be reached before; on rank 0."""
@@ -245,5 +245,5 @@ class HubUploads(Trainer):
             logger.warning(str(exc))
             return
         config = training_config(self.args, self.accelerator.unwrap_model(self.model))
-        files = describe_merged(Path(str(self.args.output_dir)), config, merged_id, repo_id, self.state.log_history)
+        files = describe_merged(self._output_dir, config, merged_id, repo_id, self.state.log_history)
         self._upload({**model_files(merged), **files}, merged_id, message)

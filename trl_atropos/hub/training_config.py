@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ WATCHING = {"disable_tqdm", "report_to", "debug", "include_for_metrics"}
 DERIVED = {"atropos_batch_size", "dataloader_pin_memory"}
 """What `__post_init__` works out from the other options and the machine."""
 
+LEFT_OUT = OF_THIS_MACHINE | WATCHING | DERIVED
+
 
 def training_config(args: TrainingArguments, model: nn.Module) -> dict[str, Any]:
     """The options that differ from their defaults, with those of TRL's `ModelConfig` that describe the model.
@@ -47,8 +50,7 @@ def training_config(args: TrainingArguments, model: nn.Module) -> dict[str, Any]
     """
     options = {}
     for field in fields(args):
-        left_out = OF_THIS_MACHINE | WATCHING | DERIVED
-        if not field.init or field.name in left_out or field.name.startswith(("_", "hub_")) or is_secret(field.name):
+        if not field.init or field.name in LEFT_OUT or field.name.startswith(("_", "hub_")) or is_secret(field.name):
             continue
         value, default = _plain(getattr(args, field.name)), _plain(field.default)
         if isinstance(value, dict) and field.name == "accelerator_config":
@@ -59,22 +61,18 @@ def training_config(args: TrainingArguments, model: nn.Module) -> dict[str, Any]
     return {**_model_options(model), **options}
 
 
-def write_training_config(args: TrainingArguments, model: nn.Module, directory: Path) -> Path:
+def write_training_config(config: Mapping[str, Any], directory: Path) -> None:
     """Write `training_config.yaml`.
 
     Args:
-        args (`TrainingArguments`), model (`nn.Module`):
-            See `training_config`.
+        config (`Mapping[str, Any]`):
+            From `training_config`.
         directory (`Path`):
             Where.
-
-    Returns:
-        `Path`: the file.
     """
     path = directory / TRAINING_CONFIG_FILE
-    text = yaml.safe_dump(training_config(args, model), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
     path.write_text(f"# python examples/scripts/atropos.py --config {path.name} --output_dir ...\n{text}", "utf-8")
-    return path
 
 
 def base_model_name(model: nn.Module) -> str | None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from importlib import metadata
 from pathlib import Path
@@ -34,8 +34,6 @@ MAX_COPIED_BYTES = 2**20
 
 HUB_ERRORS = (HTTPError, OSError, ValueError)
 """What the client of the Hub raises: of HTTP and connections, of tokens and offline mode, of names and answers."""
-
-Explain = Callable[[BaseException], HubUploadError]
 
 
 class HubClient:

@@ -6,7 +6,7 @@ import json
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ def read_run_files(run_dir: Path, history: Sequence[LogEntry] | None = None) -> 
     if not steps:
         raise _no_history(run_dir)
     try:
-        marks = _marks(output_dir)
+        marks = list(_json_lines(output_dir / "journal" / "marks.jsonl"))
         return RunFiles(
             output_dir,
             state_path,
@@ -181,21 +181,17 @@ def _facts(output_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def _refused(output_dir: Path) -> Counter[str]:
-    path = output_dir / "quarantine.jsonl"
+    refused = _json_lines(output_dir / "quarantine.jsonl")
+    return Counter(str(group.get("reason", "unknown")) for group in refused)
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file; none if there is no file."""
     if not path.exists():
-        return Counter()
+        return
     with open(path, encoding="utf-8", errors="replace") as file:
         # A run that goes on may be in the middle of its last line.
-        return Counter(str(json.loads(line).get("reason", "unknown")) for line in file if line.endswith("\n"))
-
-
-def _marks(output_dir: Path) -> list[dict[str, Any]]:
-    """What the journal says of its batches."""
-    path = output_dir / "journal" / "marks.jsonl"
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+        yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
 def _dropped(marks: Sequence[Mapping[str, Any]]) -> Counter[str]:
