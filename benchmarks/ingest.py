@@ -51,13 +51,13 @@ import requests  # noqa: E402
 import torch  # noqa: E402
 from live_api import ApiProcess  # noqa: E402
 
-from trl_atropos.atropos_client import AtroposClient, Registration  # noqa: E402
-from trl_atropos.data import with_advantages  # noqa: E402
-from trl_atropos.journal import Journal  # noqa: E402
-from trl_atropos.layouts import LAYOUTS  # noqa: E402
-from trl_atropos.micro_batches import RolloutCollator, deal_by_count  # noqa: E402
+from trl_atropos.data.micro_batches import RolloutCollator, deal_by_count  # noqa: E402
+from trl_atropos.data.stream import with_advantages  # noqa: E402
+from trl_atropos.policy.layouts import LAYOUTS  # noqa: E402
 from trl_atropos.types import RolloutBatch  # noqa: E402
-from trl_atropos.validation import WireLimits, parse_batch  # noqa: E402
+from trl_atropos.wire.client import AtroposClient, Registration  # noqa: E402
+from trl_atropos.wire.journal import Journal  # noqa: E402
+from trl_atropos.wire.parse import WireLimits, parse_batch  # noqa: E402
 
 
 GROUP_SIZE = 8

@@ -35,7 +35,7 @@ from resident_memory import watch_peak
 from torch import Tensor
 from torch.nn.functional import linear
 
-from trl_atropos.logprobs import score_hidden_states
+from trl_atropos.policy.logprobs import score_hidden_states
 
 
 Score = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -55,17 +55,17 @@ from servers import serve  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig  # noqa: E402
 
-from trl_atropos.preflight import inspect_server  # noqa: E402
-from trl_atropos.weight_sync.adapter import take_adapter  # noqa: E402
+from trl_atropos.trainer.preflight import inspect_server  # noqa: E402
 from trl_atropos.weight_sync.adapter_publisher import AdapterPublisher  # noqa: E402
+from trl_atropos.weight_sync.client import AtroposVLLMClient  # noqa: E402
 from trl_atropos.weight_sync.probe import LogprobProbe  # noqa: E402
 from trl_atropos.weight_sync.publisher import PolicyPublisher, PublishOptions  # noqa: E402
 from trl_atropos.weight_sync.report import PublishReport  # noqa: E402
 from trl_atropos.weight_sync.server_link import LinkOptions, ServerLink  # noqa: E402
 from trl_atropos.weight_sync.session import WeightSync  # noqa: E402
-from trl_atropos.weight_sync.shm import SharedMemoryTransport  # noqa: E402
-from trl_atropos.weight_sync.transports import make_transport  # noqa: E402
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient  # noqa: E402
+from trl_atropos.weight_sync.transports.choose import make_transport  # noqa: E402
+from trl_atropos.weight_sync.transports.shm import SharedMemoryTransport  # noqa: E402
+from trl_atropos.weight_sync.weights.adapter import take_adapter  # noqa: E402
 
 
 WARM_UPS = 2

@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from trl_atropos.atropos_config import AtroposConfig
-from trl_atropos.data_config import DataConfig
-from trl_atropos.publish_config import PublishConfig
-from trl_atropos.seed_options import SEED_OPTIONS
-from trl_atropos.watch_config import WatchConfig
+from trl_atropos.data.options import DataConfig
+from trl_atropos.report.options import WatchConfig
+from trl_atropos.trainer.atropos_config import AtroposConfig
+from trl_atropos.trainer.seed_options import SEED_OPTIONS
+from trl_atropos.weight_sync.options import PublishConfig
 
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "config.md"

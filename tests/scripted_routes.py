@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trl_atropos.weight_sync.shm_segment import REPORT_BYTES, segment_path
-from trl_atropos.weight_sync.wire import WorkerReport, checksum
+from trl_atropos.weight_sync.transports.reports import WorkerReport, checksum
+from trl_atropos.weight_sync.transports.shm_segment import REPORT_BYTES, segment_path
 
 
 MAX_WAIT_S = 60.0

@@ -12,31 +12,31 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "AtroposClient": "atropos_client",
-    "AtroposConfig": "atropos_config",
-    "AtroposParser": "parser",
-    "AtroposTrainer": "atropos_trainer",
-    "AtroposVLLMClient": "weight_sync.vllm_client",
-    "LossInputs": "losses",
-    "LossOutputs": "losses",
-    "advantage_weighted_sft_loss": "losses",
-    "clip_advantages": "advantages",
-    "normalize_advantages": "advantages",
+    "AtroposClient": "wire.client",
+    "AtroposConfig": "trainer.atropos_config",
+    "AtroposParser": "trainer.parser",
+    "AtroposTrainer": "trainer.atropos_trainer",
+    "AtroposVLLMClient": "weight_sync.client",
+    "LossInputs": "loss.losses",
+    "LossOutputs": "loss.losses",
+    "advantage_weighted_sft_loss": "loss.losses",
+    "clip_advantages": "loss.advantages",
+    "normalize_advantages": "loss.advantages",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
 if TYPE_CHECKING:
-    from .advantages import clip_advantages as clip_advantages
-    from .advantages import normalize_advantages as normalize_advantages
-    from .atropos_client import AtroposClient as AtroposClient
-    from .atropos_config import AtroposConfig as AtroposConfig
-    from .atropos_trainer import AtroposTrainer as AtroposTrainer
-    from .losses import LossInputs as LossInputs
-    from .losses import LossOutputs as LossOutputs
-    from .losses import advantage_weighted_sft_loss as advantage_weighted_sft_loss
-    from .parser import AtroposParser as AtroposParser
-    from .weight_sync.vllm_client import AtroposVLLMClient as AtroposVLLMClient
+    from .loss.advantages import clip_advantages as clip_advantages
+    from .loss.advantages import normalize_advantages as normalize_advantages
+    from .loss.losses import LossInputs as LossInputs
+    from .loss.losses import LossOutputs as LossOutputs
+    from .loss.losses import advantage_weighted_sft_loss as advantage_weighted_sft_loss
+    from .trainer.atropos_config import AtroposConfig as AtroposConfig
+    from .trainer.atropos_trainer import AtroposTrainer as AtroposTrainer
+    from .trainer.parser import AtroposParser as AtroposParser
+    from .weight_sync.client import AtroposVLLMClient as AtroposVLLMClient
+    from .wire.client import AtroposClient as AtroposClient
 
 
 def __getattr__(name: str) -> Any:

@@ -9,15 +9,15 @@ import torch
 from servers import VOCAB_SIZE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from trl_atropos.preflight import inspect_server
+from trl_atropos.trainer.preflight import inspect_server
+from trl_atropos.weight_sync.client import AtroposVLLMClient
 from trl_atropos.weight_sync.failures import FailurePolicy
 from trl_atropos.weight_sync.probe import LogprobProbe
 from trl_atropos.weight_sync.publisher import PolicyPublisher, PublishOptions
 from trl_atropos.weight_sync.report import PublishReport
 from trl_atropos.weight_sync.server_link import LinkOptions, ServerLink
 from trl_atropos.weight_sync.session import WeightSync
-from trl_atropos.weight_sync.transports import make_transport
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
+from trl_atropos.weight_sync.transports.choose import make_transport
 
 
 SEQUENCES = [[7, 11, 13, 17, 19, 23, 29, 31, 37, 41], [250, 3, 250, 3, 99, 98, 97, 96], [5, 5, 5, 5, 5, 5]]

@@ -27,11 +27,11 @@ from tiny_models import tiny_gpt2
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_atropos import AtroposConfig, AtroposTrainer
-from trl_atropos.atropos_client import AtroposClient
 from trl_atropos.errors import TrlAtroposError
-from trl_atropos.journal import MARKS_NAME, Journal
 from trl_atropos.report.callback import ReportCallback
 from trl_atropos.types import Rollout
+from trl_atropos.wire.client import AtroposClient
+from trl_atropos.wire.journal import MARKS_NAME, Journal
 
 
 NUM_STEPS = 12
@@ -60,7 +60,7 @@ OPTIONS: dict[str, Any] = {
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
-        "trl_atropos.atropos_trainer",
+        "trl_atropos.trainer.atropos_trainer",
         *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama", "mixtral", "qwen3")),
         # Accelerate imports it with the first step.
         "deepspeed",

@@ -24,11 +24,11 @@ from publishing import SEQUENCES, Publishing, load, max_abs_diff
 from servers import save_tiny_model, serve
 
 from trl_atropos.errors import PreflightError, WeightSyncError
-from trl_atropos.rollout_key import rollout_key
-from trl_atropos.weight_sync.adapter import check_adapter, take_adapter
 from trl_atropos.weight_sync.adapter_publisher import AdapterPublisher
-from trl_atropos.weight_sync.adapter_transfer import AdapterTransfer, check_server, routed_adapter
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
+from trl_atropos.weight_sync.client import AtroposVLLMClient
+from trl_atropos.weight_sync.transports.adapter_files import AdapterTransfer, check_server, routed_adapter
+from trl_atropos.weight_sync.weights.adapter import check_adapter, take_adapter
+from trl_atropos.wire.rollout_key import rollout_key
 
 
 RANK = 4

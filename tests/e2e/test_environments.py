@@ -28,9 +28,9 @@ from servers import HOST, ROOT, add_chat_template, config, running, save_tiny_mo
 from transformers import AutoTokenizer, TrainerCallback
 
 from trl_atropos import AtroposTrainer
-from trl_atropos.journal import Journal, JournalBatch
-from trl_atropos.policy_versions import with_policy_versions
+from trl_atropos.data.policy_versions import with_policy_versions
 from trl_atropos.types import Rollout, RolloutGroup
+from trl_atropos.wire.journal import Journal, JournalBatch
 
 
 CALCULATOR = ROOT / "tests" / "e2e" / "envs" / "calculator.py"

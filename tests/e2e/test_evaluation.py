@@ -9,8 +9,8 @@ import torch
 from servers import save_tiny_model, serve
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from trl_atropos.evaluation import evaluate_prompts, load_prompts
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
+from trl_atropos.trainer.evaluation import evaluate_prompts, load_prompts
+from trl_atropos.weight_sync.client import AtroposVLLMClient
 
 
 MAX_TOKENS = 4

@@ -12,7 +12,7 @@ import pytest
 from live_api import ApiProcess
 from servers import ROOT, VOCAB_SIZE, add_chat_template, save_tiny_model, serve
 
-from trl_atropos.validation import WireLimits, parse_batch
+from trl_atropos.wire.parse import WireLimits, parse_batch
 
 
 GROUP_SIZE = 4

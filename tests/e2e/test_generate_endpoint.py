@@ -11,8 +11,8 @@ from servers import VOCAB_SIZE, save_tiny_model, serve
 from transformers import AutoConfig
 
 from trl_atropos.errors import PreflightError, WeightSyncError
-from trl_atropos.preflight import inspect_server
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
+from trl_atropos.trainer.preflight import inspect_server
+from trl_atropos.weight_sync.client import AtroposVLLMClient
 
 
 KEY = "secret"

@@ -97,7 +97,7 @@ class Launch:
             found = [
                 child.pid
                 for child in process.children(recursive=True)
-                if name in " ".join(child.cmdline()) and "trl_atropos.cli.guard" not in child.cmdline()
+                if name in " ".join(child.cmdline()) and "trl_atropos.cli.launch.guard" not in child.cmdline()
             ]
             time.sleep(0.05)
         return found[0]

@@ -23,10 +23,10 @@ from servers import VLLMServer, save_tiny_model, serve
 from tiny_models import perturb
 
 from trl_atropos.errors import PreflightError, WeightSyncError
-from trl_atropos.preflight import inspect_server
-from trl_atropos.rollout_key import rollout_key
+from trl_atropos.trainer.preflight import inspect_server
 from trl_atropos.weight_sync.session import NamedTensors
-from trl_atropos.weight_sync.shm import SharedMemoryTransport
+from trl_atropos.weight_sync.transports.shm import SharedMemoryTransport
+from trl_atropos.wire.rollout_key import rollout_key
 
 
 BEHAVIOUR = ["llama-untied-eager-shm", "llama-tied-eager-gloo"]

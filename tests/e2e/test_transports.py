@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from trl_atropos.errors import VLLMServerError
 from trl_atropos.weight_sync.base import PolicyLayout, TensorSpec
-from trl_atropos.weight_sync.gloo import GlooTransport
-from trl_atropos.weight_sync.shm import SharedMemoryTransport
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
+from trl_atropos.weight_sync.client import AtroposVLLMClient
+from trl_atropos.weight_sync.transports.gloo import GlooTransport
+from trl_atropos.weight_sync.transports.shm import SharedMemoryTransport
 
 
 TIMEOUT_S = 60.0

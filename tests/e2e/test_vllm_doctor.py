@@ -12,9 +12,9 @@ from live_api import ApiProcess
 from servers import save_tiny_model, serve
 from tiny_models import byte_tokenizer
 
+from trl_atropos.checks.finding import diagnose
+from trl_atropos.checks.vllm import VLLM_CHECKS, inspect_vllm
 from trl_atropos.cli.main import main
-from trl_atropos.diagnosis.checks import diagnose
-from trl_atropos.diagnosis.vllm import VLLM_CHECKS, inspect_vllm
 from trl_atropos.weight_sync.http import ServerSession
 
 

@@ -25,10 +25,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from trl_atropos.errors import PreflightError
-from trl_atropos.weight_sync.adapter import check_adapter, take_adapter
 from trl_atropos.weight_sync.base import PolicyLayout, TensorSpec
-from trl_atropos.weight_sync.source import PolicyWeights
-from trl_atropos.weight_sync.staging import StagedPolicy
+from trl_atropos.weight_sync.weights.adapter import check_adapter, take_adapter
+from trl_atropos.weight_sync.weights.source import PolicyWeights
+from trl_atropos.weight_sync.weights.staging import StagedPolicy
 
 
 DTYPE = torch.bfloat16

@@ -22,19 +22,19 @@ from accelerate.utils import DistributedType
 from test_split_invariance import NUM_ROLLOUTS, Gradient, endless_data, make_trainer, policy, ragged_rollouts
 from transformers import Trainer
 
-from trl_atropos.atropos_trainer import AtroposTrainer
-from trl_atropos.callbacks import PublishPolicyCallback
+from trl_atropos.data.micro_batches import deal_by_count, deal_by_tokens
 from trl_atropos.distributed import run_on_main_process
 from trl_atropos.errors import NonFiniteGradientError
-from trl_atropos.losses import LossFunction, LossInputs, LossOutputs
-from trl_atropos.micro_batches import deal_by_count, deal_by_tokens
+from trl_atropos.loss.losses import LossFunction, LossInputs, LossOutputs
+from trl_atropos.trainer.atropos_trainer import AtroposTrainer
+from trl_atropos.trainer.callbacks import PublishPolicyCallback
+from trl_atropos.weight_sync.client import AtroposVLLMClient
 from trl_atropos.weight_sync.failures import FailurePolicy
 from trl_atropos.weight_sync.probe import LogprobProbe
 from trl_atropos.weight_sync.publisher import PolicyPublisher, PublishOptions
 from trl_atropos.weight_sync.server_link import ServerLink
 from trl_atropos.weight_sync.session import WeightSync
-from trl_atropos.weight_sync.shm import SharedMemoryTransport
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
+from trl_atropos.weight_sync.transports.shm import SharedMemoryTransport
 
 
 # So large that what is rounded in `weights - learning_rate * gradient` is the gradient. A power of two divides exactly.

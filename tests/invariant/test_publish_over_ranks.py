@@ -19,12 +19,12 @@ from tiny_models import tiny_llama
 from trl_atropos.distributed import run_on_main_process
 from trl_atropos.errors import TrlAtroposError
 from trl_atropos.weight_sync.base import TensorSpec
+from trl_atropos.weight_sync.client import AtroposVLLMClient
 from trl_atropos.weight_sync.failures import FailurePolicy
 from trl_atropos.weight_sync.publisher import PolicyPublisher, PublishOptions
 from trl_atropos.weight_sync.server_link import ServerLink
 from trl_atropos.weight_sync.session import WeightSync
-from trl_atropos.weight_sync.shm import SharedMemoryTransport
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
+from trl_atropos.weight_sync.transports.shm import SharedMemoryTransport
 
 
 WORLD_SIZE = 2

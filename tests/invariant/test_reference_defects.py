@@ -18,7 +18,7 @@ import torch
 from test_split_invariance import assert_same_gradient, make_trainer, ragged_rollouts, step_gradient
 
 from trl_atropos import advantage_weighted_sft_loss, normalize_advantages
-from trl_atropos.advantages import advantage_statistics
+from trl_atropos.loss.advantages import advantage_statistics
 from trl_atropos.types import Rollout
 
 
@@ -126,5 +126,5 @@ class TestDefect7:
         assert set(dtypes) == {torch.float32}
 
     def test_nothing_imports_flash_attn(self):
-        script = "import sys, trl_atropos.atropos_trainer; sys.exit('flash_attn' in sys.modules)"
+        script = "import sys, trl_atropos.trainer.atropos_trainer; sys.exit('flash_attn' in sys.modules)"
         subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -25,16 +25,16 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
-from trl_atropos.atropos_config import AtroposConfig
-from trl_atropos.atropos_trainer import AtroposTrainer
-from trl_atropos.callbacks import PublishPolicyCallback
-from trl_atropos.data import with_advantages
+from trl_atropos.data.micro_batches import deal_by_tokens
+from trl_atropos.data.stream import with_advantages
 from trl_atropos.errors import NonFiniteGradientError
-from trl_atropos.layouts import LAYOUTS
-from trl_atropos.loss_options import LOSS_TYPES
-from trl_atropos.losses import LossFunction, LossInputs, LossOutputs
-from trl_atropos.micro_batches import deal_by_tokens
-from trl_atropos.preflight import ServerFacts
+from trl_atropos.loss.losses import LossFunction, LossInputs, LossOutputs
+from trl_atropos.loss.options import LOSS_TYPES
+from trl_atropos.policy.layouts import LAYOUTS
+from trl_atropos.trainer.atropos_config import AtroposConfig
+from trl_atropos.trainer.atropos_trainer import AtroposTrainer
+from trl_atropos.trainer.callbacks import PublishPolicyCallback
+from trl_atropos.trainer.preflight import ServerFacts
 from trl_atropos.types import Rollout, RolloutGroup, RolloutOrigin
 
 

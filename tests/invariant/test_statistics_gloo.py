@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from trl_atropos.advantages import advantage_statistics, normalize_advantages
-from trl_atropos.metrics import MetricAccumulator, maximum_of, mean_of, minimum_of, total
+from trl_atropos.loss.advantages import advantage_statistics, normalize_advantages
+from trl_atropos.loss.metrics import MetricAccumulator, maximum_of, mean_of, minimum_of, total
 
 
 WORLD_SIZE = 2

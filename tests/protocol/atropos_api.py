@@ -12,9 +12,9 @@ from atroposlib.api.server import app
 from starlette.datastructures import State
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from trl_atropos.atropos_client import AtroposClient, Registration
-from trl_atropos.journal import Journal
-from trl_atropos.sources import ApiBatches, ApiPatience
+from trl_atropos.data.sources import ApiBatches, ApiPatience
+from trl_atropos.wire.client import AtroposClient, Registration
+from trl_atropos.wire.journal import Journal
 
 
 class RequestRecorder:

@@ -15,7 +15,7 @@ import uvicorn
 from atropos_api import AtroposApi, RequestRecorder, restart_api
 from atroposlib.api.server import app
 
-from trl_atropos.atropos_client import AtroposClient
+from trl_atropos.wire.client import AtroposClient
 
 
 @pytest.fixture(scope="session")

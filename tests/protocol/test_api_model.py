@@ -27,10 +27,10 @@ from atropos_api import make_registration, restart_api
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_atropos.atropos_client import AtroposClient
 from trl_atropos.errors import AtroposBatchLost, AtroposProtocolError, AtroposRegistrationError
 from trl_atropos.types import Rollout
-from trl_atropos.validation import WireLimits, parse_batch
+from trl_atropos.wire.client import AtroposClient
+from trl_atropos.wire.parse import WireLimits, parse_batch
 
 
 NUM_EXAMPLES = 2000

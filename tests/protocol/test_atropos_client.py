@@ -18,7 +18,6 @@ import pytest
 import requests
 from atropos_api import make_registration, wait_for_batch
 
-from trl_atropos.atropos_client import ApiStatus, AtroposClient
 from trl_atropos.errors import (
     AtroposConnectionError,
     AtroposDataTimeout,
@@ -27,6 +26,7 @@ from trl_atropos.errors import (
     PreflightError,
     TrlAtroposError,
 )
+from trl_atropos.wire.client import ApiStatus, AtroposClient
 
 
 # A raw server that dies would look like one that stalls.
@@ -172,8 +172,8 @@ def test_the_pause_between_polls_is_capped(api, client, tmp_path):
 
 
 def test_progress_is_reported_with_the_status_and_the_likeliest_cause(api, client, monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr("trl_atropos.sources.PROGRESS_INTERVAL_S", 0.2)
-    caplog.set_level("INFO", logger="trl_atropos.sources")
+    monkeypatch.setattr("trl_atropos.data.sources.PROGRESS_INTERVAL_S", 0.2)
+    caplog.set_level("INFO", logger="trl_atropos.data.sources")
     client.register(make_registration())
     api.post_group(3)
 
@@ -302,7 +302,7 @@ def test_waiting_for_an_api_that_stalls_ends_in_time_too():
 
 
 def test_waiting_for_an_api_that_comes_up_later(unused_url, caplog, monkeypatch):
-    monkeypatch.setattr("trl_atropos.atropos_client.PROGRESS_INTERVAL_S", 0.2)
+    monkeypatch.setattr("trl_atropos.wire.client.PROGRESS_INTERVAL_S", 0.2)
     caplog.set_level("INFO")
     port = int(unused_url.rsplit(":", 1)[1])
     answer = answer_of(b'{"batch_size": -1, "max_token_len": -1}')

@@ -13,11 +13,11 @@ import pytest
 from atropos_api import AtroposApi, make_registration, restart_api
 from atroposlib.api.server import app
 
-from trl_atropos.atropos_client import AtroposClient, EnvironmentStatus
+from trl_atropos.checks.api import API_CHECKS, ApiFacts, data_timeout, inspect_api
+from trl_atropos.checks.finding import diagnose
 from trl_atropos.cli.main import main
-from trl_atropos.diagnosis.api import API_CHECKS, ApiFacts, data_timeout, inspect_api
-from trl_atropos.diagnosis.checks import diagnose
 from trl_atropos.errors import AtroposProtocolError
+from trl_atropos.wire.client import AtroposClient, EnvironmentStatus
 
 
 # All that the doctor may ask. None of them takes a batch, registers, resets or posts.
@@ -216,7 +216,7 @@ def test_an_api_that_is_not_there_is_a_finding(unused_url):
 def test_what_moves_during_the_look_is_not_stuck(api, client, monkeypatch):
     idle_trainer(api, client)
     # In place of the seconds that pass between the two looks: the trainer takes a batch.
-    monkeypatch.setattr("trl_atropos.diagnosis.api.time.sleep", lambda seconds: client.fetch_batch())
+    monkeypatch.setattr("trl_atropos.checks.api.time.sleep", lambda seconds: client.fetch_batch())
 
     assert names(look(client, watch_s=3.0)) == []
 

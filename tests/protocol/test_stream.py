@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 from atropos_api import make_group, make_registration, restart_api
 
-from trl_atropos.atropos_client import AtroposClient
-from trl_atropos.data import BatchPreparer, RolloutStream, StreamSettings
+from trl_atropos.data.quarantine import Quarantine
+from trl_atropos.data.sources import ApiBatches, ApiPatience, replayed_batches
+from trl_atropos.data.stream import BatchPreparer, RolloutStream, StreamSettings
 from trl_atropos.errors import (
     AtroposConnectionError,
     AtroposDataTimeout,
     AtroposProtocolError,
     AtroposRegistrationError,
 )
-from trl_atropos.journal import Journal
-from trl_atropos.quarantine import Quarantine
-from trl_atropos.sources import ApiBatches, ApiPatience, replayed_batches
-from trl_atropos.validation import WireLimits
+from trl_atropos.wire.client import AtroposClient
+from trl_atropos.wire.journal import Journal
+from trl_atropos.wire.parse import WireLimits
 
 
 class Setting:

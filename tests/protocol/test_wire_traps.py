@@ -11,7 +11,7 @@ import pytest
 from atropos_api import make_group, make_registration, restart_api, wait_for_batch
 
 from trl_atropos.errors import AtroposDataTimeout, AtroposProtocolError, AtroposRegistrationError
-from trl_atropos.validation import WireLimits, parse_batch
+from trl_atropos.wire.parse import WireLimits, parse_batch
 
 
 LIMITS = WireLimits(vocab_size=100, max_length=32)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from scripted_server import ScriptedServer
 
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
+from trl_atropos.weight_sync.client import AtroposVLLMClient
 
 
 API_KEY = "secret"

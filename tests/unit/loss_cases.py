@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_atropos.loss_options import LossOptions
-from trl_atropos.losses import LossInputs
+from trl_atropos.loss.losses import LossInputs
+from trl_atropos.loss.options import LossOptions
 
 
 INFERENCE_LOGPROB = -2.0

@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from trl_atropos.micro_batches import RolloutCollator
-from trl_atropos.scoring import ForwardPlan, PolicyScorer, plan_forward
+from trl_atropos.data.micro_batches import RolloutCollator
+from trl_atropos.policy.scoring import ForwardPlan, PolicyScorer, plan_forward
 from trl_atropos.types import Rollout, RolloutOrigin
 
 

@@ -24,10 +24,10 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing import spawn
 
 from trl_atropos.errors import PreflightError, VLLMServerError, WeightSyncError
-from trl_atropos.weight_sync import adapter_transfer
-from trl_atropos.weight_sync.adapter import AdapterNeeds, check_adapter, take_adapter
-from trl_atropos.weight_sync.adapter_transfer import AdapterTransfer, SavedAdapter, check_server
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
+from trl_atropos.weight_sync.client import AtroposVLLMClient
+from trl_atropos.weight_sync.transports import adapter_files
+from trl_atropos.weight_sync.transports.adapter_files import AdapterTransfer, SavedAdapter, check_server
+from trl_atropos.weight_sync.weights.adapter import AdapterNeeds, check_adapter, take_adapter
 
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -406,7 +406,7 @@ class TestWhatServersKeep:
         self.publish(earlier, client)
         server.state.adapters["theirs"] = "elsewhere"
         (tmp_path / "theirs").mkdir()
-        (tmp_path / f".{adapter_transfer.NAME_PREFIX}half-written").mkdir()
+        (tmp_path / f".{adapter_files.NAME_PREFIX}half-written").mkdir()
         transfer = AdapterTransfer([client], tmp_path)
         names = [self.publish(transfer, client) for _ in range(2)]
         transfer.discard_old(client)

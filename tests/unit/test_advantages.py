@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_atropos.advantages import (
+from trl_atropos.loss.advantages import (
     AdvantageStatistics,
     advantage_statistics,
     clip_advantages,

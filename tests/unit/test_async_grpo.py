@@ -24,7 +24,7 @@ from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 from trl_atropos.errors import PublishConflictError, WeightSyncError
 from trl_atropos.weight_sync.async_grpo import AsyncGRPOWeightTransfer
 from trl_atropos.weight_sync.base import PolicyLayout, TensorSpec, TransferReport
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
+from trl_atropos.weight_sync.client import AtroposVLLMClient
 
 
 SYNC = [

@@ -7,9 +7,9 @@ import io
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from trl_atropos.callbacks import PublishPolicyCallback
-from trl_atropos.metrics import METRICS
-from trl_atropos.watching.step_table import StepTableCallback
+from trl_atropos.loss.metrics import METRICS
+from trl_atropos.report.step_table import StepTableCallback
+from trl_atropos.trainer.callbacks import PublishPolicyCallback
 
 
 LOGS = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from trl_atropos.checkpoints import find_checkpoint, forget_checkpoint
 from trl_atropos.errors import PreflightError
+from trl_atropos.trainer.checkpoints import find_checkpoint, forget_checkpoint
 
 
 STATE = {"next_batch": 3, "policy_version": 3}

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from trl_atropos.cli.gpus import split_gpus, visible_gpus
-from trl_atropos.cli.launch_config import EnvironmentConfig, LaunchConfig
+from trl_atropos.cli.launch.config import EnvironmentConfig, LaunchConfig
+from trl_atropos.cli.launch.gpus import split_gpus, visible_gpus
 from trl_atropos.errors import PreflightError
 
 

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from trl_atropos.cli.launch import run_launch
-from trl_atropos.cli.launch_commands import (
+from trl_atropos.cli.launch.commands import (
     build_api_command,
     build_env_command,
     build_trainer_command,
@@ -23,7 +22,8 @@ from trl_atropos.cli.launch_commands import (
     flag_value,
     trainer_option,
 )
-from trl_atropos.cli.launch_config import EnvironmentConfig, LaunchConfig, load_launch_config
+from trl_atropos.cli.launch.config import EnvironmentConfig, LaunchConfig, load_launch_config
+from trl_atropos.cli.launch.run import run_launch
 from trl_atropos.cli.main import main
 from trl_atropos.errors import PreflightError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from trl_atropos.cli.output import LaunchOutput
+from trl_atropos.cli.launch.output import LaunchOutput
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:

@@ -15,13 +15,13 @@ import pytest
 import yaml
 from tiny_models import byte_tokenizer, tiny_llama
 
-from trl_atropos.atropos_config import AtroposConfig
+from trl_atropos.checks.finding import NOT_ASKED, PreflightCheck, Unread, examine
+from trl_atropos.checks.machine import MACHINE_CHECKS, MachineFacts, PackageVersion
+from trl_atropos.checks.server import SERVER_CHECKS, ServerConfigFacts
+from trl_atropos.checks.tokenizers import ENVIRONMENT_CHECKS, EnvironmentFacts, TokenizerFacts
 from trl_atropos.cli.main import main
-from trl_atropos.diagnosis.checks import NOT_ASKED, PreflightCheck, Unread, examine
-from trl_atropos.diagnosis.machine import MACHINE_CHECKS, MachineFacts, PackageVersion
-from trl_atropos.diagnosis.server_config import SERVER_CHECKS, ServerConfigFacts
-from trl_atropos.diagnosis.tokenizers import ENVIRONMENT_CHECKS, EnvironmentFacts, TokenizerFacts
-from trl_atropos.preflight_facts import (
+from trl_atropos.trainer.atropos_config import AtroposConfig
+from trl_atropos.trainer.run_facts import (
     chat_ids,
     free_bytes,
     machine_facts,

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trl_atropos.cli.output import LaunchOutput
-from trl_atropos.cli.processes import ManagedProcess, ProcessFailedError, ProcessGroup, free_port
-from trl_atropos.cli.services import ExternalService, Service, check_port, wait_until_ready
+from trl_atropos.cli.launch.output import LaunchOutput
+from trl_atropos.cli.launch.processes import ManagedProcess, ProcessFailedError, ProcessGroup, free_port
+from trl_atropos.cli.launch.services import ExternalService, Service, check_port, wait_until_ready
 from trl_atropos.errors import PreflightError
 
 
@@ -39,7 +39,7 @@ time.sleep(300)
 LAUNCHER = """
 import sys, time
 from pathlib import Path
-from trl_atropos.cli.processes import ManagedProcess, ProcessGroup
+from trl_atropos.cli.launch.processes import ManagedProcess, ProcessGroup
 directory = Path(sys.argv[1])
 with ProcessGroup() as group:
     for name in ("first", "second"):
@@ -162,7 +162,7 @@ def test_process_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) 
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(300)"
     parent = f"""
 import subprocess, sys
-from trl_atropos.cli.guard import end_descendants
+from trl_atropos.cli.launch.guard import end_descendants
 child = subprocess.Popen([sys.executable, "-c", {stubborn!r}], stdout=subprocess.PIPE)
 child.stdout.readline()
 end_descendants(grace_s=0.2)
@@ -186,7 +186,7 @@ time.sleep(300)
 """
     parent = f"""
 import subprocess, sys
-from trl_atropos.cli.guard import end_descendants
+from trl_atropos.cli.launch.guard import end_descendants
 child = subprocess.Popen([sys.executable, "-c", {holder!r}], stdout=subprocess.PIPE, text=True)
 print(child.stdout.readline().strip(), flush=True)
 end_descendants(grace_s=0.2)

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from summary_keys import SUMMARY_KEYS
 
-from trl_atropos.cli.summary import print_report, read_training_log, summarize
+from trl_atropos.cli.launch.summary import print_report, read_training_log, summarize
 from trl_atropos.errors import PreflightError
 
 

@@ -14,8 +14,8 @@ import wandb
 from tiny_models import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from trl_atropos.completions import CompletionsTable
 from trl_atropos.errors import PreflightError
+from trl_atropos.report.completions import CompletionsTable
 from trl_atropos.types import IGNORE_INDEX, Rollout, RolloutGroup
 
 
@@ -184,7 +184,7 @@ class TestConsole:
     def test_without_rich_the_file_is_written_and_nothing_printed(
         self, tokenizer, tmp_path, groups, capsys, monkeypatch
     ):
-        monkeypatch.setattr("trl_atropos.completions.is_rich_available", lambda: False)
+        monkeypatch.setattr("trl_atropos.report.completions.is_rich_available", lambda: False)
         table(tokenizer, tmp_path).log(groups, 7)
         assert capsys.readouterr().out == ""
         assert len(rows(tmp_path, 7)) == 5

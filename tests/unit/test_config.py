@@ -19,9 +19,9 @@ from accelerate.parallelism_config import ParallelismConfig
 from trl import ModelConfig, TrlParser
 
 from trl_atropos import AtroposConfig
-from trl_atropos.data_config import DataConfig
-from trl_atropos.loss_options import LossOptions
-from trl_atropos.publish_config import PublishConfig
+from trl_atropos.data.options import DataConfig
+from trl_atropos.loss.options import LossOptions
+from trl_atropos.weight_sync.options import PublishConfig
 
 
 REPOSITORY = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 from scripted_server import ScriptedServer
 
-from trl_atropos.connections import Connections
 from trl_atropos.errors import VLLMServerError
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
+from trl_atropos.trainer.servers import Connections
+from trl_atropos.weight_sync.client import AtroposVLLMClient
 
 
 @pytest.fixture

@@ -15,15 +15,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_atropos.data import BatchPreparer, RolloutStream, StreamSettings, with_advantages
+from trl_atropos.data.micro_batches import MicroBatch
+from trl_atropos.data.quarantine import Quarantine
+from trl_atropos.data.sources import FetchedBatch
+from trl_atropos.data.stream import BatchPreparer, RolloutStream, StreamSettings, with_advantages
 from trl_atropos.errors import AtroposProtocolError
-from trl_atropos.metrics import METRICS, MetricAccumulator
-from trl_atropos.micro_batches import MicroBatch
-from trl_atropos.quarantine import Quarantine
-from trl_atropos.rollout_key import rollout_key
-from trl_atropos.sources import FetchedBatch
+from trl_atropos.loss.metrics import METRICS, MetricAccumulator
 from trl_atropos.types import Rollout, RolloutGroup
-from trl_atropos.validation import WireLimits
+from trl_atropos.wire.parse import WireLimits
+from trl_atropos.wire.rollout_key import rollout_key
 
 
 SETTINGS = StreamSettings(

@@ -11,19 +11,19 @@ import pytest
 import torch
 from atroposlib.api.utils import grab_exact_from_heterogeneous_queue
 
-from trl_atropos.atropos_client import ApiStatus, EnvironmentStatus
-from trl_atropos.diagnosis.api import (
+from trl_atropos.checks.api import (
     API_CHECKS,
     ApiFacts,
     blocking_group_sizes,
     data_timeout,
     describe_wait,
 )
-from trl_atropos.diagnosis.checks import Check, Finding, diagnose
-from trl_atropos.diagnosis.trainer import MIN_GROUPS, TRAINER_CHECKS, WINDOW, TrainerFacts, TrainerHistory
-from trl_atropos.diagnosis.vllm import DEV_MODE_ROUTES, VLLM_CHECKS, VLLMFacts
+from trl_atropos.checks.finding import Check, Finding, diagnose
+from trl_atropos.checks.vllm import DEV_MODE_ROUTES, VLLM_CHECKS, VLLMFacts
+from trl_atropos.data.history import MIN_GROUPS, TRAINER_CHECKS, WINDOW, TrainerFacts, TrainerHistory
 from trl_atropos.types import RejectedGroup, Rollout, RolloutGroup
-from trl_atropos.validation import WireLimits, parse_batch
+from trl_atropos.wire.client import ApiStatus, EnvironmentStatus
+from trl_atropos.wire.parse import WireLimits, parse_batch
 
 
 URL = "http://api"

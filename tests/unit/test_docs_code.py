@@ -27,7 +27,7 @@ from trl import ModelConfig
 import trl_atropos
 from trl_atropos import AtroposConfig, AtroposParser
 from trl_atropos.cli.arguments import make_parser
-from trl_atropos.cli.launch_config import LaunchConfig
+from trl_atropos.cli.launch.config import LaunchConfig
 
 
 ROOT = Path(__file__).resolve().parents[2]

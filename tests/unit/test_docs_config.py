@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_atropos.atropos_config import AtroposConfig
+from trl_atropos.trainer.atropos_config import AtroposConfig
 
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trl_atropos.atropos_config import AtroposConfig
-from trl_atropos.loss_options import AGGREGATIONS, CORRECTION_MODES, LOSS_TYPES, LossOptions
-from trl_atropos.losses import LossInputs, policy_loss, token_weights
+from trl_atropos.loss.losses import LossInputs, policy_loss, token_weights
+from trl_atropos.loss.options import AGGREGATIONS, CORRECTION_MODES, LOSS_TYPES, LossOptions
+from trl_atropos.trainer.atropos_config import AtroposConfig
 from trl_atropos.types import Rollout, RolloutOrigin
 
 

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 import trl_atropos
-from trl_atropos.metrics import ENVIRONMENT_METRICS, EVALUATION_METRICS, METRICS
+from trl_atropos.loss.metrics import ENVIRONMENT_METRICS, EVALUATION_METRICS, METRICS
 
 
 PACKAGE = Path(trl_atropos.__file__).parent

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 import trl_atropos
-from trl_atropos.atropos_config import AtroposConfig
+from trl_atropos.checks.api import API_CHECKS
+from trl_atropos.checks.machine import MACHINE_CHECKS
+from trl_atropos.checks.server import SERVER_CHECKS
+from trl_atropos.checks.tokenizers import ENVIRONMENT_CHECKS
+from trl_atropos.checks.vllm import VLLM_CHECKS
 from trl_atropos.cli.main import main
-from trl_atropos.diagnosis.api import API_CHECKS
-from trl_atropos.diagnosis.machine import MACHINE_CHECKS
-from trl_atropos.diagnosis.server_config import SERVER_CHECKS
-from trl_atropos.diagnosis.tokenizers import ENVIRONMENT_CHECKS
-from trl_atropos.diagnosis.trainer import TRAINER_CHECKS
-from trl_atropos.diagnosis.vllm import VLLM_CHECKS
+from trl_atropos.data.history import TRAINER_CHECKS
+from trl_atropos.trainer.atropos_config import AtroposConfig
 
 
 PACKAGE = Path(trl_atropos.__file__).parent

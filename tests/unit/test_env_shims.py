@@ -20,8 +20,8 @@ from tiny_models import byte_tokenizer
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 import trl_atropos
+from trl_atropos.cli.env_shims import SHIMS, select_shims
 from trl_atropos.cli.main import main
-from trl_atropos.env_shims import SHIMS, select_shims
 
 
 DOCS = Path(trl_atropos.__file__).parent.parent / "docs" / "environments.md"
@@ -245,7 +245,7 @@ def test_a_chat_template_gives_token_ids_again(caplog):
     assert isinstance(chat(), BatchEncoding)
     (shim,) = [shim for shim in select_shims() if shim.name == "return_dict"]
     shim.install()
-    with caplog.at_level(logging.INFO, logger="trl_atropos.env_shims"):
+    with caplog.at_level(logging.INFO, logger="trl_atropos.cli.env_shims"):
         assert chat() == chat() == ids
     assert [record.message.partition(":")[0] for record in caplog.records] == ["shim return_dict"]
     assert isinstance(chat(return_dict=True), BatchEncoding)

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from trl_atropos.batch_metrics import are_truncated, dropped_metrics, rollout_metrics
-from trl_atropos.environment_metrics import EnvironmentMetrics, environment_name
+from trl_atropos.data.environment_metrics import EnvironmentMetrics, environment_name
+from trl_atropos.data.rollout_metrics import are_truncated, dropped_metrics, rollout_metrics
 from trl_atropos.errors import AtroposProtocolError
-from trl_atropos.metrics import ENVIRONMENT_METRICS, METRICS, Metric, MetricAccumulator
+from trl_atropos.loss.metrics import ENVIRONMENT_METRICS, METRICS, Metric, MetricAccumulator
 from trl_atropos.types import RejectedGroup, Rollout, RolloutGroup
 
 

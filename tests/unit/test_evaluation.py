@@ -24,9 +24,9 @@ from trl_atropos.errors import (
     VLLMServerUnreachable,
     WeightSyncError,
 )
-from trl_atropos.evaluation import EnvironmentEvals, EvalPrompt, evaluate_prompts, load_prompts
-from trl_atropos.metrics import EVALUATION_METRICS
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
+from trl_atropos.loss.metrics import EVALUATION_METRICS
+from trl_atropos.trainer.evaluation import EnvironmentEvals, EvalPrompt, evaluate_prompts, load_prompts
+from trl_atropos.weight_sync.client import AtroposVLLMClient
 
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2 ="}]
@@ -224,9 +224,9 @@ class TestEvaluatePrompts:
         assert len(server.requests) < 1000
 
     def test_progress_is_shown(self, client, server, caplog, monkeypatch):
-        monkeypatch.setattr("trl_atropos.evaluation.PROGRESS_INTERVAL_S", 0.0)
+        monkeypatch.setattr("trl_atropos.trainer.evaluation.PROGRESS_INTERVAL_S", 0.0)
         server.completions = {"a": "b"}
-        with caplog.at_level(logging.INFO, logger="trl_atropos.evaluation"):
+        with caplog.at_level(logging.INFO, logger="trl_atropos.trainer.evaluation"):
             evaluate_prompts(client, [prompt("a")] * 3)
         assert "Evaluating: 3 of 3 prompts" in [record.getMessage() for record in caplog.records]
 

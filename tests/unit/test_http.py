@@ -16,7 +16,7 @@ from client_cases import API_KEY, CONTROL_POSTS, DEADLINE_S, INHERITED, QUESTION
 from scripted_server import ScriptedServer
 
 from trl_atropos.errors import VLLMServerUnreachable, WeightSyncError, WeightSyncTimeout
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
+from trl_atropos.weight_sync.client import AtroposVLLMClient
 
 
 @pytest.fixture

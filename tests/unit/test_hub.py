@@ -27,8 +27,8 @@ from trl_atropos import AtroposConfig, AtroposParser, AtroposTrainer
 from trl_atropos.cli.main import main
 from trl_atropos.cli.push import Push, run_push
 from trl_atropos.errors import HubUploadError, PreflightError
-from trl_atropos.hub.citations import PAPERS_OF_LOSS
-from trl_atropos.loss_options import LOSS_TYPES
+from trl_atropos.loss.options import LOSS_TYPES
+from trl_atropos.report.hub.citations import PAPERS_OF_LOSS
 
 
 NUM_STEPS = 4
@@ -308,7 +308,7 @@ def test_files_that_cannot_be_staged_do_not_end_training(hub, tmp_path, data_pat
         raise OSError(28, "No space left on device", str(tmp_path))
 
     run = trainer(tmp_path, data_path, base_model)
-    monkeypatch.setattr("trl_atropos.hub.upload.tempfile.mkdtemp", full)
+    monkeypatch.setattr("trl_atropos.report.hub.upload.tempfile.mkdtemp", full)
     run.train()
     assert run.push_to_hub() is None
     assert "No space left on device" in caplog.text and "trl-atropos push" in caplog.text

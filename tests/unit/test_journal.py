@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_atropos.errors import JournalError
-from trl_atropos.journal import Journal, read_lines, segments
+from trl_atropos.wire.journal import Journal, read_lines, segments
 
 
 GROUP = {"tokens": [[1, 2]], "masks": [[-100, 2]], "scores": [0.1], "advantages": None, "env_id": 0}

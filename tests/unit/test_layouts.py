@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from trl_atropos.layouts import (
+from trl_atropos.policy.layouts import (
     LAYOUTS,
     Layout,
     lay_out,

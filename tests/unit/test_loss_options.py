@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from trl_atropos.loss_options import AGGREGATIONS, CLIPPED_LOSS_TYPES, LOSS_TYPES, LossOptions
+from trl_atropos.loss.options import AGGREGATIONS, CLIPPED_LOSS_TYPES, LOSS_TYPES, LossOptions
 
 
 CORRECTION = {"vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": "token_mask"}

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from loss_cases import at_ratios, loss_inputs, options_of
 from torch import Tensor
 
-from trl_atropos.logprobs import token_logprobs_and_entropy
-from trl_atropos.loss_options import AGGREGATIONS, LOSS_TYPES, LossOptions
-from trl_atropos.losses import LossInputs, make_loss_function, policy_loss, token_weights
+from trl_atropos.loss.losses import LossInputs, make_loss_function, policy_loss, token_weights
+from trl_atropos.loss.options import AGGREGATIONS, LOSS_TYPES, LossOptions
+from trl_atropos.policy.logprobs import token_logprobs_and_entropy
 
 
 # Two rollouts of 2 and 1 trained tokens in the micro-batch, and one without; in the step 5 rollouts and 6 trained tokens.

@@ -8,10 +8,10 @@ import pytest
 import torch
 from loss_cases import at_ratios, loss_inputs, options_of
 
-from trl_atropos.logprobs import token_logprobs_and_entropy
-from trl_atropos.loss_options import CLIPPED_LOSS_TYPES, LOSS_TYPES, LossOptions
-from trl_atropos.losses import LossInputs, LossOutputs, policy_loss
-from trl_atropos.metrics import METRICS, MetricAccumulator
+from trl_atropos.loss.losses import LossInputs, LossOutputs, policy_loss
+from trl_atropos.loss.metrics import METRICS, MetricAccumulator
+from trl_atropos.loss.options import CLIPPED_LOSS_TYPES, LOSS_TYPES, LossOptions
+from trl_atropos.policy.logprobs import token_logprobs_and_entropy
 
 
 RATIO_LOSS_TYPES = [loss_type for loss_type in LOSS_TYPES if loss_type != "weighted_sft"]

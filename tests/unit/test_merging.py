@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import tiny_gpt2, tiny_llama, tiny_qwen3
 from torch import nn
 
-from trl_atropos.weight_sync.merging import served_tensor
-from trl_atropos.weight_sync.source import PolicyWeights
+from trl_atropos.weight_sync.weights.merging import served_tensor
+from trl_atropos.weight_sync.weights.source import PolicyWeights
 
 
 def lora(**options: Any) -> LoraConfig:

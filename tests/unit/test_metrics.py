@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_atropos.metrics import (
+from trl_atropos.loss.metrics import (
     ENVIRONMENT_METRICS,
     EVALUATION_METRICS,
     METRICS,

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_atropos.layouts import LAYOUTS, num_computed_tokens
-from trl_atropos.micro_batches import MicroBatch, RolloutCollator, deal_by_count, deal_by_tokens
+from trl_atropos.data.micro_batches import MicroBatch, RolloutCollator, deal_by_count, deal_by_tokens
+from trl_atropos.policy.layouts import LAYOUTS, num_computed_tokens
 from trl_atropos.types import NO_TOKEN, Rollout, RolloutOrigin
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from scoring_cases import tiny_llama
 
 from trl_atropos.errors import PreflightError
-from trl_atropos.modeling import eos_token_ids, use_sparse_embedding_gradient
+from trl_atropos.policy.load import eos_token_ids, use_sparse_embedding_gradient
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -10,8 +10,8 @@ import datasets
 import pytest
 
 from trl_atropos.errors import JournalError, PreflightError
-from trl_atropos.journal import Journal, segments
-from trl_atropos.offline_data import DataSummary, OfflineData
+from trl_atropos.wire.journal import Journal, segments
+from trl_atropos.wire.recorded import DataSummary, OfflineData
 
 
 def group(num_rollouts: int, first_id: int = 10) -> dict:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from trl_atropos.data.micro_batches import RolloutCollator
 from trl_atropos.errors import NonFiniteGradientError
-from trl_atropos.loss_options import AGGREGATIONS
-from trl_atropos.metrics import METRICS, Metric, MetricAccumulator
-from trl_atropos.micro_batches import RolloutCollator
-from trl_atropos.optimizer_step import LossWatch, StepOptions, prepare_step, teacher_cross_entropy
+from trl_atropos.loss.metrics import METRICS, Metric, MetricAccumulator
+from trl_atropos.loss.options import AGGREGATIONS
+from trl_atropos.loss.step import LossWatch, StepOptions, prepare_step, teacher_cross_entropy
 from trl_atropos.types import Rollout, RolloutOrigin
 
 

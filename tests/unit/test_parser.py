@@ -15,7 +15,7 @@ from trl import ModelConfig
 
 from trl_atropos import AtroposConfig, AtroposParser
 from trl_atropos.errors import PreflightError
-from trl_atropos.seed_options import SEED_OPTIONS, translate_seed_options
+from trl_atropos.trainer.seed_options import SEED_OPTIONS, translate_seed_options
 
 
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from trl_atropos.policy_versions import trained_spans, with_policy_versions
-from trl_atropos.rollout_key import rollout_key
+from trl_atropos.data.policy_versions import trained_spans, with_policy_versions
 from trl_atropos.types import Rollout, RolloutGroup
+from trl_atropos.wire.rollout_key import rollout_key
 
 
 def rollout(trained: str, first_id: int = 10, policy_version: int | None = None) -> Rollout:

@@ -20,10 +20,10 @@ import torch
 from tiny_models import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trl_atropos.atropos_config import AtroposConfig
 from trl_atropos.errors import PreflightError, WeightSyncError
-from trl_atropos.preflight import ServerFacts, inspect_run, inspect_server, trainer_side
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
+from trl_atropos.trainer.atropos_config import AtroposConfig
+from trl_atropos.trainer.preflight import ServerFacts, inspect_run, inspect_server, trainer_side
+from trl_atropos.weight_sync.client import AtroposVLLMClient
 
 
 VOCAB_SIZE = 32

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_atropos.atropos_config import AtroposConfig
+from trl_atropos.trainer.atropos_config import AtroposConfig
 
 
 def config(tmp_path: Path, **options: object) -> AtroposConfig:

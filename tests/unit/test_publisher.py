@@ -19,17 +19,17 @@ from scripted_server import ScriptedServer
 from tiny_models import perturb, tiny_llama
 
 from trl_atropos.errors import PublishConflictError, WeightSyncError, WeightSyncTimeout
-from trl_atropos.metrics import METRICS
+from trl_atropos.loss.metrics import METRICS
 from trl_atropos.weight_sync import failures
+from trl_atropos.weight_sync.client import AtroposVLLMClient
 from trl_atropos.weight_sync.failures import FailurePolicy
 from trl_atropos.weight_sync.probe import LogprobProbe
 from trl_atropos.weight_sync.publisher import PolicyPublisher, PublishOptions
 from trl_atropos.weight_sync.report import PHASES, PublishReport
 from trl_atropos.weight_sync.server_link import LinkOptions, ServerLink
 from trl_atropos.weight_sync.session import WeightSync, paused
-from trl_atropos.weight_sync.shm import SharedMemoryTransport
-from trl_atropos.weight_sync.shm_segment import SEGMENT_DIR
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
+from trl_atropos.weight_sync.transports.shm import SharedMemoryTransport
+from trl_atropos.weight_sync.transports.shm_segment import SEGMENT_DIR
 
 
 VOCAB_SIZE = 64

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import tiny_llama
 from torch import nn
 
-from trl_atropos.weight_sync.source import PolicyWeights
+from trl_atropos.weight_sync.weights.source import PolicyWeights
 
 
 bnb = pytest.importorskip("bitsandbytes")

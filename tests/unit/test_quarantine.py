@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from trl_atropos.data.quarantine import Quarantine
 from trl_atropos.errors import AtroposBatchLost, AtroposProtocolError, JournalError
-from trl_atropos.quarantine import Quarantine
 from trl_atropos.types import RejectedGroup
 
 

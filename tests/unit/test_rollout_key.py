@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_atropos.rollout_key import rollout_key, span_keys
+from trl_atropos.wire.rollout_key import rollout_key, span_keys
 
 
 CALLS = st.lists(st.integers(0, 2**31)).flatmap(lambda ids: st.tuples(st.just(tuple(ids)), st.integers(0, len(ids))))

@@ -30,10 +30,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from trl_atropos.data.micro_batches import RolloutCollator
 from trl_atropos.errors import PreflightError
-from trl_atropos.layouts import LAYOUTS
-from trl_atropos.micro_batches import RolloutCollator
-from trl_atropos.scoring import ForwardPlan, PolicyScorer
+from trl_atropos.policy.layouts import LAYOUTS
+from trl_atropos.policy.scoring import ForwardPlan, PolicyScorer
 from trl_atropos.types import Rollout
 
 

@@ -40,8 +40,8 @@ from transformers import (
 )
 
 from trl_atropos.errors import PreflightError
-from trl_atropos.layouts import LAYOUTS
-from trl_atropos.scoring import ForwardPlan
+from trl_atropos.policy.layouts import LAYOUTS
+from trl_atropos.policy.scoring import ForwardPlan
 
 
 class TestLayout:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from trl_atropos.errors import WeightSyncError
 from trl_atropos.weight_sync.base import ALIGNMENT_BYTES, PolicyLayout, TensorSpec, align
-from trl_atropos.weight_sync.shm import _create_segment, _remove_abandoned_segments
-from trl_atropos.weight_sync.shm_segment import SEGMENT_DIR, segment_path
+from trl_atropos.weight_sync.transports.shm import _create_segment, _remove_abandoned_segments
+from trl_atropos.weight_sync.transports.shm_segment import SEGMENT_DIR, segment_path
 
 
 GOOD_NAME = "trl_atropos-" + secrets.token_hex(16)

@@ -19,8 +19,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from trl_atropos.errors import PreflightError
 from trl_atropos.weight_sync.base import check_same_tensor
-from trl_atropos.weight_sync.policy_modules import fused_groups
-from trl_atropos.weight_sync.source import PolicyWeights
+from trl_atropos.weight_sync.weights.modules import fused_groups
+from trl_atropos.weight_sync.weights.source import PolicyWeights
 
 
 Q = ["q_proj"]

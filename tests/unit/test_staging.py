@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trl_atropos.weight_sync.base import ALIGNMENT_BYTES, PolicyLayout, TensorSpec, align
-from trl_atropos.weight_sync.staging import StagedPolicy
+from trl_atropos.weight_sync.weights.staging import StagedPolicy
 
 
 class Source:

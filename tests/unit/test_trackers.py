@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from tiny_models import tiny_llama
 
-from trl_atropos import AtroposConfig, AtroposTrainer, watch_config
+from trl_atropos import AtroposConfig, AtroposTrainer
+from trl_atropos.report import options
 
 
 NUM_STEPS = 3
@@ -125,14 +126,14 @@ class TestAuto:
         return AtroposConfig(output_dir="out", use_cpu=True, **options)
 
     def test_it_is_trackio_on_this_machine_if_it_is_installed(self, monkeypatch):
-        monkeypatch.setattr(watch_config, "find_spec", lambda name: object())
+        monkeypatch.setattr(options, "find_spec", lambda name: object())
         args = self.config()
         assert args.report_to == ["trackio"]
         # None lets transformers upload what was logged when the model is pushed.
         assert (args.trackio_space_id, args.trackio_static_space_id) == (None, False)
 
     def test_it_is_nothing_otherwise(self, monkeypatch):
-        monkeypatch.setattr(watch_config, "find_spec", lambda name: None)
+        monkeypatch.setattr(options, "find_spec", lambda name: None)
         assert self.config().report_to == []
 
     @pytest.mark.parametrize(("chosen", "expected"), [("none", []), ("wandb", ["wandb"]), (["trackio"], ["trackio"])])

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from trl_atropos import AtroposConfig, AtroposTrainer
 from trl_atropos.errors import AtroposProtocolError, PreflightError
-from trl_atropos.journal import Journal
+from trl_atropos.wire.journal import Journal
 
 
 NUM_BATCHES = 6

@@ -21,15 +21,15 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdat
 
 from trl_atropos.errors import PreflightError, VLLMServerError, WeightSyncError, WeightSyncTimeout
 from trl_atropos.serving import plugin
-from trl_atropos.weight_sync import transports
 from trl_atropos.weight_sync.base import PolicyLayout, TensorSpec
-from trl_atropos.weight_sync.broadcast import Cancelled, Collective
-from trl_atropos.weight_sync.gloo import GlooTransport, cut_chunks
-from trl_atropos.weight_sync.nccl import NcclTransport
-from trl_atropos.weight_sync.rendezvous import bind, local_address_towards, server_host
-from trl_atropos.weight_sync.shm import SharedMemoryTransport
-from trl_atropos.weight_sync.transports import make_transport
-from trl_atropos.weight_sync.wire import WorkerReport, checksum, view_tensor
+from trl_atropos.weight_sync.transports import choose
+from trl_atropos.weight_sync.transports.choose import make_transport
+from trl_atropos.weight_sync.transports.collective import Cancelled, Collective
+from trl_atropos.weight_sync.transports.gloo import GlooTransport, cut_chunks
+from trl_atropos.weight_sync.transports.nccl import NcclTransport
+from trl_atropos.weight_sync.transports.rendezvous import bind, local_address_towards, server_host
+from trl_atropos.weight_sync.transports.reports import WorkerReport, checksum, view_tensor
+from trl_atropos.weight_sync.transports.shm import SharedMemoryTransport
 
 
 def new_chunked_transport(timeout_s: float) -> GlooTransport:
@@ -37,7 +37,7 @@ def new_chunked_transport(timeout_s: float) -> GlooTransport:
 
 
 class TestSharedMemory(TransportContract):
-    engine = "trl_atropos.weight_sync.shm_engine:SharedMemoryEngine"
+    engine = "trl_atropos.weight_sync.transports.shm_engine:SharedMemoryEngine"
 
     @pytest.fixture
     def new_transport(self):
@@ -61,7 +61,7 @@ class TestSharedMemory(TransportContract):
 
 
 class TestGloo(TransportContract):
-    engine = "trl_atropos.weight_sync.gloo_engine:GlooEngine"
+    engine = "trl_atropos.weight_sync.transports.gloo_engine:GlooEngine"
 
     @pytest.fixture
     def new_transport(self):
@@ -138,7 +138,7 @@ class TestGloo(TransportContract):
 
 
 class TestGlooInManyChunks(TransportContract):
-    engine = "trl_atropos.weight_sync.gloo_engine:GlooEngine"
+    engine = "trl_atropos.weight_sync.transports.gloo_engine:GlooEngine"
 
     @pytest.fixture
     def new_transport(self):
@@ -446,7 +446,7 @@ class TestChoice:
     def test_vllm_finds_our_backends_and_a_second_registration_changes_nothing(self):
         for _ in range(2):
             plugin.register()
-        assert plugin.ENGINES.keys() == {transports.SHARED_MEMORY_BACKEND, transports.GLOO_BACKEND}
+        assert plugin.ENGINES.keys() == {choose.SHARED_MEMORY_BACKEND, choose.GLOO_BACKEND}
         for backend, (module, name) in plugin.ENGINES.items():
             engine = WeightTransferEngineFactory._registry[backend]()
             assert (engine.__module__, engine.__name__) == (module, name)

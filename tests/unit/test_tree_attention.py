@@ -8,9 +8,9 @@ from scoring_cases import plan, tiny_llama
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from trl_atropos import tree_attention
-from trl_atropos.layouts import tree_attention_mask, tree_layout
-from trl_atropos.tree_attention import TREE_SDPA, tree_sdpa
+from trl_atropos.policy import tree_attention
+from trl_atropos.policy.layouts import tree_attention_mask, tree_layout
+from trl_atropos.policy.tree_attention import TREE_SDPA, tree_sdpa
 
 
 class Layer(nn.Module):

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from trl_atropos.errors import AtroposProtocolError
 from trl_atropos.types import IGNORE_INDEX, RolloutOrigin
-from trl_atropos.validation import WireLimits, parse_batch, parse_group
+from trl_atropos.wire.parse import WireLimits, parse_batch, parse_group
 
 
 LIMITS = WireLimits(vocab_size=100, max_length=8)

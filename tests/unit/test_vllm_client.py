@@ -17,8 +17,8 @@ from trl_atropos.errors import (
     WeightSyncError,
     WeightSyncTimeout,
 )
-from trl_atropos.weight_sync import vllm_client
-from trl_atropos.weight_sync.vllm_client import AtroposVLLMClient
+from trl_atropos.weight_sync import client as vllm_client
+from trl_atropos.weight_sync.client import AtroposVLLMClient
 
 
 @pytest.fixture

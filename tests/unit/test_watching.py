@@ -24,10 +24,10 @@ from test_trackers import trained
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from trl_atropos.errors import PreflightError
-from trl_atropos.metrics import METRICS
-from trl_atropos.watching.panel import NUMBERS, PanelCallback, RunPanel, WaitingCallback, sparkline
-from trl_atropos.watching.prometheus import TOTALS, PrometheusCallback
-from trl_atropos.watching.step_table import COLUMNS, StepTableCallback
+from trl_atropos.loss.metrics import METRICS
+from trl_atropos.report.panel import NUMBERS, PanelCallback, RunPanel, WaitingCallback, sparkline
+from trl_atropos.report.prometheus import TOTALS, PrometheusCallback
+from trl_atropos.report.step_table import COLUMNS, StepTableCallback
 
 
 LOGS = {

@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any, NamedTuple
 
-from trl_atropos.rollout_key import rollout_key
+from trl_atropos.wire.rollout_key import rollout_key
 
 
 PROMPT = [7, 11, 13]

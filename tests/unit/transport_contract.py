@@ -115,7 +115,7 @@ class Worker:
 
     def misreport(self, changes: dict[str, Any] | None) -> None:
         """Have the reports say something else; None: say nothing."""
-        from trl_atropos.weight_sync.wire import WorkerReport
+        from trl_atropos.weight_sync.transports.reports import WorkerReport
 
         def to_json(report: WorkerReport) -> bytes:
             return b"" if changes is None else json.dumps(asdict(report) | changes).encode()
@@ -142,7 +142,11 @@ def run_worker(connection: Connection, engine: str, rank: int, world_size: int) 
 context = multiprocessing.get_context("forkserver")
 # Importing vLLM takes seconds, forking a process that has done so does not.
 context.set_forkserver_preload(
-    ["transport_contract", "trl_atropos.weight_sync.gloo_engine", "trl_atropos.weight_sync.shm_engine"]
+    [
+        "transport_contract",
+        "trl_atropos.weight_sync.transports.gloo_engine",
+        "trl_atropos.weight_sync.transports.shm_engine",
+    ]
 )
 
 

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..atropos_client import AtroposClient
-from ..diagnosis.api import API_CHECKS, ApiFacts, inspect_api
-from ..diagnosis.checks import Finding, diagnose
-from ..diagnosis.vllm import VLLM_CHECKS, VLLMFacts, inspect_vllm
+from ..checks.api import API_CHECKS, ApiFacts, inspect_api
+from ..checks.finding import Finding, diagnose
+from ..checks.vllm import VLLM_CHECKS, VLLMFacts, inspect_vllm
 from ..weight_sync.http import ServerSession
+from ..wire.client import AtroposClient
 
 
 TIMEOUT_S = 10.0
@@ -102,7 +102,7 @@ def print_findings(console: Console, findings: Sequence[Finding]) -> None:
     Args:
         console (`Console`):
             The terminal.
-        findings (sequence of [`~diagnosis.checks.Finding`]):
+        findings (sequence of [`~checks.finding.Finding`]):
             Its rows.
     """
     table = Table(show_lines=True)

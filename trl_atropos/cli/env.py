@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..env_shims import SHIMS, select_shims
 from ..errors import PreflightError
+from .env_shims import SHIMS, select_shims
 
 
 DISTRIBUTIONS = {

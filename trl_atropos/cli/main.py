@@ -57,8 +57,8 @@ def _run_model(args: argparse.Namespace, _rest: Sequence[str]) -> int:
 
 
 def _run_launch(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from .launch import run_launch
-    from .launch_config import load_launch_config
+    from .launch.config import load_launch_config
+    from .launch.run import run_launch
 
     overrides = {
         "run_dir": args.run_dir,

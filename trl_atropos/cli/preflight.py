@@ -19,31 +19,31 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import ModelConfig
 
-from ..atropos_client import AtroposClient
-from ..atropos_config import AtroposConfig
-from ..diagnosis.api import API_CHECKS, inspect_api
-from ..diagnosis.checks import Finding, Unread, diagnose, examine
-from ..diagnosis.machine import MACHINE_CHECKS
-from ..diagnosis.server_config import SERVER_CHECKS, ServerConfigFacts, TrainerSide
-from ..diagnosis.tokenizers import ENVIRONMENT_CHECKS, EnvironmentFacts
-from ..diagnosis.vllm import VLLM_CHECKS, inspect_vllm
+from ..checks.api import API_CHECKS, inspect_api
+from ..checks.finding import Finding, Unread, diagnose, examine
+from ..checks.machine import MACHINE_CHECKS
+from ..checks.server import SERVER_CHECKS, ServerConfigFacts, TrainerSide
+from ..checks.tokenizers import ENVIRONMENT_CHECKS, EnvironmentFacts
+from ..checks.vllm import VLLM_CHECKS, inspect_vllm
 from ..errors import PreflightError, TrlAtroposError
-from ..parser import AtroposParser
-from ..preflight import describe_model, read_server_config, segment_bytes
-from ..preflight_facts import chat_ids, free_bytes, machine_facts, num_parameters, read_tokenizer, tokenizer_facts
+from ..trainer.atropos_config import AtroposConfig
+from ..trainer.parser import AtroposParser
+from ..trainer.preflight import describe_model, read_server_config, segment_bytes
+from ..trainer.run_facts import chat_ids, free_bytes, machine_facts, num_parameters, read_tokenizer, tokenizer_facts
+from ..weight_sync.client import AtroposVLLMClient
 from ..weight_sync.http import ServerSession
-from ..weight_sync.shm_segment import SEGMENT_DIR
-from ..weight_sync.transports import SHARED_MEMORY_BACKEND
-from ..weight_sync.vllm_client import AtroposVLLMClient
+from ..weight_sync.transports.choose import SHARED_MEMORY_BACKEND
+from ..weight_sync.transports.shm_segment import SEGMENT_DIR
+from ..wire.client import AtroposClient
 from .doctor import print_findings
-from .gpus import split_gpus, visible_gpus
-from .launch_commands import (
+from .launch.commands import (
     DEFAULT_VLLM_ARGS,
     build_env_command,
     build_trainer_command,
     flag_value,
 )
-from .launch_config import LaunchConfig, load_launch_config
+from .launch.config import LaunchConfig, load_launch_config
+from .launch.gpus import split_gpus, visible_gpus
 
 
 TIMEOUT_S = 30.0

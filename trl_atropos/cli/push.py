@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import PreflightError
-from ..hub.merged import MERGED_DIR, save_merged
-from ..hub.model_card import describe_merged, files_to_upload, write_model_card
-from ..hub.run_model import RunModel, find_model, is_adapter, merged_repo_of, model_files, warn_of_local_base
-from ..hub.training_config import TRAINING_CONFIG_FILE
-from ..hub.upload import HubClient, wait_for
+from ..report.hub.merged import MERGED_DIR, save_merged
+from ..report.hub.model_card import describe_merged, files_to_upload, write_model_card
+from ..report.hub.run_model import RunModel, find_model, is_adapter, merged_repo_of, model_files, warn_of_local_base
+from ..report.hub.training_config import TRAINING_CONFIG_FILE
+from ..report.hub.upload import HubClient, wait_for
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from collections import OrderedDict
 from functools import lru_cache
 from typing import Any
 
-from ..rollout_key import rollout_key
+from ..wire.rollout_key import rollout_key
 from .adapter_routes import ROUTED_PATHS, AdapterRoutes
 from .asgi import (
     ASGIApp,

@@ -11,8 +11,8 @@ SHARED_MEMORY_BACKEND = "trl_atropos_shm"
 GLOO_BACKEND = "trl_atropos_gloo"
 
 ENGINES = {
-    SHARED_MEMORY_BACKEND: ("trl_atropos.weight_sync.shm_engine", "SharedMemoryEngine"),
-    GLOO_BACKEND: ("trl_atropos.weight_sync.gloo_engine", "GlooEngine"),
+    SHARED_MEMORY_BACKEND: ("trl_atropos.weight_sync.transports.shm_engine", "SharedMemoryEngine"),
+    GLOO_BACKEND: ("trl_atropos.weight_sync.transports.gloo_engine", "GlooEngine"),
 }
 """Backend of `--weight-transfer-config` -> module and class of its engine, imported on first use."""
 

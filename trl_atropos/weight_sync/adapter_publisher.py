@@ -9,12 +9,12 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import PreflightError
-from .adapter import Adapter, check_adapter
-from .adapter_transfer import AdapterTransfer, SavedAdapter, check_server, routed_adapter
 from .probe import ProbeReference
 from .publisher import Delivered, PublishOptions
 from .report import PublishReport
 from .server_link import UNPUBLISHED, ServerLink
+from .transports.adapter_files import AdapterTransfer, SavedAdapter, check_server, routed_adapter
+from .weights.adapter import Adapter, check_adapter
 
 
 class AdapterPublisher:
@@ -24,7 +24,7 @@ class AdapterPublisher:
         links (`Sequence[ServerLink]`):
             The servers. Their transports are not used.
         directory (`Path`):
-            See [`~weight_sync.adapter_transfer.AdapterTransfer`].
+            See [`~weight_sync.transports.adapter_files.AdapterTransfer`].
         options (`PublishOptions`, *optional*):
             What happens on a failure.
     """
@@ -57,7 +57,7 @@ class AdapterPublisher:
         """Bring an adapter onto every server under a version, and prove it.
 
         Args:
-            adapter ([`~weight_sync.adapter.Adapter`]):
+            adapter ([`~weight_sync.weights.adapter.Adapter`]):
                 Of the policy.
             policy_version (`int`):
                 Number of this policy.

@@ -9,9 +9,9 @@ import torch
 
 from ..errors import WeightSyncError
 from .base import PolicyLayout, TensorSpec, WeightTransport
+from .client import AtroposVLLMClient
 from .server_link import ServerLink
-from .staging import StagedPolicy
-from .vllm_client import AtroposVLLMClient
+from .weights.staging import StagedPolicy
 
 
 class AsyncGRPOWeightTransfer:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from .vllm_client import AtroposVLLMClient
+    from .client import AtroposVLLMClient
 
 
 ALIGNMENT_BYTES = 64

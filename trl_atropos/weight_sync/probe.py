@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from ..errors import WeightSyncError
-from ..logprobs import evaluating, next_token_targets, token_logprobs_and_entropy
+from ..policy.logprobs import evaluating, next_token_targets, token_logprobs_and_entropy
 from ..types import IGNORE_INDEX
 
 
 if TYPE_CHECKING:
-    from .vllm_client import AtroposVLLMClient
+    from .client import AtroposVLLMClient
 
 
 PROBE_TEXTS = ("Water boils at 100 degrees: def f(n): return n if n < 2 else f(n - 1) + f(n - 2)",)

@@ -21,7 +21,7 @@ from .failures import FailurePolicy, Outcome
 from .probe import ProbeReference, ProbeResult
 from .report import PublishReport
 from .server_link import ServerLink
-from .staging import StagedPolicy, StageReport
+from .weights.staging import StagedPolicy, StageReport
 
 
 @dataclass(frozen=True)

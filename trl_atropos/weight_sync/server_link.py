@@ -27,7 +27,7 @@ from .probe import ProbeReference, ProbeResult, check_probe
 
 
 if TYPE_CHECKING:
-    from .vllm_client import AtroposVLLMClient
+    from .client import AtroposVLLMClient
 
 
 logger = logging.getLogger(__name__)

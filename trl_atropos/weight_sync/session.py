@@ -17,17 +17,17 @@ from torch import nn
 from ..errors import WeightSyncError
 from .base import TensorSpec, WeightSource
 from .failures import FailurePolicy
-from .gathering import is_sharded
 from .probe import LogprobProbe, ProbeReference
 from .publisher import PolicyPublisher, PublishOptions
 from .report import PublishReport
 from .server_link import ServerLink
-from .source import PolicyWeights
-from .transports import make_transport
+from .transports.choose import make_transport
+from .weights.gathering import is_sharded
+from .weights.source import PolicyWeights
 
 
 if TYPE_CHECKING:
-    from .vllm_client import AtroposVLLMClient
+    from .client import AtroposVLLMClient
 
 
 logger = logging.getLogger(__name__)

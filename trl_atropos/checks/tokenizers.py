@@ -1,0 +1,98 @@
+"""What the tokenizers of trainer, server and environments must agree on before training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .finding import PreflightCheck, Unread, known
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """A tokenizer, as far as two of them must agree.
+
+    Args:
+        name (`str`):
+            Where it comes from.
+        vocabulary (`str`):
+            Hash of all tokens with their ids.
+        special_ids (`tuple[int | None, int | None]`):
+            Ids of the begin and of the end of a sequence.
+        chat_template (`str`, *optional*):
+            Hash of the template; None without one.
+    """
+
+    name: str
+    vocabulary: str
+    special_ids: tuple[int | None, int | None]
+    chat_template: str | None
+
+
+def other_tokens(ours: TokenizerFacts, theirs: TokenizerFacts, who: str) -> str | None:
+    """Say that the vocabularies of the trainer and of somebody else differ; None if not."""
+    if ours.vocabulary == theirs.vocabulary:
+        return None
+    return (
+        f"The tokenizer of {who}, {theirs.name}, has another vocabulary (hash {theirs.vocabulary[:8]}) than the trainer's, "
+        f"{ours.name} (hash {ours.vocabulary[:8]})."
+    )
+
+
+def other_special_ids(ours: TokenizerFacts, theirs: TokenizerFacts, who: str) -> str | None:
+    """Say that begin or end of a sequence have other ids; None if not."""
+    if ours.special_ids == theirs.special_ids:
+        return None
+    return (
+        f"Begin and end of a sequence have the ids {theirs.special_ids} in the tokenizer of {who}, and {ours.special_ids} in "
+        "the trainer's."
+    )
+
+
+@dataclass(frozen=True)
+class EnvironmentFacts:
+    """The tokenizer of an environment, beside the trainer's.
+
+    Args:
+        name (`str`):
+            Of the environment.
+        tokenizer ([`TokenizerFacts`]):
+            Its own.
+        trainer_tokenizer ([`TokenizerFacts`]):
+            The trainer's.
+    """
+
+    name: str
+    tokenizer: TokenizerFacts | Unread
+    trainer_tokenizer: TokenizerFacts | Unread
+
+
+def _other_environment_template(facts: EnvironmentFacts) -> str | None:
+    ours, theirs = known(facts.trainer_tokenizer), known(facts.tokenizer)
+    if ours.chat_template == theirs.chat_template:
+        return None
+    return f"The chat template of the environment {facts.name}, of {theirs.name}, is not that of {ours.name}."
+
+
+ENVIRONMENT_CHECKS: tuple[PreflightCheck[EnvironmentFacts], ...] = (
+    PreflightCheck(
+        "environment_tokenizer",
+        "error",
+        lambda facts: other_tokens(
+            known(facts.trainer_tokenizer), known(facts.tokenizer), f"the environment {facts.name}"
+        ),
+        "The trainer reads the environment's token ids as other text.",
+        "Give the environment --env.tokenizer_name and --openai.tokenizer_name of the trainer's model.",
+        needs=("tokenizer", "trainer_tokenizer"),
+        describe=lambda facts: f"The environment {facts.name} has the trainer's vocabulary.",
+    ),
+    PreflightCheck(
+        "environment_chat_template",
+        "warning",
+        _other_environment_template,
+        "The policy is trained on another rendering of messages than the one that is saved with it.",
+        "Give the environment --env.tokenizer_name of the trainer's model.",
+        needs=("tokenizer", "trainer_tokenizer"),
+        describe=lambda facts: f"The environment {facts.name} has the trainer's chat template.",
+    ),
+)
+"""What an environment and the trainer must agree on."""

@@ -1,0 +1,45 @@
+"""What lets Atropos environments run unmodified with today's libraries: `trl-atropos env`.
+
+Atropos is archived, so that no fix of its causes will come. Each shim changes one thing, in the environment's process only,
+says so when it acts, and can be left out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+from ...errors import PreflightError
+from .servers import ServerType
+from .settings import ApiKey, ServerList, Wandb, WandbName
+from .shim import Shim
+from .tokenizers import ReturnDict, ServerTokenizer
+
+
+SHIMS: tuple[type[Shim], ...] = (ReturnDict, ServerList, ApiKey, Wandb, WandbName, ServerTokenizer, ServerType)
+"""All shims, in the order in which they are installed."""
+
+
+def select_shims(without: Collection[str] = ()) -> list[Shim]:
+    """Make the shims that are wanted.
+
+    Args:
+        without (`Collection[str]`, *optional*):
+            Names of the shims to leave out.
+
+    Returns:
+        `list[Shim]`: The others, not yet installed.
+
+    Raises:
+        [`~errors.PreflightError`]: If there is no shim of such a name.
+    """
+    names = [shim.name for shim in SHIMS]
+    for name in without:
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            raise PreflightError(
+                f"There is no shim {name!r}.",
+                f"The shims are: {', '.join(names)}.",
+                f"Pass --no-shim {nearest}, or see --list-shims.",
+            )
+    return [shim() for shim in SHIMS if shim.name not in without]

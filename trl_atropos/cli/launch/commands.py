@@ -1,0 +1,123 @@
+"""The command lines that follow from a launch file."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...errors import PreflightError
+from .config import EnvironmentConfig, LaunchConfig
+
+
+HOST = "127.0.0.1"
+"""Everything is bound to the loopback address: neither the Atropos API nor vLLM's weight routes ask who calls."""
+
+DEFAULT_VLLM_ARGS: dict[str, Any] = {
+    "weight-transfer-config": {"backend": "trl_atropos_shm"},
+    "middleware": "trl_atropos.serving.generate_endpoint.GenerateEndpoint",
+}
+"""Arguments of `trl vllm-serve` unless `vllm_args` names others."""
+
+
+def build_api_command(port: int) -> list[str]:
+    """Return the command line of the Atropos API."""
+    # run-api starts one worker. It must stay one: the queue lives in that process's memory.
+    return ["run-api", "--host", HOST, "--port", str(port)]
+
+
+def build_vllm_command(config: LaunchConfig, port: int) -> list[str]:
+    """Return the command line of the inference server: TRL's, with our weight transport and the `/generate` route."""
+    arguments = {**DEFAULT_VLLM_ARGS, **config.vllm_args}
+    command = ["trl", "vllm-serve", "--model", config.model_name_or_path, "--host", HOST, "--port", str(port)]
+    for name, value in arguments.items():
+        command.append(f"--{name}")
+        if value is not None:
+            command.append(json.dumps(value) if isinstance(value, (dict, list)) else str(value))
+    return command
+
+
+def build_env_command(config: LaunchConfig, environment: EnvironmentConfig, api_url: str, vllm_url: str) -> list[str]:
+    """Return the command line of an environment. A flag that the user gave is not given again.
+
+    The `--openai.*` flags reach an environment whose `config_init` returns a list with one server config. For a single
+    object BaseEnv drops the address, and with several configs it refuses the flags.
+    """
+    command = shlex.split(environment.command)
+    return command + _missing_flags(command, env_flags(config, api_url, vllm_url))
+
+
+def env_flags(config: LaunchConfig, api_url: str, vllm_url: str) -> dict[str, str]:
+    """Return the flags that connect an environment to the run."""
+    return {
+        "--env.rollout_server_url": api_url,
+        "--env.tokenizer_name": config.model_name_or_path,
+        "--env.use_wandb": "false",
+        # An environment leaves by itself once the API has formed `total_steps` batches, which is before the trainer has
+        # trained them. The launcher ends it instead.
+        "--env.total_steps": str(2**31 - 1),
+        "--openai.base_url": f"{vllm_url}/v1",
+        "--openai.model_name": config.model_name_or_path,
+        "--openai.tokenizer_name": config.model_name_or_path,
+        "--openai.server_type": "vllm",
+    }
+
+
+def build_trainer_command(config: LaunchConfig, api_url: str, vllm_url: str) -> list[str]:
+    """Return the command line of the trainer. A flag that the user gave is not given again."""
+    command = shlex.split(config.trainer_command) + shlex.split(config.trainer_args)
+    return command + _missing_flags(command, trainer_flags(config, api_url, vllm_url))
+
+
+def trainer_flags(config: LaunchConfig, api_url: str, vllm_url: str) -> dict[str, str]:
+    """Return the flags that connect a trainer to the run."""
+    return {
+        "--model_name_or_path": config.model_name_or_path,
+        "--atropos_api_url": api_url,
+        "--vllm_server_base_url": vllm_url,
+        "--output_dir": str(config.trainer_output_dir),
+    }
+
+
+def flag_value(command: Sequence[str], flag: str) -> str | None:
+    """Return the value that a command line gives a flag, in either spelling; the last one wins, None if there is none."""
+    value = None
+    for i, argument in enumerate(command):
+        if argument.startswith(f"{flag}="):
+            value = argument.partition("=")[2]
+        elif argument == flag:
+            has_value = i + 1 < len(command) and not command[i + 1].startswith("--")
+            value = command[i + 1] if has_value else "true"
+    return value
+
+
+def trainer_option(config: LaunchConfig, name: str) -> Any:
+    """Return an option of the trainer as its command line gives it, or else the file of its `--config`; None if neither does.
+
+    Raises:
+        PreflightError: That file cannot be read.
+    """
+    command = shlex.split(config.trainer_command) + shlex.split(config.trainer_args)
+    value = flag_value(command, f"--{name}")
+    # The last one is the script's; an earlier one may be that of `accelerate launch`.
+    path = flag_value(command, "--config")
+    if value is not None or path is None:
+        return value
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        raise PreflightError(
+            f"The file {path} of the trainer's --config cannot be read: {exc}.",
+            "The trainer would end at its start.",
+            "Correct `trainer_command` of the launch file.",
+        ) from exc
+    return content.get(name) if isinstance(content, dict) else None
+
+
+def _missing_flags(command: Sequence[str], flags: Mapping[str, str]) -> list[str]:
+    given = {argument.split("=", 1)[0] for argument in command}
+    return [part for flag, value in flags.items() if flag not in given for part in (flag, value)]

@@ -1,0 +1,284 @@
+"""The file of `trl-atropos launch`, read strictly."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from ...errors import PreflightError
+
+
+EXTERNAL = "external"
+"""Value of `environments` or `trainer_command`: somebody else starts them."""
+
+ENVIRONMENT_EXITS = ("stop", "continue")
+
+RESERVED_NAMES = frozenset({"api", "vllm", "trainer", "launch", "combined"})
+"""Names of the other processes and logs."""
+
+EXAMPLE = "examples/configs/quickstart_launch.yaml"
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """One environment of a launch.
+
+    Args:
+        command (`str`):
+            Command line, without addresses and model.
+        env (`dict[str, str]`, *optional*):
+            Environment variables.
+        num_copies (`int`, *optional*, defaults to `1`):
+            How many processes run it, 1 or more.
+    """
+
+    command: str
+    env: dict[str, str] = field(default_factory=dict)
+    num_copies: int = 1
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """What one launch runs. docs/launch.md explains each key.
+
+    Args:
+        model_name_or_path (`str`):
+            Hub id or directory of the checkpoint that is served and trained.
+        run_dir (`str`):
+            Directory of the logs, the trained model and the summary.
+        environments (`dict[str, `[`EnvironmentConfig`]`]`):
+            Name of each environment -> what to run. Empty (`external` in the file): none is started.
+        trainer_command (`str`):
+            Command line of the trainer, without addresses, model and output directory. `external`: none is started.
+        trainer_args (`str`, *optional*, defaults to `""`):
+            Further arguments of the trainer, after all others.
+        api_url (`str`, *optional*):
+            Root of an Atropos API that runs already. If not given, one is started.
+        vllm_url (`str`, *optional*):
+            Root of a vLLM server that runs already. If not given, one is started.
+        api_port, vllm_port (`int`, *optional*, defaults to `0`):
+            Loopback port of the server that is started; 0 takes a free one.
+        vllm_args (`dict`, *optional*):
+            Arguments of `trl vllm-serve`; a mapping is passed as JSON, `None` makes a flag without a value.
+        vllm_env, trainer_env (`dict[str, str]`, *optional*):
+            Environment variables of the inference server, the trainer.
+        vllm_gpus, trainer_gpus (`str`, *optional*):
+            GPUs of the inference server and of the trainer, such as `"0,1"`; both or neither.
+        on_environment_exit (`str`, *optional*, defaults to `"stop"`):
+            What becomes of the run when one of several environments ends: `"stop"` or `"continue"`.
+        startup_timeout_s (`float`, *optional*, defaults to `600.0`):
+            How long the API and the inference server may take to be ready.
+        show_all_logs (`bool`, *optional*, defaults to `False`):
+            Whether the terminal shows the output of all processes instead of the trainer's.
+        prompts (`list[str]`, *optional*):
+            Texts that the server continues before and after training.
+        completion_args (`dict`, *optional*):
+            Further fields of those requests to `/v1/completions`.
+    """
+
+    model_name_or_path: str
+    run_dir: str
+    environments: dict[str, EnvironmentConfig]
+    trainer_command: str
+    trainer_args: str = ""
+    api_url: str | None = None
+    vllm_url: str | None = None
+    api_port: int = 0
+    vllm_port: int = 0
+    vllm_args: dict[str, Any] = field(default_factory=dict)
+    vllm_env: dict[str, str] = field(default_factory=dict)
+    trainer_env: dict[str, str] = field(default_factory=dict)
+    vllm_gpus: str | None = None
+    trainer_gpus: str | None = None
+    on_environment_exit: str = "stop"
+    startup_timeout_s: float = 600.0
+    show_all_logs: bool = False
+    prompts: list[str] = field(default_factory=list)
+    completion_args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trainer_output_dir(self) -> Path:
+        """Where the trainer saves the model and its state."""
+        return Path(self.run_dir) / "model"
+
+    @property
+    def is_local_model(self) -> bool:
+        """Whether the model is a directory of this machine."""
+        return Path(self.model_name_or_path).is_dir()
+
+    @property
+    def has_trainer(self) -> bool:
+        """Whether the launch starts the trainer."""
+        return self.trainer_command != EXTERNAL
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "str | None": (str, type(None)),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "list[str]": (list,),
+}
+
+
+def load_launch_config(path: Path, overrides: Mapping[str, Any]) -> LaunchConfig:
+    """Read a launch file.
+
+    Args:
+        path (`Path`):
+            The YAML file.
+        overrides (`Mapping[str, Any]`):
+            Values from the command line; None leaves the file's.
+
+    Returns:
+        [`LaunchConfig`]
+
+    Raises:
+        PreflightError: The file cannot be read, has an unknown key or a value that is not one, or lacks a key.
+    """
+    where = f"the launch file {path}"
+    values = {**_read(path), **{key: value for key, value in overrides.items() if value is not None}}
+    for key in ("vllm_gpus", "trainer_gpus"):
+        # YAML reads a single GPU as a number.
+        if type(values.get(key)) is int:
+            values[key] = str(values[key])
+    environments = values.get("environments")
+    if environments == EXTERNAL:
+        values["environments"] = {}
+    elif not environments and environments is not None:
+        raise PreflightError(
+            f"`environments` in {where} is {environments!r}.",
+            "Without an environment there is nothing to train on.",
+            f"Name one, as in {EXAMPLE}, or write `environments: {EXTERNAL}` if they are started elsewhere.",
+        )
+    _check(where, values, LaunchConfig)
+    values["environments"] = {
+        str(name): _environment(where, str(name), content) for name, content in values["environments"].items()
+    }
+    for key in ("vllm_env", "trainer_env"):
+        values[key] = _as_text(values.get(key, {}))
+    config = LaunchConfig(**values)
+    _check_values(where, config)
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        raise PreflightError(
+            f"The launch file {path} cannot be read: {exc}.",
+            "It names the commands to start.",
+            f"Pass an existing YAML file with `-c`, for example {EXAMPLE}.",
+        ) from exc
+    if not isinstance(content, dict):
+        raise PreflightError(
+            f"The launch file {path} holds a {type(content).__name__}, not a mapping.",
+            "Each option is one `key: value`.",
+            f"Compare it with {EXAMPLE}.",
+        )
+    return {str(key): value for key, value in content.items()}
+
+
+def _environment(where: str, name: str, content: Any) -> EnvironmentConfig:
+    where = f"`environments.{name}` of {where}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in RESERVED_NAMES:
+        raise PreflightError(
+            f"{where} cannot be the name of an environment.",
+            f"It names a log file beside {', '.join(sorted(RESERVED_NAMES))}.",
+            "Use letters, digits, `_`, `.` and `-`.",
+        )
+    if not isinstance(content, dict):
+        raise PreflightError(
+            f"{where} is {content!r}, a {type(content).__name__}.",
+            "An environment is a mapping with `command`, and `env` and `num_copies` if needed.",
+            f"Compare it with {EXAMPLE}.",
+        )
+    values = {str(key): value for key, value in content.items()}
+    _check(where, values, EnvironmentConfig)
+    if values.get("num_copies", 1) < 1 or not values["command"].strip():
+        raise PreflightError(
+            f"{where} runs {values.get('num_copies', 1)} copies of the command {values['command']!r}.",
+            "An environment needs a command and at least one process.",
+            "Correct it, or remove the environment.",
+        )
+    return EnvironmentConfig(**{**values, "env": _as_text(values.get("env", {}))})
+
+
+def _as_text(variables: Mapping[Any, Any]) -> dict[str, str]:
+    # YAML reads 1 and true as numbers and booleans; an environment holds text.
+    return {str(name): str(value) for name, value in variables.items()}
+
+
+def _check(where: str, values: Mapping[str, Any], kind: type[LaunchConfig] | type[EnvironmentConfig]) -> None:
+    annotations = {known.name: str(known.type) for known in fields(kind)}
+    for key, value in values.items():
+        if key not in annotations:
+            nearest = difflib.get_close_matches(key, annotations, n=1, cutoff=0.0)[0]
+            raise PreflightError(
+                f"{where[0].upper()}{where[1:]} has the unknown key `{key}`.",
+                "A misspelled option would be ignored otherwise.",
+                f"Did you mean `{nearest}`? All keys: {', '.join(annotations)}.",
+            )
+        expected = _TYPES.get(annotations[key], (dict,))
+        if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+            raise PreflightError(
+                f"`{key}` in {where} is {value!r}, a {type(value).__name__}.",
+                f"It must be of type {annotations[key]}.",
+                "Correct the value.",
+            )
+    missing = [
+        known.name
+        for known in fields(kind)
+        if known.default is MISSING and known.default_factory is MISSING and known.name not in values
+    ]
+    if missing:
+        raise PreflightError(
+            f"{where[0].upper()}{where[1:]} lacks {', '.join(f'`{name}`' for name in missing)}.",
+            "There is no sensible default.",
+            "Add the key to the file.",
+        )
+
+
+def _check_values(where: str, config: LaunchConfig) -> None:
+    if config.on_environment_exit not in ENVIRONMENT_EXITS:
+        raise PreflightError(
+            f"`on_environment_exit` in {where} is {config.on_environment_exit!r}.",
+            "It says what becomes of the run when one of several environments ends.",
+            f"Choose one of: {', '.join(ENVIRONMENT_EXITS)}.",
+        )
+    for key in ("api_url", "vllm_url"):
+        _check_url(where, key, getattr(config, key))
+    for key in ("api_port", "vllm_port"):
+        if not 0 <= getattr(config, key) < 65536:
+            raise PreflightError(
+                f"`{key}` in {where} is {getattr(config, key)}.",
+                "A port lies in 1..65535.",
+                "Choose another one, or 0 for one that is free.",
+            )
+    if not config.environments and not config.has_trainer and config.api_url and config.vllm_url:
+        raise PreflightError(
+            f"Every part in {where} is external.",
+            "There is nothing to launch.",
+            "Leave out `api_url` or `vllm_url`, or give `trainer_command` or `environments` a command.",
+        )
+
+
+def _check_url(where: str, key: str, url: str | None) -> None:
+    if url is None:
+        return
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise PreflightError(
+            f"`{key}` in {where} is {url!r}.",
+            "It must be the root of a server, such as http://127.0.0.1:8000, without a path.",
+            "Correct it, or leave it out to have the server started.",
+        )

@@ -1,0 +1,228 @@
+"""Child processes of a launch: each behind a guard and in a session of its own, with one log file, ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from ...errors import TrlAtroposError
+from . import guard
+
+
+LOG_TAIL_LINES = 30
+LOG_TAIL_BYTES = 64 * 1024
+# What compiled extensions print when their interpreter exits; in a crash it buries the cause.
+EXIT_NOISE = ("nanobind:", " - leaked ", " - ... skipped")
+# The guard needs its own grace and a moment to look for what is left.
+GUARD_GRACE_S = guard.GRACE_S + 5.0
+# A service that dies takes its clients along: wait this long for the others to show it, so that the cause is named.
+SETTLE_S = 1.0
+# The pipe of an ended process holds at most 64 KiB.
+PUMP_JOIN_S = 1.0
+
+
+class ProcessFailedError(TrlAtroposError, ChildProcessError):
+    """A process of the launch ended although the launch still needed it."""
+
+
+def free_port() -> int:
+    """Return a loopback TCP port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class ManagedProcess:
+    """One running command, behind `guard.py`.
+
+    Args:
+        name (`str`):
+            How messages call it; also the name of its log file.
+        command (`Sequence[str]`):
+            Program and arguments.
+        log_path (`Path`):
+            Receives standard output and standard error; emptied first.
+        env (`Mapping[str, str]`, *optional*):
+            Added to this process's environment.
+        on_output (`Callable[[str], None]`, *optional*):
+            Gets each line of standard output as well, without its line break, on a thread of its own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log_path: Path,
+        env: Mapping[str, str] | None = None,
+        on_output: Callable[[str], None] | None = None,
+    ):
+        self.name = name
+        self.log_path = log_path
+        self._pump: threading.Thread | None = None
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        log_path.write_bytes(b"")
+        # Append mode, because standard error and the pump below write into the same file.
+        with log_path.open("ab") as log:
+            self._guard = subprocess.Popen(
+                [sys.executable, "-m", guard.__name__, *command],
+                stdin=subprocess.PIPE,
+                stdout=log if on_output is None else subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+            )
+        if on_output is not None:
+            self._pump = threading.Thread(
+                target=_copy_lines,
+                args=(self._guard.stdout, log_path, on_output),
+                name=f"{name}-output",
+                daemon=True,
+            )
+            self._pump.start()
+
+    def poll(self) -> int | None:
+        """Return the exit code, 128 + n after signal n, or None while the process runs."""
+        code = self._guard.poll()
+        if code is not None and self._pump is not None:
+            self._pump.join(timeout=PUMP_JOIN_S)
+        return code if code is None or code >= 0 else 128 - code
+
+    def log_tail(self, num_lines: int = LOG_TAIL_LINES) -> str:
+        """Return the last `num_lines` lines of the log that say something."""
+        with self.log_path.open("rb") as log:
+            log.seek(max(0, self.log_path.stat().st_size - LOG_TAIL_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+        return "\n".join([line for line in lines if line.strip() and not line.startswith(EXIT_NOISE)][-num_lines:])
+
+    def request_stop(self) -> None:
+        """Ask the guard to end the process and everything that it started; returns at once."""
+        if self._guard.poll() is None:
+            self._guard.send_signal(signal.SIGTERM)
+
+    def wait_stopped(self) -> None:
+        """Wait for the guard to end; kill its whole process group if it does not, or if it was itself killed."""
+        try:
+            killed = self._guard.wait(timeout=GUARD_GRACE_S) < 0
+        except subprocess.TimeoutExpired:
+            killed = True
+        if killed:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._guard.pid, signal.SIGKILL)
+        self._guard.wait()
+        if self._pump is not None:
+            self._pump.join(timeout=PUMP_JOIN_S)
+        for stream in (self._guard.stdin, self._guard.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def _copy_lines(source: IO[bytes], log_path: Path, on_output: Callable[[str], None]) -> None:
+    """Copy a process's standard output to its log and to `on_output`, line by line."""
+    with log_path.open("ab", buffering=0) as log:
+        for line in source:
+            log.write(line)
+            on_output(line.decode(errors="replace").rstrip("\r\n"))
+
+
+class ProcessGroup:
+    """The processes of one launch. Leaving the context ends all of them, in whatever way it is left."""
+
+    def __init__(self) -> None:
+        self._processes: list[ManagedProcess] = []
+
+    def __enter__(self) -> ProcessGroup:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def add(self, process: ManagedProcess) -> None:
+        """Take over a started process."""
+        self._processes.append(process)
+
+    def discard(self, process: ManagedProcess) -> None:
+        """Forget a process that has ended and is replaced."""
+        process.wait_stopped()
+        self._processes.remove(process)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the processes, in the order of their start."""
+        return [process.name for process in self._processes]
+
+    def check(self, may_finish: str | None = None) -> bool:
+        """Look at all processes once.
+
+        Args:
+            may_finish (`str`, *optional*):
+                Name of the process that may end, with exit code 0.
+
+        Returns:
+            `bool`: Whether it has. False: all processes run.
+
+        Raises:
+            ProcessFailedError: Another one has ended, with whatever exit code, or that one with an error. Names the one
+                that was started first, because the later ones depend on it, and shows the end of its log.
+        """
+        if all(process.poll() is None for process in self._processes):
+            return False
+        finished = any(process.name == may_finish and process.poll() == 0 for process in self._processes)
+        if not finished:
+            time.sleep(SETTLE_S)
+        ended = [process for process in self._processes if process.poll() is not None]
+        failed = [process for process in ended if process.name != may_finish or process.poll() != 0]
+        if failed:
+            raise failure_of(
+                failed[0],
+                also_ended=[process.name for process in failed[1:]],
+                still_running=[process.name for process in self._processes if process not in ended],
+            )
+        return True
+
+    def stop(self) -> None:
+        """End all processes: SIGTERM to everything that they started, SIGKILL after 10 s. Newest first."""
+        # A second Ctrl-C must not leave half of them running; the wait below is bounded.
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for process in reversed(self._processes):
+                process.request_stop()
+            for process in reversed(self._processes):
+                process.wait_stopped()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        self._processes.clear()
+
+
+def failure_of(
+    process: ManagedProcess, also_ended: Sequence[str] = (), still_running: Sequence[str] = ()
+) -> ProcessFailedError:
+    """Return the error that names a process, its exit code, the last lines of its log, and what ends because of it.
+
+    Args:
+        process ([`ManagedProcess`]):
+            The one that ended.
+        also_ended (sequence of `str`, *optional*):
+            Names of those that ended by themselves with it.
+        still_running (sequence of `str`, *optional*):
+            Names of those that the launch ends now.
+    """
+    others = f" (after it or with it: {', '.join(also_ended)})" if also_ended else ""
+    ended = f"The launch has ended {', '.join(still_running)}; it started nothing else. " if still_running else ""
+    return ProcessFailedError(
+        f"The process `{process.name}` ended with exit code {process.poll()} while the run needed it{others}.",
+        f"The last lines of its log:\n{process.log_tail()}\n",
+        f"{ended}The whole log is {process.log_path}.",
+    )

@@ -1,0 +1,322 @@
+"""`trl-atropos launch`: the Atropos API, the inference server, environments and the trainer on one machine."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import requests
+from rich.console import Console
+
+from ...errors import PreflightError
+from ...report.page import REPORT_FILE
+from ...report.plots import save_reward_plot
+from . import summary
+from .commands import (
+    build_api_command,
+    build_env_command,
+    build_trainer_command,
+    build_vllm_command,
+    env_flags,
+    trainer_flags,
+)
+from .config import LaunchConfig
+from .gpus import split_gpus
+from .output import LaunchOutput
+from .processes import ManagedProcess, ProcessGroup, failure_of
+from .services import AnyService, ExternalService, Service, wait_until_ready
+
+
+POLL_S = 0.2
+COMPLETION_TIMEOUT_S = 120.0
+
+
+def run_launch(config: LaunchConfig) -> dict[str, Any] | None:
+    """Start what is not external, wait for the trainer, end what was started, write the summary.
+
+    The logs of the processes, `summary.json`, `reward.png` and `completions.json` lie in `config.run_dir` afterwards, the
+    model in its subdirectory `model`. However this function is left, no process of the launch is left behind. With an
+    external trainer the others run until Ctrl-C.
+
+    Args:
+        config ([`LaunchConfig`]):
+            What to run.
+
+    Returns:
+        `dict[str, Any]`: The content of `summary.json`; None with an external trainer, whose model lies elsewhere.
+
+    Raises:
+        PreflightError: Another launch uses the directory, GPUs or a port cannot be had, a server did not start in time, or
+            the run left no log.
+        ProcessFailedError: One of the processes ended before the trainer did, or the trainer failed.
+    """
+    gpus = split_gpus(config)
+    run_dir = Path(config.run_dir)
+    combined = run_dir / "logs" / "combined.log"
+    with (
+        _own_run_dir(run_dir),
+        LaunchOutput(combined, config.show_all_logs) as output,
+        ProcessGroup() as group,
+    ):
+        launch = _Launch(config, gpus, group, output)
+        try:
+            api, vllm = launch.start_servers()
+            wait_until_ready([api, vllm], config.startup_timeout_s, group, output)
+            if not config.has_trainer:
+                launch.serve(api.url, vllm.url)
+                return None
+            before = launch.complete(vllm.url)
+            launch.start_environments(api.url, vllm.url)
+            launch.wait_for_trainer(launch.start_trainer(api.url, vllm.url))
+            wall_s = output.elapsed_s()
+            after = launch.complete(vllm.url)
+            weight_version = _request("GET", f"{vllm.url}/weight_info")["weight_version"]
+        finally:
+            if group.names:
+                output.say("launch", f"ending {', '.join(group.names)}")
+                output.wait_for("launch", "waiting for them to end")
+    return _write_results(config, before, after, weight_version, wall_s)
+
+
+class _Launch:
+    """The parts of one launch.
+
+    Args:
+        config ([`LaunchConfig`]):
+            What to run.
+        gpus (`dict[str, dict[str, str]]`):
+            From [`~cli.launch.gpus.split_gpus`].
+        group ([`~cli.launch.processes.ProcessGroup`]):
+            Ends what is started.
+        output ([`~cli.launch.output.LaunchOutput`]):
+            The terminal.
+    """
+
+    def __init__(
+        self, config: LaunchConfig, gpus: Mapping[str, Mapping[str, str]], group: ProcessGroup, output: LaunchOutput
+    ):
+        self._config = config
+        self._gpus = gpus
+        self._group = group
+        self._output = output
+        self._logs = Path(config.run_dir) / "logs"
+        self._environments: list[ManagedProcess] = []
+
+    def start_servers(self) -> tuple[AnyService, AnyService]:
+        """Start the Atropos API and the inference server side by side, those of them that are not external."""
+        config = self._config
+
+        def vllm_command(port: int) -> list[str]:
+            return build_vllm_command(config, port)
+
+        api: AnyService
+        vllm: AnyService
+        if config.api_url is not None:
+            api = ExternalService("api", config.api_url, "/")
+        else:
+            env = self._child_env({})
+            api = Service(
+                "api", "/", build_api_command, self._log_path("api"), env, self._group, self._output, config.api_port
+            )
+        if config.vllm_url is not None:
+            vllm = ExternalService("vllm", config.vllm_url, "/health")
+        else:
+            env = self._child_env({**self._gpus.get("vllm", {}), **config.vllm_env})
+            vllm = Service(
+                "vllm",
+                "/health",
+                vllm_command,
+                self._log_path("vllm"),
+                env,
+                self._group,
+                self._output,
+                config.vllm_port,
+            )
+        return api, vllm
+
+    def start_environments(self, api_url: str, vllm_url: str) -> None:
+        """Start the environments, which wait by themselves until the trainer has registered."""
+        for name, environment in self._config.environments.items():
+            command = build_env_command(self._config, environment, api_url, vllm_url)
+            copies = (
+                [f"-{copy}" for copy in range(1, environment.num_copies + 1)] if environment.num_copies > 1 else [""]
+            )
+            for copy in copies:
+                process = self._start(name + copy, command, environment.env)
+                self._environments.append(process)
+                self._output.say(process.name, environment.command)
+        if not self._config.environments:
+            flags = shlex.join(_flat(env_flags(self._config, api_url, vllm_url)))
+            self._output.say("launch", f"start the environments with: python ENVIRONMENT.py serve {flags}")
+
+    def start_trainer(self, api_url: str, vllm_url: str) -> ManagedProcess:
+        """Start the trainer."""
+        command = build_trainer_command(self._config, api_url, vllm_url)
+        env = {**self._gpus.get("trainer", {}), **self._config.trainer_env}
+        trainer = self._start("trainer", command, env, shows_output=True)
+        self._output.say("trainer", f"{self._config.trainer_command} (logs of all processes: {self._logs})")
+        return trainer
+
+    def wait_for_trainer(self, trainer: ManagedProcess) -> None:
+        """Return when the trainer has ended with exit code 0 and all others that the run needs are there."""
+        self._output.wait_for("launch", "training")
+        while not self._check(trainer.name):
+            time.sleep(POLL_S)
+        self._output.say("trainer", "done")
+
+    def serve(self, api_url: str, vllm_url: str) -> None:
+        """Keep servers and environments running for a trainer that somebody else starts, until Ctrl-C."""
+        self.start_environments(api_url, vllm_url)
+        flags = shlex.join(_flat(trainer_flags(self._config, api_url, vllm_url)))
+        self._output.say("launch", f"start the trainer with: python TRAINER.py {flags}")
+        self._output.say("launch", "the others run until Ctrl-C")
+        self._output.wait_for("launch", "serving", only_on_terminal=True)
+        try:
+            while True:
+                self._check()
+                time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            self._output.say("launch", "interrupted")
+
+    def complete(self, vllm_url: str) -> list[list[str]]:
+        """Let the server continue the configured prompts; return the completions of each."""
+        prompts = self._config.prompts
+        if not prompts:
+            return []
+        self._output.wait_for("launch", f"the server continues {len(prompts)} prompts")
+        body = {"model": self._config.model_name_or_path, "prompt": prompts, **self._config.completion_args}
+        choices = _request("POST", f"{vllm_url}/v1/completions", body)["choices"]
+        texts = [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
+        # The choices of the first prompt come first, then those of the second.
+        num_each = len(texts) // len(prompts)
+        return [texts[start : start + num_each] for start in range(0, len(texts), num_each)]
+
+    def _check(self, may_finish: str | None = None) -> bool:
+        """Look at all processes; say and forget environments that ended, if the run goes on without them."""
+        if self._config.on_environment_exit == "continue":
+            for process in [process for process in self._environments if process.poll() is not None]:
+                self._environments.remove(process)
+                left = [environment.name for environment in self._environments]
+                if not left:
+                    others = [name for name in self._group.names if name != process.name]
+                    raise failure_of(process, still_running=others)
+                self._output.say(
+                    process.name,
+                    f"ended with exit code {process.poll()}; the run goes on with {', '.join(left)}. The last lines of its "
+                    f"log ({process.log_path}):\n{process.log_tail()}",
+                )
+                self._group.discard(process)
+        return self._group.check(may_finish)
+
+    def _start(
+        self, name: str, command: list[str], env: Mapping[str, str], shows_output: bool = False
+    ) -> ManagedProcess:
+        path = self._log_path(name)
+        on_output = self._output.show if shows_output else None
+        process = ManagedProcess(name, command, path, self._child_env(env), on_output)
+        self._group.add(process)
+        self._output.follow(name, path)
+        return process
+
+    def _log_path(self, name: str) -> Path:
+        return self._logs / f"{name}.log"
+
+    def _child_env(self, extra: Mapping[str, str]) -> dict[str, str]:
+        """Return what is added to a child's environment: this interpreter's commands first, output unbuffered."""
+        env = {
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+            "PYTHONUNBUFFERED": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "COLUMNS": str(shutil.get_terminal_size().columns),
+        }
+        if self._config.is_local_model:
+            env["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
+        return {**env, **extra}
+
+
+@contextlib.contextmanager
+def _own_run_dir(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory for this launch, and remove what an earlier one reported there."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            # Released by the kernel when this process ends, so a crash leaves no stale lock.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise PreflightError(
+                f"Another launch is using {run_dir}.",
+                "Two runs would overwrite each other's logs and model.",
+                "Wait for it to end, or name another directory with `--run_dir`.",
+            ) from exc
+        for name in (
+            "summary.json",
+            "reward.png",
+            "completions.json",
+            "model/trainer_state.json",
+            "model/report.html",
+        ):
+            (run_dir / name).unlink(missing_ok=True)
+        for log in (run_dir / "logs").glob("*.log"):
+            log.unlink()
+        yield
+
+
+def _flat(flags: Mapping[str, str]) -> list[str]:
+    return [part for pair in flags.items() for part in pair]
+
+
+def _request(method: str, url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    try:
+        key = os.environ.get("VLLM_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        response = requests.request(method, url, json=body, headers=headers, timeout=COMPLETION_TIMEOUT_S)
+        response.raise_for_status()
+        return response.json()
+    except requests.RequestException as exc:
+        _raise_server_error(url, exc)
+
+
+def _raise_server_error(url: str, exc: requests.RequestException) -> NoReturn:
+    detail = f" {exc.response.text[:500]}" if exc.response is not None else ""
+    raise PreflightError(
+        f"{url} did not answer as expected: {exc}.{detail}",
+        "The inference server is asked for completions before and after training.",
+        "Read its log: logs/vllm.log in the run directory, unless it is external.",
+    ) from exc
+
+
+def _write_results(
+    config: LaunchConfig,
+    before: list[list[str]],
+    after: list[list[str]],
+    weight_version: int | str | None,
+    wall_s: float,
+) -> dict[str, Any]:
+    """Write the files of the run directory and print the report."""
+    run_dir = Path(config.run_dir)
+    entries = summary.read_training_log(config.trainer_output_dir)
+    result = summary.summarize(entries, weight_version, wall_s)
+    (run_dir / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    completions = [
+        {"prompt": prompt, "before": first, "after": last}
+        for prompt, first, last in zip(config.prompts, before, after, strict=True)
+    ]
+    (run_dir / "completions.json").write_text(json.dumps(completions, indent=2) + "\n", encoding="utf-8")
+    save_reward_plot(config.trainer_output_dir, run_dir / "reward.png")
+    summary.print_report(Console(), entries, config.prompts, before, after)
+    print(
+        f"reward   {result['reward_first']:.3f} (first {summary.WINDOW} steps) -> {result['reward_last']:.3f} (last)"
+    )
+    print(f"model    {config.trainer_output_dir}")
+    print(f"report   {config.trainer_output_dir / REPORT_FILE}")
+    print(f"summary  {run_dir / 'summary.json'}, {run_dir / 'reward.png'}, logs in {run_dir / 'logs'}", flush=True)
+    return result

@@ -1,0 +1,182 @@
+"""The servers of a launch: those that it starts, and those that run already."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import requests
+
+from ...checks.machine import port_obstacle
+from ...errors import PreflightError
+from .commands import HOST
+from .output import LaunchOutput
+from .processes import ManagedProcess, ProcessGroup, failure_of, free_port
+
+
+MAX_PORT_ATTEMPTS = 3
+POLL_S = 0.2
+PROBE_TIMEOUT_S = 2.0
+
+
+class Service:
+    """A server of the launch: started on a free port, and on another one if that port was taken meanwhile.
+
+    Args:
+        name (`str`):
+            Of its process.
+        health_path (`str`):
+            What answers once it is ready, such as `"/health"`.
+        build_command (`Callable[[int], list[str]]`):
+            Command line for a port.
+        log_path (`Path`):
+            Of its log.
+        env (`Mapping[str, str]`):
+            Added to its environment.
+        group ([`~cli.launch.processes.ProcessGroup`]):
+            Ends it.
+        output ([`~cli.launch.output.LaunchOutput`]):
+            Follows its log.
+        port (`int`, *optional*, defaults to `0`):
+            The only port that it may have; 0: any.
+
+    Raises:
+        PreflightError: `port` is taken.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        health_path: str,
+        build_command: Callable[[int], list[str]],
+        log_path: Path,
+        env: Mapping[str, str],
+        group: ProcessGroup,
+        output: LaunchOutput,
+        port: int = 0,
+    ):
+        self.name = name
+        self.health_path = health_path
+        self._build_command = build_command
+        self._log_path = log_path
+        self._env = env
+        self._group = group
+        self._output = output
+        self._port = port
+        self._num_attempts = 0
+        if port:
+            check_port(name, port)
+        self._start()
+
+    def _start(self) -> None:
+        self._num_attempts += 1
+        port = self._port or free_port()
+        self.url = f"http://{HOST}:{port}"
+        self._process = ManagedProcess(self.name, self._build_command(port), self._log_path, self._env)
+        self._group.add(self._process)
+        self._output.follow(self.name, self._log_path)
+
+    def is_ready(self) -> bool:
+        """Return whether the server answers. One that lost the race for its port is started again.
+
+        Raises:
+            ProcessFailedError: It ended for another reason, or lost `MAX_PORT_ATTEMPTS` ports.
+        """
+        if self._process.poll() is not None:
+            lost_port = "address already in use" in self._process.log_tail().lower()
+            if self._port or not lost_port or self._num_attempts >= MAX_PORT_ATTEMPTS:
+                raise failure_of(
+                    self._process, still_running=[name for name in self._group.names if name != self.name]
+                )
+            self._group.discard(self._process)
+            self._start()
+            return False
+        return answers(self.url + self.health_path)
+
+    def state(self) -> str:
+        """Return what a slow start is busy with: the newest line of the log."""
+        return f"The last line of its log: {self._process.log_tail(1)}"
+
+
+class ExternalService:
+    """A server that runs already. The launch asks it, and neither starts nor ends it.
+
+    Args:
+        name (`str`):
+            How messages call it.
+        url (`str`):
+            Its root.
+        health_path (`str`):
+            What answers once it is ready.
+    """
+
+    def __init__(self, name: str, url: str, health_path: str):
+        self.name = name
+        self.url = url.rstrip("/")
+        self.health_path = health_path
+
+    def is_ready(self) -> bool:
+        """Return whether the server answers."""
+        return answers(self.url + self.health_path)
+
+    def state(self) -> str:
+        """Return what is known of it."""
+        return f"{self.url} is external: the launch does not start it, and {self.health_path} does not answer there."
+
+
+AnyService = Service | ExternalService
+
+
+def answers(url: str) -> bool:
+    """Return whether a GET of this address succeeds."""
+    try:
+        return requests.get(url, timeout=PROBE_TIMEOUT_S).ok
+    except (requests.ConnectionError, requests.Timeout):
+        return False
+
+
+def check_port(name: str, port: int) -> None:
+    """Refuse a loopback port that somebody listens on.
+
+    Raises:
+        PreflightError: It is taken, or this user may not have it.
+    """
+    obstacle = port_obstacle(port)
+    if obstacle is not None:
+        raise PreflightError(
+            f"Port {port} of {HOST}, the `{name}_port`, cannot be taken: {obstacle}.",
+            "Another program listens there, perhaps a server of an earlier run.",
+            f"`ss -ltnp 'sport = :{port}'` names it; or set `{name}_port` to another port, or to 0 for a free one.",
+        )
+
+
+def wait_until_ready(
+    services: Sequence[AnyService], timeout_s: float, group: ProcessGroup, output: LaunchOutput
+) -> None:
+    """Wait for all services.
+
+    Raises:
+        PreflightError: One is not ready in time.
+        ProcessFailedError: One ended.
+    """
+    for service in services:
+        is_external = isinstance(service, ExternalService)
+        output.say(service.name, f"external, at {service.url}" if is_external else "starting")
+    waiting = list(services)
+    deadline = time.monotonic() + timeout_s
+    while waiting:
+        names = [service.name for service in waiting]
+        output.wait_for("launch", f"waiting for {', '.join(names)}", names)
+        while not (ready := [service for service in waiting if service.is_ready()]):
+            if time.monotonic() >= deadline:
+                raise PreflightError(
+                    f"`{waiting[0].name}` was not ready after {timeout_s:.0f} s.",
+                    waiting[0].state(),
+                    "Raise `startup_timeout_s` in the launch file if it was still loading the model.",
+                )
+            time.sleep(POLL_S)
+        for service in ready:
+            output.say(service.name, f"ready at {service.url}")
+            waiting.remove(service)
+    group.check()

@@ -1,0 +1,1 @@
+"""From fetched batches to this rank's micro-batches: policy versions, staleness, quarantine, advantages, dealing."""

@@ -1,0 +1,155 @@
+"""Why the data that comes teaches nothing: the traps that only the trainer sees."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..checks.api import AGEING_FIX, AGEING_WHY
+from ..checks.finding import Check, Finding, diagnose
+from ..types import RejectedGroup, RolloutGroup
+
+
+TOO_LONG = "too_long"
+"""The reason under which validation refuses a group with a rollout beyond `max_length`."""
+
+MIN_GROUPS = 8
+"""Fewer groups may be alike by chance."""
+
+WINDOW = 20
+"""Batches that a trainer looks back over."""
+
+AGEING = 3.0
+"""Mean staleness, in publishes, above which a run without `max_staleness` is told: what three batches in the API make, the
+default of `--env.max_batches_offpolicy`."""
+
+
+@dataclass(frozen=True)
+class TrainerFacts:
+    """What a trainer received over its last batches.
+
+    Args:
+        num_groups (`int`):
+            Groups that came, refused ones included.
+        num_refused_groups (`int`):
+            Groups that validation refused.
+        num_too_long_groups (`int`):
+            Those of them with a rollout longer than `max_length`.
+        num_tied_groups (`int`):
+            Groups of at least two rollouts, all with the same reward and without token-level advantages.
+        mean_staleness (`float`, *optional*):
+            Of the rollouts of known policy version, in publishes: mean of the batches' means.
+        max_staleness (`int`, *optional*):
+            The option. None: no limit.
+    """
+
+    num_groups: int = 0
+    num_refused_groups: int = 0
+    num_too_long_groups: int = 0
+    num_tied_groups: int = 0
+    mean_staleness: float | None = None
+    max_staleness: int | None = None
+
+
+def _all_groups_too_long(facts: TrainerFacts) -> str | None:
+    if facts.num_groups < MIN_GROUPS or facts.num_too_long_groups < facts.num_groups:
+        return None
+    return f"All of the last {facts.num_groups} groups have a rollout that is longer than `max_length`."
+
+
+def _all_groups_tie(facts: TrainerFacts) -> str | None:
+    num_accepted = facts.num_groups - facts.num_refused_groups
+    if num_accepted < MIN_GROUPS or facts.num_tied_groups < num_accepted:
+        return None
+    return f"In all of the last {num_accepted} groups every rollout has the same reward."
+
+
+def _stale_batches(facts: TrainerFacts) -> str | None:
+    limit = AGEING if facts.max_staleness is None else float(facts.max_staleness)
+    if facts.mean_staleness is None or facts.mean_staleness <= limit:
+        return None
+    return f"The last rollouts are {facts.mean_staleness:.1f} publishes old on average, more than {limit:g}."
+
+
+TRAINER_CHECKS: tuple[Check[TrainerFacts], ...] = (
+    Check(
+        "all_groups_too_long",
+        "error",
+        _all_groups_too_long,
+        "Every group is refused whole, and nothing is trained.",
+        "Raise `--max_length`, or lower `max_tokens` of the environment's completions.",
+    ),
+    Check(
+        "all_groups_tie",
+        "warning",
+        _all_groups_tie,
+        "Their advantages are 0 and the gradient is 0: the task is solved, hopeless, or its score function is broken.",
+        "Look at completions and rewards with `--log_completions`; mix in tasks of another difficulty.",
+    ),
+    Check("stale_batches", "warning", _stale_batches, AGEING_WHY, AGEING_FIX),
+)
+
+
+class TrainerHistory:
+    """Counts what came over the last `WINDOW` batches, and tells what is found in it once.
+
+    Args:
+        max_staleness (`int`, *optional*):
+            The option. None: no limit.
+    """
+
+    def __init__(self, max_staleness: int | None = None):
+        self.max_staleness = max_staleness
+        self._batches: deque[TrainerFacts] = deque(maxlen=WINDOW)
+        self._known: set[str] = set()
+
+    def add(
+        self, groups: Sequence[RolloutGroup], rejected: Sequence[RejectedGroup], policy_version: int
+    ) -> list[Finding]:
+        """Count a batch.
+
+        Args:
+            groups (sequence of [`RolloutGroup`]):
+                Its good groups, also those that are dropped as too stale.
+            rejected (sequence of [`RejectedGroup`]):
+                Its refused groups.
+            policy_version (`int`):
+                Of the trainer.
+
+        Returns:
+            `list[Finding]`: what was not found after the batch before.
+        """
+        of_rollouts = [rollout.staleness(policy_version) for group in groups for rollout in group.rollouts]
+        staleness = [value for value in of_rollouts if value is not None]
+        self._batches.append(
+            TrainerFacts(
+                num_groups=len(groups) + len(rejected),
+                num_refused_groups=len(rejected),
+                num_too_long_groups=sum(group.reason == TOO_LONG for group in rejected),
+                num_tied_groups=sum(map(_is_tied, groups)),
+                mean_staleness=sum(staleness) / len(staleness) if staleness else None,
+            )
+        )
+        findings = diagnose(self.facts(), TRAINER_CHECKS)
+        new = [finding for finding in findings if finding.name not in self._known]
+        self._known = {finding.name for finding in findings}
+        return new
+
+    def facts(self) -> TrainerFacts:
+        """The counts of all batches of the window."""
+        known = [batch.mean_staleness for batch in self._batches if batch.mean_staleness is not None]
+        return TrainerFacts(
+            num_groups=sum(batch.num_groups for batch in self._batches),
+            num_refused_groups=sum(batch.num_refused_groups for batch in self._batches),
+            num_too_long_groups=sum(batch.num_too_long_groups for batch in self._batches),
+            num_tied_groups=sum(batch.num_tied_groups for batch in self._batches),
+            mean_staleness=sum(known) / len(known) if known else None,
+            max_staleness=self.max_staleness,
+        )
+
+
+def _is_tied(group: RolloutGroup) -> bool:
+    rollouts = group.rollouts
+    has_one_reward = len({rollout.reward for rollout in rollouts}) == 1
+    return len(rollouts) > 1 and has_one_reward and all(rollout.advantages is None for rollout in rollouts)

@@ -1,0 +1,223 @@
+"""Where batches come from: the Atropos API, the journal after a resume, or recorded data.
+
+A batch of the API is in the journal before anybody else sees it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..checks.api import data_timeout, describe_wait, inspect_api
+from ..errors import (
+    AtroposAnswerLost,
+    AtroposBatchLost,
+    AtroposConnectionError,
+    AtroposProtocolError,
+    AtroposRegistrationError,
+)
+from ..wire.client import FIRST_DELAY_S, PROGRESS_INTERVAL_S, UNREGISTERED, AtroposClient
+from ..wire.journal import Journal
+from ..wire.recorded import OfflineData
+
+
+logger = logging.getLogger(__name__)
+
+DELAY_GROWTH = 1.25
+"""From one poll to the next. A batch that is ready waits for a fifth of the time waited so far, at most."""
+
+
+@dataclass(frozen=True)
+class FetchedBatch:
+    """A batch as it came.
+
+    Args:
+        number (`int`):
+            Counts the batches of the run, from 0; the journal's number. A batch that was lost does not count: it has the number
+            of the next one.
+        raw_groups (`list[dict]`):
+            Its groups as JSON gave them; empty if it was lost.
+        is_replayed (`bool`, *optional*, defaults to `False`):
+            Whether it was fetched before a resume.
+        versions (`dict`, *optional*):
+            The journal's mark `versions`, if it is replayed and has one.
+        loss (`AtroposBatchLost`, *optional*):
+            Why the API could not hand the batch out that it took from its queue.
+    """
+
+    number: int
+    raw_groups: list[dict[str, Any]]
+    is_replayed: bool = False
+    versions: dict[str, Any] | None = None
+    loss: AtroposBatchLost | None = None
+
+
+@dataclass(frozen=True)
+class ApiPatience:
+    """How long the API is waited for.
+
+    Args:
+        batch_timeout_s (`float`):
+            Longest wait for a batch, in seconds.
+        refresh_interval_s (`float`):
+            Longest pause between two polls, in seconds.
+        api_timeout_s (`float`):
+            Longest wait for an API that went away, in seconds.
+    """
+
+    batch_timeout_s: float
+    refresh_interval_s: float
+    api_timeout_s: float
+
+
+class ApiBatches:
+    """The batches of a live API, each on the disk before it is handed on. Iterate once.
+
+    An API that goes away is waited for; one that was restarted is registered with again.
+
+    Args:
+        client ([`AtroposClient`]):
+            The API.
+        journal ([`Journal`]):
+            Where each batch is written.
+        patience ([`ApiPatience`]):
+            How long to wait.
+        register (`Callable[[], None]`):
+            Registers this trainer.
+
+    Attributes:
+        num_restarts (`int`):
+            How often the API was restarted.
+        num_batches_maybe_lost (`int`):
+            Requests for a batch that were sent and whose answer did not arrive.
+        num_batches_lost (`int`):
+            Batches that the API could not write as JSON.
+    """
+
+    def __init__(
+        self,
+        client: AtroposClient,
+        journal: Journal,
+        patience: ApiPatience,
+        register: Callable[[], None],
+    ):
+        self.client = client
+        self.journal = journal
+        self.patience = patience
+        self.register = register
+        self.num_restarts = 0
+        self.num_batches_maybe_lost = 0
+        self.num_batches_lost = 0
+        self._stop = threading.Event()
+
+    def __iter__(self) -> Iterator[FetchedBatch]:
+        while not self._stop.is_set():
+            self.journal.make_room()
+            try:
+                raw_groups = self._wait()
+            except AtroposBatchLost as exc:
+                self.num_batches_lost += 1
+                yield FetchedBatch(self.journal.next_batch, [], loss=exc)
+                continue
+            if raw_groups is None:
+                return
+            yield FetchedBatch(self.journal.append(raw_groups), raw_groups)
+
+    def stop(self) -> None:
+        """Do not ask for another batch."""
+        self._stop.set()
+
+    def _wait(self) -> list[dict[str, Any]] | None:
+        """Poll until there is a batch; None if stopped."""
+        patience = self.patience
+        start = time.monotonic()
+        delay, next_report = FIRST_DELAY_S, PROGRESS_INTERVAL_S
+        while not self._stop.is_set():
+            elapsed = time.monotonic() - start
+            try:
+                raw_groups = self.client.fetch_batch()
+                if raw_groups is not None:
+                    return _checked(raw_groups)
+                if elapsed >= patience.batch_timeout_s:
+                    raise data_timeout(elapsed, inspect_api(self.client, has_waiting_trainer=True))
+                if elapsed >= next_report:
+                    logger.info(describe_wait(elapsed, inspect_api(self.client, has_waiting_trainer=True)))
+                    next_report = elapsed + PROGRESS_INTERVAL_S
+            except (AtroposConnectionError, AtroposRegistrationError) as exc:
+                self._recover(exc)
+                start, delay, next_report = time.monotonic(), FIRST_DELAY_S, PROGRESS_INTERVAL_S
+                continue
+            self._stop.wait(min(delay, patience.refresh_interval_s, max(patience.batch_timeout_s - elapsed, 0.0)))
+            delay *= DELAY_GROWTH
+        return None
+
+    def _recover(self, exc: AtroposConnectionError | AtroposRegistrationError) -> None:
+        """Wait for the API and register with it again if it forgot this trainer."""
+        self.num_batches_maybe_lost += isinstance(exc, AtroposAnswerLost)
+        logger.error(
+            f"{exc.what} {exc.why} Waiting up to {self.patience.api_timeout_s:g} s for the API (--api_timeout_s). Every batch "
+            "that it handed out is in the journal; what it still held is gone if it was restarted."
+        )
+        timeout_s = self.patience.api_timeout_s
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self.client.wait_until_reachable(timeout_s)
+            try:
+                self._register_again(exc)
+                return
+            except AtroposConnectionError:
+                # It answered once and went away again, as one does that is killed and started in a loop.
+                timeout_s = deadline - time.monotonic()
+                if timeout_s <= 0:
+                    raise
+
+    def _register_again(self, exc: AtroposConnectionError | AtroposRegistrationError) -> None:
+        if self.client.info()[0] != UNREGISTERED:
+            if isinstance(exc, AtroposRegistrationError):
+                raise exc
+            # Compares the sizes, too: another trainer may have been the first after a restart.
+            self.register()
+            logger.warning("The Atropos API answers again, and a registration with this trainer's sizes holds.")
+            return
+        try:
+            self.register()
+        except AtroposRegistrationError as refused:
+            if self.client.info()[0] != UNREGISTERED:
+                raise
+            logger.warning(f"{refused.what} {refused.why} Emptying it with /reset_data and registering again.")
+            self.client.reset_data()
+            self.register()
+        self.num_restarts += 1
+        logger.warning(
+            f"The Atropos API at {self.client.base_url} was restarted and this trainer is registered again. Environments "
+            "end when the API does not know them any more: start them again, with the commands that started them."
+        )
+
+
+def replayed_batches(journal: Journal, first: int) -> Iterator[FetchedBatch]:
+    """The batches of a journal from `first` on: fetched before a resume, and not trained in what the checkpoint holds."""
+    versions = {mark["batch"]: mark for mark in journal.marks("versions")}
+    for batch in journal.batches(first):
+        yield FetchedBatch(batch.number, batch.raw_groups, is_replayed=True, versions=versions.get(batch.number))
+
+
+def offline_batches(data: OfflineData, first: int, num_batches: int) -> Iterator[FetchedBatch]:
+    """The batches `first` to `num_batches` of recorded data, one pass after the other."""
+    for batch in itertools.islice(data.batches(first), num_batches - first):
+        yield FetchedBatch(batch.number, batch.raw_groups)
+
+
+def _checked(raw_groups: list[Any]) -> list[dict[str, Any]]:
+    for index, group in enumerate(raw_groups):
+        if not isinstance(group, dict):
+            raise AtroposProtocolError(
+                f"Group {index} of a batch is a {type(group).__name__}, not an object.",
+                'Atropos answers /batch with `{"batch": [ScoredData, ...]}`.',
+                "Check that --atropos_api_url is the URL of `run-api`.",
+            )
+    return raw_groups

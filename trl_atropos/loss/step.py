@@ -1,0 +1,215 @@
+"""What an optimizer step must know of all its micro-batches before the first forward pass, and of its losses after it.
+
+Shape letters: N trained tokens of a micro-batch, R rollouts of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..distributed import is_distributed, sum_over_ranks
+from ..errors import NonFiniteGradientError
+from .advantages import advantage_statistics, clip_advantages, normalize_advantages, standardize_advantages
+from .losses import token_weights
+from .metrics import Metric, mean_of
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Options of the step; see `AtroposConfig`.
+
+    Args:
+        advantage_normalization (`str`):
+            `"none"`, `"batch"` or `"global"`.
+        advantage_clipping (sequence of two `float`, *optional*):
+            Smallest and largest advantage.
+        aggregation (`str`):
+            A value of `loss_options.AGGREGATIONS`.
+        max_completion_length (`int`):
+            Tokens.
+    """
+
+    advantage_normalization: str
+    advantage_clipping: Sequence[float] | None
+    aggregation: str
+    max_completion_length: int
+
+
+def prepare_step(
+    micro_batches: Sequence[dict[str, Any]],
+    options: StepOptions,
+    device: torch.device,
+    process_group: dist.ProcessGroup | None = None,
+) -> tuple[int, dict[str, Metric]]:
+    """Normalise and clip the advantages of a step, and weigh its tokens.
+
+    A collective call: every rank makes it, also one whose micro-batches are empty. Statistics and denominators cover all
+    micro-batches of all ranks, so that any split of the same rollouts gives the same gradient.
+
+    Args:
+        micro_batches (sequence of `dict`):
+            From [`~data.micro_batches.RolloutCollator`]. Changed: `advantages` are normalised, clipped, and scaled: 0 where the
+            environment asked for that, less where a rollout is down-weighted; `token_weights` (N,), `token_mean_weight`
+            and `teacher_mean_weight` of shape `()` are added, what a mean over the trained tokens, or over those with a
+            teacher, of the step divides by; and `num_with_teacher`, those of the micro-batch.
+        options ([`StepOptions`]):
+            How.
+        device (`torch.device`):
+            On which the backend of the process group reduces.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            Ranks that hold every rollout once; all ranks if not given.
+
+    Returns:
+        `tuple[int, dict[str, Metric]]`: trained tokens of the step over all ranks, and metrics of the advantages.
+    """
+    advantages = [batch["advantages"] for batch in micro_batches]
+    masks = [torch.ones_like(values, dtype=torch.bool) for values in advantages]
+    statistics = advantage_statistics(advantages, masks, process_group, distributed=is_distributed(), device=device)
+    for batch in micro_batches:
+        batch["num_with_teacher"] = _num_with_teacher(batch)
+    num_with_teacher = sum(batch["num_with_teacher"] for batch in micro_batches)
+    num_rollouts = sum(batch["num_rollouts"] for batch in micro_batches)
+    num_rollouts, num_with_teacher = map(int, sum_over_ranks([num_rollouts, num_with_teacher], device, process_group))
+    metrics = {
+        "num_trained_tokens": mean_of(float(statistics.num_trained_tokens)),
+        "advantages/zero_std": mean_of(statistics.std == 0),
+        "perf/num_micro_batches": mean_of(float(len(micro_batches))),
+        "perf/computed_tokens_frac": _computed_tokens_frac(micro_batches),
+    }
+    clipped_low, clipped_high = [], []
+    for batch, mask in zip(micro_batches, masks, strict=True):
+        if options.advantage_normalization == "global":
+            normalized = standardize_advantages(batch["advantages"], mask, statistics)
+        else:
+            normalized = normalize_advantages(batch["advantages"], mask, options.advantage_normalization)
+        if options.advantage_clipping is not None:
+            clipped_low.append(normalized < options.advantage_clipping[0])
+            clipped_high.append(normalized > options.advantage_clipping[1])
+        clipped = clip_advantages(normalized, options.advantage_clipping)
+        batch["advantages"] = clipped * batch["advantage_scale"][batch["rollout_index"]]
+        batch["token_weights"] = token_weights(
+            batch["rollout_index"],
+            batch["num_rollout_tokens"],
+            options.aggregation,
+            num_trained_tokens=statistics.num_trained_tokens,
+            num_rollouts=num_rollouts,
+            max_completion_length=options.max_completion_length,
+        )
+        batch["token_mean_weight"] = torch.tensor(1 / max(statistics.num_trained_tokens, 1))
+        batch["teacher_mean_weight"] = torch.tensor(1 / max(num_with_teacher, 1))
+    if clipped_low:
+        metrics["advantages/clipped_frac_low"] = mean_of(torch.cat(clipped_low))
+        metrics["advantages/clipped_frac_high"] = mean_of(torch.cat(clipped_high))
+    return statistics.num_trained_tokens, metrics
+
+
+def teacher_cross_entropy(student_logprobs: Tensor, batch: dict[str, Any]) -> Tensor:
+    """Sum over the trained tokens with a teacher of `-sum_k p_k log q_k`, over the tokens k that the teacher named.
+
+    The gradient is that of the KL divergence from the teacher p to the student q, cut off at the named tokens
+    ([Hinton et al. 2015](https://huggingface.co/papers/1503.02531)). Deviations: p is not normalised over the named
+    tokens, so a teacher that named little mass pulls little; the temperature is 1.
+
+    Args:
+        student_logprobs (`torch.Tensor` of shape `(N, K)`, float32):
+            log q_k, with gradient; anything where the teacher named no token.
+        batch (`dict`):
+            With `teacher_logprobs` (N, K), -inf where there is no token.
+
+    Returns:
+        `torch.Tensor` of shape `()`, in nats.
+    """
+    teacher_logprobs = batch["teacher_logprobs"]
+    is_named = teacher_logprobs > -torch.inf
+    # Selected, not multiplied with 0: the logprob of a padded id may be -inf.
+    return -(teacher_logprobs[is_named].exp() * student_logprobs[is_named]).sum()
+
+
+def distillation_loss(student_logprobs: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Metric]:
+    """A micro-batch's share of the mean cross entropy to the teacher, and its metric; see [`teacher_cross_entropy`]."""
+    total = teacher_cross_entropy(student_logprobs, batch)
+    metric = Metric("mean", total.detach().double(), batch["num_with_teacher"])
+    return total * batch["teacher_mean_weight"], metric
+
+
+def _computed_tokens_frac(micro_batches: Sequence[dict[str, Any]]) -> Metric:
+    computed = sum(batch["input_ids"].numel() for batch in micro_batches)
+    num_tokens = sum(batch["num_sequence_tokens"] for batch in micro_batches)
+    return Metric("mean", torch.tensor(float(computed), dtype=torch.float64), num_tokens)
+
+
+def _num_with_teacher(batch: dict[str, Any]) -> int:
+    if "teacher_logprobs" not in batch:
+        return 0
+    return int((batch["teacher_logprobs"] > -torch.inf).any(dim=-1).sum())
+
+
+def check_grad_norm(step: int, grad_norm: Any) -> None:
+    """Refuse a gradient with a norm that is not finite.
+
+    Args:
+        step (`int`):
+            Number of the optimizer step, for the message.
+        grad_norm (`float` or `torch.Tensor`, *optional*):
+            The norm over all parameters and ranks; None if nobody computed it.
+
+    Raises:
+        NonFiniteGradientError: it is NaN or infinite.
+    """
+    if grad_norm is not None and not math.isfinite(float(grad_norm)):
+        raise NonFiniteGradientError(
+            f"The gradient norm of step {step} is {float(grad_norm)}.",
+            "The optimizer step was not taken: the model and the server hold the last good policy.",
+            "Resume from the last checkpoint with a smaller --learning_rate, or set --max_grad_norm; in half "
+            "precision load the model in float32 (--dtype float32).",
+        )
+
+
+@dataclass
+class LossWatch:
+    """Remembers which rollouts of a step had a loss that is not finite, without waiting for the accelerator."""
+
+    _seen: list[tuple[list[str], Tensor]] = field(default_factory=list)
+
+    def add(self, names: list[str], rollout_losses: Tensor) -> None:
+        """Adds the summed losses (R,) of the rollouts of a micro-batch, and how messages name them."""
+        self._seen.append((names, rollout_losses.detach().isfinite()))
+
+    def check(self, step: int, device: torch.device) -> None:
+        """Raises on every rank if a loss of any rank since the last call was not finite. A collective call.
+
+        A rank that raised alone would leave the others to take the optimizer step and wait for it in the next one.
+
+        Args:
+            step (`int`):
+                Number of the optimizer step, for the message.
+            device (`torch.device`):
+                On which the backend of the process group reduces.
+
+        Raises:
+            NonFiniteGradientError: names the rollouts of this rank.
+        """
+        seen, self._seen = self._seen, []
+        names = [
+            name
+            for names, is_finite in seen
+            for name, finite in zip(names, is_finite.tolist(), strict=True)
+            if not finite
+        ]
+        (num_anywhere,) = sum_over_ranks([float(len(names))], device)
+        if num_anywhere == 0:
+            return
+        shown = "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
+        raise NonFiniteGradientError(
+            f"The loss of step {step} is not finite, because of {shown or 'a rollout of another rank'}.",
+            "The optimizer step was not taken: the model and the server hold the last good policy.",
+            "Look these rollouts up in the journal (output_dir/journal). A trained token that the policy holds for impossible "
+            "does that, and so does a loss_fn of your own.",
+        )

@@ -1,0 +1,93 @@
+"""Makes the policy that is trained: load, adapt, switch dropout off."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..errors import PreflightError
+from ..trainer.atropos_config import AtroposConfig
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+def load_model(model: str | PreTrainedModel | nn.Module, args: AtroposConfig) -> PreTrainedModel:
+    """Return the policy: the instance itself, or the checkpoint loaded in float32 unless the options say otherwise."""
+    init_kwargs = args.model_init_kwargs or {}
+    assert isinstance(init_kwargs, dict), "TrainingArguments parses the options that are dictionaries"
+    if not isinstance(model, str):
+        if init_kwargs:
+            raise ValueError(
+                f"model_init_kwargs {init_kwargs} was given together with a model instance. They only act "
+                "when the trainer loads the model. Leave them out, or pass the model as a string."
+            )
+        return model
+    kwargs = {"trust_remote_code": args.trust_remote_code, **init_kwargs}
+    # A step at lr 1e-6 is below the resolution of bf16 weights: updates would be rounded away.
+    kwargs.setdefault("dtype", torch.float32)
+    return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+
+
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> nn.Module:
+    """Wrap the policy with a fresh adapter."""
+    from peft import PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "A PeftModel was given together with a peft_config. It already has an adapter, and training a second one on "
+            "top is not what is usually meant. Pass the base model, or leave peft_config out."
+        )
+    return get_peft_model(model, peft_config)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def use_sparse_embedding_gradient(model: PreTrainedModel) -> bool:
+    """Let a tied embedding give its gradient as the few rows that occur, not as a second matrix of the head's size.
+
+    The sum with the head's gradient is dense again, so the optimizer sees no difference; what goes away is a matrix of
+    zeros of that size, filled, added and dropped in each backward pass. Only for one process: DDP would expect a sparse
+    sum.
+
+    Returns:
+        `bool`: whether it applies: the weight is tied and trained.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    applies = (
+        isinstance(embedding, nn.Embedding)
+        and isinstance(head, nn.Linear)
+        and embedding.weight is head.weight
+        and embedding.weight.requires_grad
+    )
+    if applies:
+        embedding.sparse = True
+    return applies
+
+
+def eos_token_ids(model: nn.Module, processing_class: Any, *, is_required: bool) -> frozenset[int] | None:
+    """Tokens that end a completion: of the tokenizer and of the generation config; None if there is none.
+
+    Raises:
+        [`PreflightError`]: there is none, and one is required.
+    """
+    of_generation = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [getattr(processing_class, "eos_token_id", None)]
+    ids += of_generation if isinstance(of_generation, list) else [of_generation]
+    found = frozenset(token_id for token_id in ids if token_id is not None)
+    if not found and is_required:
+        raise PreflightError(
+            "mask_truncated_completions is on, and neither tokenizer nor generation config has an eos_token_id.",
+            "Every rollout would count as truncated, and none would be trained.",
+            "Pass a processing_class with an eos_token, or set --mask_truncated_completions false.",
+        )
+    return found or None

@@ -1,0 +1,379 @@
+"""From hidden states to logprobs and entropy, and the causal shift, which lives here and nowhere else.
+
+Shape letters: B rollouts, T tokens, V vocabulary, H hidden size, N scored tokens of a micro-batch, K teacher tokens.
+
+Labels, advantages and inference logprobs are aligned with the token they describe (label position). The logits that
+predict token t stand at position t - 1 (prediction position). `next_token_targets` and `align_with_targets` move
+per-token data to prediction positions; from then on, selecting by `targets != -100` yields N entries that all belong
+together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from ..types import IGNORE_INDEX
+
+
+MAX_LOGITS = 2**26
+"""Logits held for the backward pass at a time: 256 MiB in float32. More are computed again there instead."""
+
+MAX_TEMPORARY_LOGITS = 2**22
+"""Logits that are worked on at a time, in float32: 16 MiB for each temporary."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What a forward pass says of N tokens.
+
+    Args:
+        logprobs (`torch.Tensor` of shape `(N,)`, float32):
+            In nats, at the sampling temperature, with gradient.
+        entropy (`torch.Tensor` of shape `(N,)`, float32):
+            Of the same distribution, in nats, with gradient.
+        teacher_token_logprobs (`torch.Tensor` of shape `(N, K)`, float32, *optional*):
+            In nats at temperature 1, with gradient: the student's, for the tokens that a teacher scored.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    teacher_token_logprobs: Tensor | None = None
+
+
+def next_token_targets(labels: Tensor) -> Tensor:
+    """Moves labels to the position that predicts them.
+
+    Args:
+        labels (`torch.Tensor` of shape `(..., T)`, int64):
+            Token id where the token is trained, -100 elsewhere.
+
+    Returns:
+        `torch.Tensor` of shape `(..., T)`, int64: entry t is `labels[..., t + 1]`; the last entry, which predicts
+        nothing, is -100. The label of token 0, which nothing predicts, is gone.
+    """
+    return _shift_left(labels, IGNORE_INDEX)
+
+
+def align_with_targets(values: Tensor) -> Tensor:
+    """Moves per-token values to the position that predicts their token, as [`next_token_targets`] does with labels.
+
+    Args:
+        values (`torch.Tensor` of shape `(..., T)`, any dtype):
+            Entry t belongs to token t: advantages, inference logprobs.
+
+    Returns:
+        `torch.Tensor` of shape `(..., T)`, same dtype: entry t is `values[..., t + 1]`; the last entry is 0.
+    """
+    return _shift_left(values, 0)
+
+
+def score_hidden_states(
+    project: Callable[[Tensor], Tensor],
+    hidden_states: Tensor,
+    targets: Tensor,
+    temperature: Tensor | float = 1.0,
+    *,
+    vocab_size: int,
+    teacher_token_ids: Tensor | None = None,
+    max_logits: int = MAX_LOGITS,
+) -> TokenScores:
+    """Scores tokens from the hidden states that predict them, without ever holding more than `max_logits` logits.
+
+    Up to `max_logits`, the logits are kept for the backward pass. Beyond, the tokens are worked through in pieces, and
+    the backward pass projects each piece again: memory no longer grows with N, at the price of one more projection.
+
+    Args:
+        project (`Callable`):
+            Maps `(n, H)` to logits `(n, V)`, row by row: the output head with whatever the model does to its logits.
+        hidden_states (`torch.Tensor` of shape `(N, H)`, floating):
+            At the prediction positions of the targets.
+        targets (`torch.Tensor` of shape `(N,)`, int64):
+            Token ids, 0 to V - 1.
+        temperature (`torch.Tensor` of shape `(N,)` or `float`, *optional*, defaults to `1.0`):
+            Sampling temperature of each token; greater than 0.
+        vocab_size (`int`):
+            V.
+        teacher_token_ids (`torch.Tensor` of shape `(N, K)`, int64, *optional*):
+            Further tokens to score at the same positions, at temperature 1.
+        max_logits (`int`, *optional*, defaults to 2**26):
+            Numbers; at least one row is held.
+
+    Returns:
+        [`TokenScores`]: connected to `hidden_states` also for N = 0.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    num_tokens = hidden_states.shape[:1]
+    _check_targets("hidden_states", hidden_states, targets)
+    for name, values in (("temperature", temperature), ("teacher_token_ids", teacher_token_ids)):
+        if isinstance(values, Tensor) and values.dim() and values.shape[:1] != num_tokens:
+            raise ValueError(
+                f"{name} has shape {tuple(values.shape)}, targets has shape {tuple(targets.shape)}. Each token is scored "
+                "with its own. Select both with the same index."
+            )
+
+    def score(hidden: Tensor, targets: Tensor, temperature: Tensor | float, ids: Tensor | None) -> tuple[Any, ...]:
+        # The pieces must not share autocast's half precision copy of the head's weight: the gradients of the pieces would
+        # be added up in half precision.
+        device_type = hidden.device.type
+        with torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type), cache_enabled=False):
+            logits = project(hidden)
+        scores = token_logprobs_and_entropy(logits, targets, temperature)
+        return scores if ids is None else (*scores, _log_softmax_at(logits, ids, 1.0)[0])
+
+    rows = max(max_logits // vocab_size, 1)
+    if targets.numel() <= rows:
+        return TokenScores(*score(hidden_states, targets, temperature, teacher_token_ids))
+    pieces = []
+    for piece in _chunks(targets.numel(), rows):
+        pieces.append(
+            checkpoint(
+                score,
+                hidden_states[piece],
+                targets[piece],
+                temperature[piece] if isinstance(temperature, Tensor) and temperature.dim() else temperature,
+                None if teacher_token_ids is None else teacher_token_ids[piece],
+                use_reentrant=False,
+                # Nothing random happens between hidden states and logprobs.
+                preserve_rng_state=False,
+            )
+        )
+    return TokenScores(*(torch.cat(columns) for columns in zip(*pieces, strict=True)))
+
+
+def token_logprobs_and_entropy(
+    logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Logprobs of the targets under `softmax(logits / temperature)`, and its entropy, both with gradient.
+
+    Works through a few rows at a time, forward and backward: no float32 tensor of N x V is ever made, and nothing of
+    that size is kept for the backward but the logits themselves.
+
+    Args:
+        logits (`torch.Tensor` of shape `(N, V)`, floating):
+            At the prediction positions of the targets. Half precision is computed with in float32.
+        targets (`torch.Tensor` of shape `(N,)`, int64):
+            Token ids, 0 to V - 1.
+        temperature (`torch.Tensor` of shape `(N,)` or `float`, *optional*, defaults to `1.0`):
+            Sampling temperature of each token; greater than 0.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]` of shapes `(N,)` and `(N,)`, float32 (float64 for float64 logits): the
+        logprobs and the entropies in nats. For N = 0 both are empty, and still connected to `logits`.
+
+    Raises:
+        ValueError: shapes that do not fit, or a temperature that is not positive.
+    """
+    _check_targets("logits", logits, targets)
+    logprobs, entropy = _log_softmax_at(logits, targets[:, None], temperature)
+    return logprobs.squeeze(-1), entropy
+
+
+def _check_targets(name: str, rows: Tensor, targets: Tensor) -> None:
+    if rows.dim() != 2 or targets.shape != rows.shape[:1]:
+        raise ValueError(
+            f"{name} has shape {tuple(rows.shape)}, targets has shape {tuple(targets.shape)}, expected two dimensions and "
+            "one, of the same length. Each target needs the position that predicts it. Select both with the same mask."
+        )
+
+
+def _log_softmax_at(logits: Tensor, token_ids: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Logprobs (N, K) of `token_ids` (N, K), and entropies (N,), under `softmax(logits / temperature)`."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    temperatures = torch.as_tensor(temperature, dtype=dtype, device=logits.device)
+    if temperatures.dim() == 0:
+        temperatures = temperatures.expand(logits.shape[:1])
+    if temperatures.shape != logits.shape[:1]:
+        raise ValueError(
+            f"temperature has shape {tuple(temperatures.shape)}, targets has shape {tuple(logits.shape[:1])}. Each "
+            "token is scored at the temperature it was sampled with. Pass one number, or one per target."
+        )
+    is_positive = (temperatures > 0) & temperatures.isfinite()
+    if not is_positive.all():
+        raise ValueError(
+            f"The sampling temperature of a token is {temperatures[~is_positive][0].item()}. Under greedy sampling "
+            "(temperature 0) a token has no logprob. Set `--temperature` to that of the environment, above 0."
+        )
+    logprobs, entropy = _ChunkedLogSoftmax.apply(logits, token_ids, temperatures)
+    return logprobs, entropy
+
+
+@dataclass
+class CapturedHiddenStates:
+    """What [`capture_hidden_states`] saw.
+
+    Args:
+        value (`torch.Tensor` of shape `(B, T, H)`, *optional*):
+            The hidden states that the model gave to its head; None until its forward ran.
+    """
+
+    value: Tensor | None = field(default=None)
+
+
+@contextmanager
+def capture_hidden_states(head: nn.Module) -> Iterator[CapturedHiddenStates]:
+    """Inside this context, the output head of a causal language model is given no position, and its input is kept.
+
+    `model(...).logits` has shape `(B, 0, V)`: its sum is 0 and ties the model's own output to a loss that is made of
+    the hidden states, which is what the hooks of DDP and FSDP wait for.
+
+    Args:
+        head (`torch.nn.Module`):
+            The output head, such as `model.get_output_embeddings()`; with PEFT, its wrapper.
+
+    Raises:
+        RuntimeError: the head was not called, or not with hidden states of shape `(B, T, H)`.
+    """
+    captured = CapturedHiddenStates()
+
+    def take(hidden_states: Tensor) -> Tensor:
+        captured.value = hidden_states
+        return hidden_states[:, :0]
+
+    with _replace_input_of(head, take):
+        yield captured
+
+
+@contextmanager
+def select_positions_before(head: nn.Module, index: Tensor) -> Iterator[None]:
+    """Inside this context, the output head of a causal language model sees the selected positions only.
+
+    `model(...).logits` has shape `(1, N, V)`. The way for heads that only the model's own forward can call, because
+    their weight is in pieces outside of it (ZeRO-3, FSDP2), and for models that change their logits in an unknown way.
+
+    Args:
+        head (`torch.nn.Module`):
+            The output head, such as `model.get_output_embeddings()`; with PEFT, its wrapper.
+        index (`torch.Tensor` of shape `(N,)`, int64):
+            Positions to keep, counted over all rows: 0 to B T - 1. None at all is fine: the logits are then empty,
+            connected to every parameter, and a backward gives zero gradients.
+
+    Raises:
+        RuntimeError: the head was not called, or not with hidden states of shape `(B, T, H)`.
+    """
+    with _replace_input_of(head, lambda hidden_states: hidden_states.flatten(0, 1)[index].unsqueeze(0)):
+        yield
+
+
+@contextmanager
+def _replace_input_of(head: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    num_calls = 0
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal num_calls
+        num_calls += 1
+        hidden_states = args[0] if args else None
+        if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 3:
+            shape = tuple(hidden_states.shape) if isinstance(hidden_states, Tensor) else None
+            raise RuntimeError(
+                f"The output head {type(module).__name__} received an input of shape {shape}, expected the hidden "
+                "states of all positions, (B, T, H). The model selects positions itself, or calls its head by keyword. "
+                "Call its forward without `logits_to_keep`."
+            )
+        return (replace(hidden_states), *args[1:])
+
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if num_calls == 0:
+        raise RuntimeError(
+            f"The model's forward did not call the output head {type(head).__name__}. A fused kernel that reads the "
+            "head's weight does that, and so does a head that belongs to another model. Pass "
+            "`model.get_output_embeddings()` of the model that runs, and turn `--use_liger_kernel` off."
+        )
+
+
+class _ChunkedLogSoftmax(torch.autograd.Function):
+    """Gathered log-softmax and entropy. The backward recomputes each chunk's softmax from the saved logits.
+
+    A custom function instead of one checkpoint per chunk: the gradients of the chunks go straight into one buffer of
+    the dtype of the logits, where autograd would add up one padded one per chunk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, token_ids: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = temperatures.new_empty(token_ids.shape)
+        entropy, row_max, log_normalizer = (torch.empty_like(temperatures) for _ in range(3))
+        for rows in _chunks(logits.shape[0], _rows_at_a_time(logits)):
+            row_max[rows] = logits[rows].amax(dim=-1).to(temperatures.dtype)
+            shifted = _shift_and_scale(logits[rows], row_max[rows], temperatures[rows])
+            log_normalizer[rows] = shifted.exp().sum(dim=-1).log()
+            log_softmax = shifted.sub_(log_normalizer[rows, None])
+            logprobs[rows] = log_softmax.gather(-1, token_ids[rows])
+            # entr(0) is 0, where p * log p is NaN for a token whose logit is -inf.
+            entropy[rows] = torch.special.entr(log_softmax.exp_()).sum(dim=-1)
+        ctx.save_for_backward(logits, token_ids, temperatures, row_max, log_normalizer, entropy)
+        # An entropy that no loss uses costs nothing in the backward.
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
+        logits, token_ids, temperatures, row_max, log_normalizer, entropy = ctx.saved_tensors
+        if grad_logprobs is None:
+            grad_logprobs = temperatures.new_zeros(token_ids.shape)
+        grad_scaled = grad_logprobs / temperatures[:, None]
+        total_grad = grad_scaled.sum(dim=-1)
+        grad_logits = torch.empty_like(logits)
+        for rows in _chunks(logits.shape[0], _rows_at_a_time(logits)):
+            shifted = _shift_and_scale(logits[rows], row_max[rows], temperatures[rows])
+            log_softmax = shifted.sub_(log_normalizer[rows, None])
+            if grad_entropy is None:
+                # d logprob / d scaled = onehot(token) - softmax
+                grad = log_softmax.exp_().mul_(-total_grad[rows, None])
+            else:
+                softmax = log_softmax.exp()
+                # d entropy / d scaled = -softmax * (log softmax + entropy), 0 where the softmax is 0
+                weight = (grad_entropy / temperatures)[rows, None]
+                surprise = (log_softmax + entropy[rows, None]).masked_fill_(softmax == 0, 0.0)
+                grad = softmax.mul_(-(surprise.mul_(weight).add_(total_grad[rows, None])))
+            grad.scatter_add_(-1, token_ids[rows], grad_scaled[rows])
+            grad_logits[rows] = grad
+        return grad_logits, None, None
+
+
+def _rows_at_a_time(logits: Tensor) -> int:
+    return max(MAX_TEMPORARY_LOGITS // max(logits.shape[1], 1), 1)
+
+
+def _shift_and_scale(logits: Tensor, row_max: Tensor, temperatures: Tensor) -> Tensor:
+    # The maximum goes before the division: what is rounded then is the distance to it, and a logprob near 0 keeps its
+    # digits however large the logits are.
+    return (logits.to(temperatures.dtype) - row_max[:, None]).div_(temperatures[:, None])
+
+
+def _chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
+    for start in range(0, num_rows, chunk_rows):
+        yield slice(start, start + chunk_rows)
+
+
+def _shift_left(values: Tensor, fill: float) -> Tensor:
+    shifted = torch.full_like(values, fill)
+    shifted[..., :-1] = values[..., 1:]
+    return shifted
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module has the mode that it had."""
+    were_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in were_training.items():
+            module.training = was_training

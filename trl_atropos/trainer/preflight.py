@@ -1,0 +1,297 @@
+"""What must fit together before training starts: the server's settings, its model, and the trainer's model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..checks.finding import NOT_ASKED, FactsT, Finding, PreflightCheck, Unread, examine, known
+from ..checks.machine import MACHINE_CHECKS
+from ..checks.server import SERVER_CHECKS, ServerConfigFacts, TrainerSide
+from ..errors import PreflightError, VLLMServerError
+from ..weight_sync.client import AtroposVLLMClient
+from ..weight_sync.transports.choose import SHARED_MEMORY_BACKEND
+from ..weight_sync.transports.shm_segment import SEGMENT_DIR
+from .atropos_config import AtroposConfig
+from .run_facts import (
+    CONVERSATION,
+    chat_ids,
+    free_bytes,
+    machine_facts,
+    num_parameters,
+    read_tokenizer,
+    tokenizer_facts,
+)
+
+
+logger = logging.getLogger(__name__)
+
+COMPARED_CONFIG_FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What the trainer needs to know of the vLLM server.
+
+    Args:
+        backend (`str`):
+            Its weight transfer backend.
+        dtype (`torch.dtype`):
+            The dtype that it serves in.
+        has_processed_logprobs (`bool`):
+            Whether its logprobs are those after temperature.
+        knows_policy_versions (`bool`):
+            Whether it remembers which policy sampled a rollout (`serving.generate_endpoint`).
+    """
+
+    backend: str
+    dtype: torch.dtype
+    has_processed_logprobs: bool
+    knows_policy_versions: bool
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Check that accelerate knows of all processes.
+
+    Raises:
+        [`PreflightError`]: it does not: gradients would be summed over ranks that the loss does not count.
+    """
+    num_ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if num_ranks != accelerator.num_processes:
+        raise PreflightError(
+            f"{num_ranks} processes share a group, accelerate counts {accelerator.num_processes}.",
+            "The loss would be scaled for another number of ranks, and each would act as the main process.",
+            "Start with `accelerate launch`, for DeepSpeed with --use_deepspeed; on a CPU give the script --ddp_backend gloo.",
+        )
+
+
+def describe_model(model_config: Any) -> dict[str, Any]:
+    """Return the fields of a config in which server and trainer must agree."""
+    config = model_config.get_text_config()
+    return {name: getattr(config, name, None) for name in COMPARED_CONFIG_FIELDS}
+
+
+def trainer_side(
+    args: AtroposConfig,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device | None,
+) -> TrainerSide:
+    """Return what servers are compared with.
+
+    Args:
+        args ([`AtroposConfig`]):
+            Options of the run.
+        model (`nn.Module`):
+            The policy.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            The trainer's.
+        device (`torch.device`, *optional*):
+            Where it lies; None if another transport than ours sends it.
+    """
+    return TrainerSide(
+        max_length=args.max_length,
+        device=NOT_ASKED if device is None else device.type,
+        weight_sync_mode=args.weight_sync_mode,
+        tokenizer=NOT_ASKED if tokenizer is None else tokenizer_facts(tokenizer),
+        chat_ids=NOT_ASKED if tokenizer is None else chat_ids(tokenizer),
+        model=describe_model(model.config),
+        num_parameters=num_parameters(model),
+    )
+
+
+def inspect_server(client: AtroposVLLMClient, model_config: Any, max_length: int) -> ServerFacts:
+    """Check a server against the trainer's model.
+
+    Args:
+        client (`AtroposVLLMClient`):
+            The server.
+        model_config (`PretrainedConfig`):
+            The trainer's model.
+        max_length (`int`):
+            Longest rollout in tokens that the trainer accepts.
+
+    Raises:
+        [`PreflightError`]: no dev mode, no weight transfer engine, another model or another vocabulary.
+    """
+    facts = read_server_config(client, TrainerSide(max_length=max_length, model=describe_model(model_config)))
+    report(check(facts, SERVER_CHECKS))
+    return as_server_facts(facts)
+
+
+def inspect_run(
+    clients: Sequence[AtroposVLLMClient], trainer: TrainerSide, args: AtroposConfig, model: nn.Module
+) -> list[ServerFacts]:
+    """Check all servers and this machine, and report everything that is found at once.
+
+    Args:
+        clients (sequence of `AtroposVLLMClient`):
+            The servers.
+        trainer ([`~checks.server.TrainerSide`]):
+            From [`trainer_side`].
+        args ([`AtroposConfig`]):
+            Options of the run.
+        model (`nn.Module`):
+            The policy.
+
+    Raises:
+        [`PreflightError`]: with every error.
+    """
+    saved = num_parameters(model, only_trained=hasattr(model, "peft_config"))
+    machine = machine_facts(args, saved, ports={"vllm_group_port": args.vllm_group_port})
+    findings = check(machine, MACHINE_CHECKS)
+    servers = [read_server_config(client, trainer) for client in clients]
+    for facts in servers:
+        findings += check(facts, SERVER_CHECKS)
+    report(findings)
+    return [as_server_facts(facts) for facts in servers]
+
+
+def check(facts: FactsT, checks: Sequence[PreflightCheck[FactsT]]) -> list[Finding]:
+    """Run those checks for which there is something to compare."""
+    asked = [check for check in checks if all(getattr(facts, name) is not NOT_ASKED for name in check.needs)]
+    return examine(facts, asked)
+
+
+def report(findings: Sequence[Finding]) -> None:
+    """Log what was found.
+
+    Raises:
+        [`PreflightError`]: with all errors.
+    """
+    levels = {"warning": logging.WARNING, "unknown": logging.WARNING, "ok": logging.DEBUG}
+    for finding in findings:
+        if finding.level != "error":
+            logger.log(levels[finding.level], f"{finding} ({finding.name})")
+    errors = [finding for finding in findings if finding.level == "error"]
+    if len(errors) == 1:
+        raise PreflightError(errors[0].what, errors[0].why, errors[0].fix)
+    if errors:
+        raise PreflightError(
+            f"{len(errors)} checks before the start failed.",
+            "\n".join(["", *(f"  {error.name}: {error}" for error in errors), ""]),
+            "Training did not start; `trl-atropos preflight` shows them again.",
+        )
+
+
+def as_server_facts(facts: ServerConfigFacts) -> ServerFacts:
+    """Return what the trainer goes on with."""
+    backend = known(facts.backend)
+    assert backend is not None, "a server without one is refused"
+    return ServerFacts(
+        backend=backend,
+        dtype=getattr(torch, known(facts.dtype)),
+        has_processed_logprobs=facts.logprobs_mode == "processed_logprobs",
+        knows_policy_versions=known(facts.knows_policy_versions),
+    )
+
+
+def read_server_config(client: AtroposVLLMClient, trainer: TrainerSide) -> ServerConfigFacts:
+    """Read what a server says of itself, and ask it for what it does not say. Changes nothing.
+
+    Args:
+        client (`AtroposVLLMClient`):
+            The server.
+        trainer ([`~checks.server.TrainerSide`]):
+            What it is compared with; what is not known there is not asked here.
+
+    Raises:
+        [`PreflightError`]: no dev mode.
+        [`WeightSyncError`]: the server does not answer, or not as vLLM does.
+    """
+    info = client.get_server_info()
+    transfer, served = info.get("weight_transfer_config"), info["model_config"]
+    backend = None if transfer is None else transfer["backend"]
+    dtype = served["dtype"].removeprefix("torch.")
+    has_tokenizer = not served.get("skip_tokenizer_init")
+    served_model = NOT_ASKED if isinstance(trainer.model, Unread) else _read_model(served["model"])
+    has_adapters = trainer.weight_sync_mode == "adapter"
+    served_tokenizer: Any = NOT_ASKED
+    if not isinstance(trainer.tokenizer, Unread):
+        served_tokenizer = read_tokenizer(served.get("tokenizer") or served["model"], served.get("tokenizer_revision"))
+    is_unread = isinstance(served_tokenizer, Unread)
+    return ServerConfigFacts.beside(
+        trainer,
+        url=client.base_url,
+        backend=backend,
+        dtype=dtype,
+        has_tokenizer=has_tokenizer,
+        logprobs_mode=served["logprobs_mode"],
+        max_model_len=served["max_model_len"],
+        served_name=served["model"],
+        served_model=served_model,
+        accepts_foreign_ids=_accepts_foreign_ids(client, trainer, served_model, has_tokenizer),
+        knows_policy_versions=_knows_policy_versions(client),
+        has_lora=info.get("lora_config") is not None,
+        loads_adapters=has_adapters and bool(client.get_server_environment().get("VLLM_ALLOW_RUNTIME_LORA_UPDATING")),
+        served_tokenizer=served_tokenizer if is_unread else tokenizer_facts(served_tokenizer),
+        served_chat_ids=_served_chat_ids(client, trainer),
+        segment_bytes=segment_bytes(trainer, dtype) if backend == SHARED_MEMORY_BACKEND else 0,
+        free_shared_memory_bytes=free_bytes(SEGMENT_DIR),
+    )
+
+
+def segment_bytes(trainer: TrainerSide, dtype: str) -> int | Unread:
+    """Return the size of a policy in the dtype that a server serves in, by torch's name."""
+    if isinstance(trainer.num_parameters, Unread):
+        return trainer.num_parameters
+    return trainer.num_parameters * int(getattr(torch, dtype).itemsize)
+
+
+def _read_model(name: str) -> dict[str, Any] | Unread:
+    """Return [`describe_model`] of a path or Hub id."""
+    from transformers import AutoConfig
+
+    try:
+        return describe_model(AutoConfig.from_pretrained(name))
+    except (OSError, ValueError) as exc:
+        return Unread(f"The config of the served model {name} cannot be read here ({type(exc).__name__}).")
+
+
+def _accepts_foreign_ids(
+    client: AtroposVLLMClient, trainer: TrainerSide, served_model: dict[str, Any] | Unread, has_tokenizer: bool
+) -> bool | Unread:
+    """Ask for the first id beyond the trainer's vocabulary: the server's config may be another than the one served."""
+    if isinstance(trainer.model, Unread):
+        return NOT_ASKED
+    if not has_tokenizer:
+        return Unread("The server does not check token ids, and its engine would end of a wrong one.")
+    if not isinstance(served_model, Unread) and served_model != trainer.model:
+        return Unread("The server has another model.")
+    body = {"model": client.model, "prompt": [trainer.model["vocab_size"]], "max_tokens": 1}
+    try:
+        client._post(f"{client.base_url}/v1/completions", json=body)
+    except VLLMServerError as exc:
+        if "out of vocabulary" in exc.detail:
+            return False
+        raise
+    return True
+
+
+def _served_chat_ids(client: AtroposVLLMClient, trainer: TrainerSide) -> tuple[int, ...] | Unread | None:
+    if isinstance(trainer.chat_ids, Unread):
+        return NOT_ASKED
+    try:
+        answer = client._post(f"{client.base_url}/tokenize", json={"model": client.model, "messages": CONVERSATION})
+    except VLLMServerError as exc:
+        # How vLLM refuses messages without a template.
+        return None if exc.status_code == 400 else Unread(exc.what)
+    return tuple(answer.get_typed("tokens", list))
+
+
+def _knows_policy_versions(client: AtroposVLLMClient) -> bool:
+    try:
+        client.get_policy_versions([])
+    except VLLMServerError as exc:
+        if exc.status_code != 404:
+            raise
+        return False
+    return True

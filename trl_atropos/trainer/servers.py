@@ -1,0 +1,208 @@
+"""The servers of a run, as rank 0 holds them, and what is asked of their data."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..data.options import check_source
+from ..errors import PreflightError, VLLMServerUnreachable, WeightSyncTimeout
+from ..weight_sync.adapter_publisher import AdapterPublisher
+from ..weight_sync.base import WeightTransport
+from ..weight_sync.client import AtroposVLLMClient
+from ..weight_sync.failures import FailurePolicy
+from ..weight_sync.publisher import PolicyPublisher, PublishOptions
+from ..weight_sync.server_link import LinkOptions, ServerLink
+from ..weight_sync.transports.choose import make_transport
+from ..wire.client import AtroposClient, Registration
+from .atropos_config import AtroposConfig
+from .preflight import ServerFacts, inspect_run, inspect_server, trainer_side
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Connections:
+    """Clients of the Atropos API and of the vLLM server, checked against the model and each other.
+
+    Args:
+        atropos_client ([`~wire.client.AtroposClient`]):
+            The API.
+        vllm_clients (`list[`[`~weight_sync.client.AtroposVLLMClient`]`]`):
+            The servers that environments query.
+        publisher ([`~weight_sync.publisher.PolicyPublisher`]):
+            Keeps them on the newest policy.
+        adapter_publisher ([`~weight_sync.adapter_publisher.AdapterPublisher`]):
+            The same by adapters.
+        facts ([`~trainer.preflight.ServerFacts`]):
+            What they reported.
+    """
+
+    atropos_client: AtroposClient
+    vllm_clients: list[AtroposVLLMClient]
+    publisher: PolicyPublisher
+    adapter_publisher: AdapterPublisher
+    facts: ServerFacts
+
+    def register(self, args: AtroposConfig, *, starting_step: int) -> None:
+        """Register the trainer with the API.
+
+        Args:
+            args ([`AtroposConfig`]):
+                Options of the run.
+            starting_step (`int`):
+                Optimizer steps done so far.
+        """
+        assert args.atropos_batch_size is not None
+        self.atropos_client.register(
+            Registration(
+                wandb_group=args.run_name or "trl_atropos",
+                wandb_project=os.environ.get("WANDB_PROJECT", "trl_atropos"),
+                batch_size=args.atropos_batch_size,
+                # Environments drop a whole group if a rollout has max_token_len tokens or more.
+                max_token_len=args.max_length + 1,
+                checkpoint_dir=str(Path(args.output_dir).absolute()),
+                save_checkpoint_interval=_save_interval(args),
+                starting_step=starting_step,
+                num_steps=args.max_steps,
+            )
+        )
+
+    def get_policy_versions(self, rollout_keys: Sequence[str]) -> list[int | None]:
+        """Under which policy version each sequence was sampled, by whichever server knows it; None if none does.
+
+        A server that is away is not asked: the next publish waits for it, and what it remembered is gone with it.
+        """
+        found: list[int | None] = [None] * len(rollout_keys)
+        for client in self.vllm_clients:
+            try:
+                versions = client.get_policy_versions(rollout_keys)
+            except (VLLMServerUnreachable, WeightSyncTimeout) as exc:
+                logger.warning(f"{exc.what} The staleness of rollouts that it sampled is unknown.")
+                continue
+            found = [new if old is None else old for old, new in zip(found, versions, strict=True)]
+        return found
+
+    def close(self) -> None:
+        """Close transport and clients. The server keeps the policy that it has."""
+        self.publisher.close()
+        self.atropos_client.close()
+
+
+def connect(
+    args: AtroposConfig,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    transport: WeightTransport | None = None,
+) -> Connections:
+    """Reach both servers and check that they fit the run.
+
+    Args:
+        args ([`AtroposConfig`]):
+            Options of the run.
+        model (`PreTrainedModel`):
+            The policy.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Its tokenizer.
+        transport ([`~weight_sync.base.WeightTransport`], *optional*):
+            Chosen from what the server reports if not given.
+
+    Raises:
+        [`TrlAtroposError`]: a server does not answer in time, or does not fit.
+    """
+    check_source(args)
+    assert args.atropos_api_url is not None, "a run on recorded data connects to nobody"
+    atropos_client = AtroposClient(args.atropos_api_url)
+    atropos_client.wait_until_reachable(args.api_timeout_s)
+    clients = [
+        AtroposVLLMClient(
+            url,
+            connection_timeout=args.vllm_server_timeout,
+            request_timeout=args.weight_sync_timeout,
+            api_key=args.vllm_api_key or os.environ.get("VLLM_API_KEY"),
+        )
+        for url in args.vllm_server_base_urls
+    ]
+    trainer = trainer_side(args, model, tokenizer, args.device if transport is None else None)
+    facts = inspect_run(clients, trainer, args, model)
+    if transport is not None and len(clients) > 1:
+        raise PreflightError(
+            f"One weight_transport was given for {len(clients)} servers.",
+            "A transport moves weights to one server.",
+            "Name one server in --vllm_server_base_url, or leave weight_transport out.",
+        )
+    links = [
+        ServerLink(
+            client,
+            transport or _make_transport(args, client, server.backend),
+            server.dtype,
+            LinkOptions(
+                args.logprob_probe_tolerance,
+                args.logprob_probe_interval,
+                args.vllm_keep_kv_cache,
+                args.vllm_enable_sleep_mode,
+            ),
+        )
+        for client, server in zip(clients, facts, strict=True)
+    ]
+    options = PublishOptions(
+        sends_everything=args.weight_sync_mode == "full",
+        full_interval=args.weight_sync_full_interval,
+        failure_policy=FailurePolicy(args.on_publish_failure, args.max_publish_retries),
+        server_timeout_s=args.vllm_server_timeout,
+    )
+
+    def check_server(link: ServerLink) -> None:
+        inspect_server(link.client, model.config, args.max_length)
+
+    directory = Path(args.weight_sync_adapter_dir or Path(args.output_dir) / "adapters")
+    return Connections(
+        atropos_client,
+        clients,
+        PolicyPublisher(links, options, check_server),
+        AdapterPublisher(links, directory, options),
+        _agreed(facts),
+    )
+
+
+def _make_transport(args: AtroposConfig, client: AtroposVLLMClient, backend: str) -> WeightTransport:
+    return make_transport(
+        backend,
+        client,
+        args.device,
+        timeout_s=args.weight_sync_timeout,
+        group_host=args.vllm_group_host,
+        group_port=args.vllm_group_port,
+    )
+
+
+def _agreed(facts: Sequence[ServerFacts]) -> ServerFacts:
+    """What all servers have in common."""
+    dtypes = {server.dtype for server in facts}
+    if len(dtypes) > 1:
+        raise PreflightError(
+            f"The servers serve in different dtypes: {', '.join(sorted(str(dtype) for dtype in dtypes))}.",
+            "Rollouts of one batch would come from policies that are rounded differently.",
+            "Start them with the same --dtype.",
+        )
+    return replace(
+        facts[0],
+        has_processed_logprobs=all(server.has_processed_logprobs for server in facts),
+        knows_policy_versions=all(server.knows_policy_versions for server in facts),
+    )
+
+
+def _save_interval(args: AtroposConfig) -> int:
+    """Steps between checkpoints of the environments: those of the trainer, so that both resume from the same step."""
+    return max(int(args.save_steps), 1) if args.save_strategy == "steps" else args.max_steps

@@ -1,0 +1,1 @@
+"""The movers of bytes, each with the engine that receives them inside the server's workers."""

@@ -1,0 +1,161 @@
+"""What the trainer and the workers of our own backends tell each other about one transfer."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from ...errors import WeightSyncError
+from ..base import TensorSpec, TransferReport
+
+
+CHECKSUM_MODULUS = 2**64
+WORD_BYTES = 8
+
+POLL_INTERVAL_S = 0.001
+
+
+def checksum(tensors: Iterable[torch.Tensor]) -> int:
+    """Sum the bytes of tensors as little words of 8 bytes, each tensor padded with zeros, modulo 2**64.
+
+    It runs at the speed of memory. It finds bytes that are missing, stale or torn, not two words that changed places.
+
+    Args:
+        tensors (`Iterable[torch.Tensor]`):
+            Contiguous tensors in host memory that start at multiples of 8 bytes.
+    """
+    total = 0
+    for tensor in tensors:
+        data = tensor.detach().flatten().view(torch.uint8)
+        num_whole = data.numel() // WORD_BYTES * WORD_BYTES
+        total += int(data[:num_whole].view(torch.int64).sum())
+        total += int.from_bytes(bytes(data[num_whole:].tolist()), "little")
+    return total % CHECKSUM_MODULUS
+
+
+def describe_tensors(specs: Sequence[TensorSpec]) -> dict[str, list[Any]]:
+    """The fields of every `update_info` that say what is sent, one entry per tensor and in loading order."""
+    return {
+        "names": [spec.name for spec in specs],
+        "dtype_names": [spec.dtype_name for spec in specs],
+        "shapes": [list(spec.shape) for spec in specs],
+    }
+
+
+def view_tensor(memory: torch.Tensor, offset: int, dtype_name: str, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor inside a buffer.
+
+    Args:
+        memory (`torch.Tensor` of shape `(num_bytes,)`, uint8):
+            The buffer.
+        offset (`int`):
+            Byte offset, a multiple of the size of one element.
+        dtype_name (`str`):
+            For example `"bfloat16"`.
+        shape (`Sequence[int]`):
+            Shape.
+
+    Raises:
+        `ValueError`: if there is no such dtype, or the tensor does not lie inside the buffer.
+    """
+    dtype = getattr(torch, dtype_name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{dtype_name!r} is not a dtype.")
+    end = offset + math.prod(shape) * dtype.itemsize
+    if not 0 <= offset <= end <= memory.numel():
+        raise ValueError(f"A tensor at bytes {offset} to {end} does not lie in a buffer of {memory.numel()} bytes.")
+    return memory[offset:end].view(dtype).view(tuple(shape))
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """What one worker says of one transfer.
+
+    Args:
+        sequence (`int`):
+            Number of the transfer.
+        num_tensors (`int`):
+            Tensors that it loaded.
+        num_bytes (`int`):
+            Their size without padding, in bytes.
+        checksum (`int`):
+            Of their bytes as they arrived.
+        load_s (`float`):
+            Seconds that it took to load them; over gloo, to receive and load them.
+    """
+
+    sequence: int
+    num_tensors: int
+    num_bytes: int
+    checksum: int
+    load_s: float = 0.0
+
+    def to_json(self) -> bytes:
+        """As bytes for the way back."""
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def from_json(payload: bytes) -> WorkerReport | None:
+        """Read a report; None if there is none, or if it was cut off by the end of the worker."""
+        try:
+            values = json.loads(payload)
+        except ValueError:
+            return None
+        if not isinstance(values, dict) or values.keys() != {field.name for field in fields(WorkerReport)}:
+            return None
+        return WorkerReport(**values)
+
+
+def expected_report(sequence: int, specs: Sequence[TensorSpec], checksum: int) -> WorkerReport:
+    """What every worker has to report."""
+    return WorkerReport(sequence, len(specs), sum(spec.num_bytes for spec in specs), checksum)
+
+
+def check_reports(
+    read: Callable[[int], WorkerReport | None], num_workers: int, expected: WorkerReport, timeout_s: float
+) -> TransferReport:
+    """Collect the reports of all workers and compare them with what was sent.
+
+    The server's answer does not prove that the reports are there: after a request that failed on several workers,
+    vLLM's executor takes a worker's answer to the last request for its answer to this one.
+
+    Args:
+        read (`Callable[[int], WorkerReport | None]`):
+            Reads the report of a worker, if there is one.
+        num_workers (`int`):
+            How many there are.
+        expected ([`WorkerReport`]):
+            From [`expected_report`].
+        timeout_s (`float`):
+            How long to wait for all of them, in seconds.
+
+    Raises:
+        [`WeightSyncError`]: naming the first worker that reports anything else.
+    """
+    deadline = time.monotonic() + timeout_s
+    sent = _identity(expected)
+    load_s = 0.0
+    for worker in range(num_workers):
+        report = read(worker)
+        while (report is None or report.sequence != expected.sequence) and time.monotonic() < deadline:
+            time.sleep(POLL_INTERVAL_S)
+            report = read(worker)
+        loaded = _identity(report) if report is not None else "nothing"
+        if report is None or loaded != sent:
+            raise WeightSyncError(
+                f"Worker {worker} reports (transfer, tensors, bytes, checksum) {loaded}, the trainer sent {sent}.",
+                "A worker that did not load this transfer would answer with another policy than its neighbours.",
+                "Restart the vLLM server, then restart training with --resume_from_checkpoint.",
+            )
+        load_s = max(load_s, report.load_s)
+    return TransferReport(expected.num_bytes, load_s, has_checksums=True)
+
+
+def _identity(report: WorkerReport) -> tuple[int, int, int, int]:
+    return report.sequence, report.num_tensors, report.num_bytes, report.checksum

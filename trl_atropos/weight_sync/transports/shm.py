@@ -1,0 +1,155 @@
+"""Trainer side of `trl_atropos_shm`: a policy travels through shared memory to a server on the same host.
+
+The segment is private to the user, named unpredictably, and unlinked as soon as every worker has mapped it. From then
+on it has no name: the kernel frees it with the last process that maps it, also after SIGKILL of either side. A trainer
+that is killed before, within the milliseconds in which the workers map it, leaves a name behind; whoever opens the next
+segment knows by its lock that its trainer is gone, and removes it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import mmap
+import os
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...errors import WeightSyncError
+from ..base import PolicyLayout, TensorSpec, TransferReport
+from .reports import WorkerReport, check_reports, checksum, describe_tensors, expected_report
+from .shm_segment import REPORT_BYTES, SEGMENT_DIR, SEGMENT_PATTERN, segment_path
+
+
+if TYPE_CHECKING:
+    from ..client import AtroposVLLMClient
+
+
+logger = logging.getLogger(__name__)
+
+
+class SharedMemoryTransport:
+    """`WeightTransport` for a server with `--weight-transfer-config '{"backend": "trl_atropos_shm"}'` on this host.
+
+    The staging memory is the segment that the workers load from, so `send` moves no bytes at all.
+
+    Args:
+        timeout_s (`float`, *optional*, defaults to `300.0`):
+            How long to wait for the workers' reports after the server has answered, in seconds. What comes before has
+            the client's deadline.
+    """
+
+    def __init__(self, timeout_s: float = 300.0) -> None:
+        self.timeout_s = timeout_s
+        self._client: AtroposVLLMClient | None = None
+        self._layout: PolicyLayout | None = None
+        self._mapping: mmap.mmap | None = None
+        self._num_workers = 0
+        self._sequence = 0
+
+    def open(self, client: AtroposVLLMClient, layout: PolicyLayout) -> torch.Tensor:
+        """Create the segment, let every worker map it, then remove its name. See `WeightTransport.open`."""
+        self.close()
+        num_workers = client.get_world_size()
+        _remove_abandoned_segments()
+        name = f"trl_atropos-{secrets.token_hex(16)}"
+        path = segment_path(name)
+        mapping = _create_segment(path, layout.num_bytes + REPORT_BYTES * num_workers)
+        try:
+            client.init_weight_transfer_engine(
+                {"segment": name, "data_bytes": layout.num_bytes, "num_workers": num_workers}
+            )
+        finally:
+            os.unlink(path)
+        self._client = client
+        self._layout = layout
+        self._num_workers = num_workers
+        self._mapping = mapping
+        return self._memory()
+
+    def send(self, specs: Sequence[TensorSpec]) -> TransferReport:
+        """Have every worker load tensors from the segment and check the reports. See `WeightTransport.send`."""
+        if self._client is None or self._layout is None:
+            raise RuntimeError("The transport is not open: call open() first.")
+        memory = self._memory()
+        self._sequence += 1
+        sent = checksum(self._layout.view(memory, spec) for spec in specs)
+        self._client.update_weights(
+            {
+                "sequence": self._sequence,
+                "is_complete": len(specs) == len(self._layout.specs),
+                **describe_tensors(specs),
+                "offsets": [self._layout.offsets[spec.name] for spec in specs],
+                "checksum": sent,
+            }
+        )
+        expected = expected_report(self._sequence, specs, sent)
+        return check_reports(self._read_report, self._num_workers, expected, self.timeout_s)
+
+    def close(self) -> None:
+        """Let go of the segment. See `WeightTransport.close`."""
+        self._client = None
+        self._layout = None
+        # Not closed: the staging memory stays readable, and the mapping goes with the last view of it.
+        self._mapping = None
+
+    def _memory(self) -> torch.Tensor:
+        assert self._mapping is not None and self._layout is not None
+        return torch.frombuffer(self._mapping, dtype=torch.uint8)[: self._layout.num_bytes]
+
+    def _read_report(self, worker: int) -> WorkerReport | None:
+        assert self._mapping is not None and self._layout is not None
+        offset = self._layout.num_bytes + worker * REPORT_BYTES
+        return WorkerReport.from_json(self._mapping[offset : offset + REPORT_BYTES].rstrip(b"\0"))
+
+
+def _create_segment(path: str, num_bytes: int) -> mmap.mmap:
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise WeightSyncError(
+            f"A shared-memory segment cannot be created in {os.path.dirname(path)}: {exc}.",
+            "The policy travels to the server through it.",
+            "Mount a writable tmpfs there (containers: --ipc=host or --shm-size), on Linux.",
+        ) from exc
+    try:
+        # Held by the mapping, so until this process ends or lets go of it.
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Reserving now turns a full /dev/shm into an error here instead of a SIGBUS in the middle of a publish.
+        os.posix_fallocate(descriptor, 0, num_bytes)
+        return mmap.mmap(descriptor, num_bytes)
+    except OSError as exc:
+        os.unlink(path)
+        free = os.statvfs(os.path.dirname(path))
+        raise WeightSyncError(
+            f"A shared-memory segment of {num_bytes / 2**20:.0f} MiB does not fit: {exc}; "
+            f"{free.f_bavail * free.f_frsize / 2**20:.0f} MiB are free in {os.path.dirname(path)}.",
+            "The segment holds one copy of the policy in the server's dtype.",
+            "Enlarge it (mount -o remount,size=..., or --shm-size / --ipc=host for a container).",
+        ) from exc
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned_segments() -> None:
+    for name in os.listdir(SEGMENT_DIR):
+        if not SEGMENT_PATTERN.fullmatch(name):
+            continue
+        path = segment_path(name)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            # Of another user, or gone already.
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+            logger.warning(f"Removed {path}, which a killed trainer left behind.")
+        except (BlockingIOError, FileNotFoundError):
+            # In use by a trainer that is alive, or removed by its owner just now.
+            continue
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,108 @@
+"""vLLM worker side of `trl_atropos_shm`: loads a policy from a shared-memory segment of a trainer on the same host.
+
+vLLM imports this file inside its workers, through the factory entry that `serving/plugin.py` registers.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+from vllm.distributed.weight_transfer.base import WeightTransferInitInfo
+
+from .layerwise_engine import LayerwiseEngine, LayerwiseUpdateInfo
+from .reports import WorkerReport, checksum, view_tensor
+from .shm_segment import REPORT_BYTES, segment_path
+
+
+@dataclass
+class SharedMemoryInitInfo(WeightTransferInitInfo):
+    """Where the segment is.
+
+    Args:
+        segment (`str`):
+            Name of the segment, without a directory.
+        data_bytes (`int`):
+            Size of the tensor area; one report slot of `REPORT_BYTES` per worker follows it.
+        num_workers (`int`):
+            Number of report slots.
+    """
+
+    segment: str
+    data_bytes: int
+    num_workers: int
+
+
+@dataclass
+class SharedMemoryUpdateInfo(LayerwiseUpdateInfo):
+    """What the segment holds; the offsets count from its start.
+
+    Args:
+        checksum (`int`):
+            Of all tensors, see [`~weight_sync.transports.reports.checksum`].
+    """
+
+    checksum: int
+
+
+class SharedMemoryEngine(LayerwiseEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
+    """Maps the trainer's segment once, then loads each policy straight from it, without a copy of its own."""
+
+    init_info_cls = SharedMemoryInitInfo
+    update_info_cls = SharedMemoryUpdateInfo
+
+    _mapping: mmap.mmap | None = None
+    _data_bytes = 0
+
+    def connect(self, init_info: SharedMemoryInitInfo) -> None:
+        """Map the segment."""
+        path = segment_path(init_info.segment)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError as exc:
+            raise RuntimeError(
+                f"The shared-memory segment {path} does not exist here. Trainer and server must run on one host and "
+                "see the same /dev/shm (containers: --ipc=host); across hosts use the backend trl_atropos_gloo."
+            ) from exc
+        try:
+            expected = init_info.data_bytes + REPORT_BYTES * init_info.num_workers
+            size = os.fstat(descriptor).st_size
+            if size != expected:
+                raise RuntimeError(f"The shared-memory segment {path} has {size} bytes, the trainer said {expected}.")
+            self._mapping = mmap.mmap(descriptor, size)
+        finally:
+            os.close(descriptor)
+        self._data_bytes = init_info.data_bytes
+
+    def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
+        """Load every announced tensor from the segment and leave a report in this worker's slot."""
+        if self._mapping is None:
+            raise RuntimeError("No segment is mapped. Call /init_weight_transfer_engine first.")
+        memory = torch.frombuffer(self._mapping, dtype=torch.uint8)[: self._data_bytes]
+        tensors = [
+            view_tensor(memory, offset, dtype_name, shape)
+            for offset, dtype_name, shape in zip(
+                update_info.offsets, update_info.dtype_names, update_info.shapes, strict=True
+            )
+        ]
+        found = checksum(tensors)
+        if found != update_info.checksum:
+            raise RuntimeError(
+                f"The checksum of the segment is {found}, the trainer said {update_info.checksum}: it is being written, "
+                "or it is not the trainer's. Nothing of it was loaded."
+            )
+        start = time.perf_counter()
+        self.load(update_info, zip(update_info.names, tensors, strict=True))
+        num_bytes = sum(tensor.nbytes for tensor in tensors)
+        report = WorkerReport(update_info.sequence, len(tensors), num_bytes, found, time.perf_counter() - start)
+        offset = self._data_bytes + self.worker * REPORT_BYTES
+        self._mapping[offset : offset + REPORT_BYTES] = report.to_json().ljust(REPORT_BYTES, b"\0")
+
+    def shutdown(self) -> None:
+        """Let go of the segment. Its name is gone already: the trainer unlinks it once every worker has mapped it."""
+        # Not closed: a layer that waits for the rest of an interrupted update still views the segment, and the mapping
+        # goes with the last view.
+        self._mapping = None

@@ -1,0 +1,196 @@
+"""Recorded or hand-made groups as a source of batches: training without a server.
+
+What is read: a journal, a file of groups (`.jsonl`, plain or `.gz`, one `ScoredData` object per line: a segment of a
+journal, or what atroposlib's `--env.data_path_to_save_groups` writes), or a dataset with one group per row.
+"""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import os
+import re
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import JournalError, PreflightError
+from ..types import IGNORE_INDEX
+from .journal import JournalBatch, read_lines, segments
+
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_INTERVAL_S = 10.0
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What a pass over the data found.
+
+    Args:
+        num_batches (`int`):
+            Optimizer steps that one pass makes.
+        num_groups (`int`):
+            Groups.
+        num_rollouts (`int`):
+            Rollouts.
+    """
+
+    num_batches: int
+    num_groups: int
+    num_rollouts: int
+
+
+class OfflineData:
+    """Groups in the order of the data, dealt to batches of at most so many rollouts; groups are never split.
+
+    Args:
+        data_path (`str`):
+            A journal directory, a `.jsonl` or `.jsonl.gz` file, a directory written by `Dataset.save_to_disk`, or a
+            dataset's id on the Hub, whose `train` split is read.
+        batch_size (`int`):
+            Rollouts of one optimizer step.
+
+    Raises:
+        PreflightError: there is no such data.
+    """
+
+    def __init__(self, data_path: str, batch_size: int):
+        self.data_path = data_path
+        self.batch_size = batch_size
+        path = Path(data_path)
+        self._files = segments(path) if path.is_dir() else [path] if path.exists() else []
+        if path.exists():
+            is_dataset = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
+            if not self._files and not is_dataset:
+                raise PreflightError(
+                    f"The directory {data_path} holds neither a journal nor a dataset.",
+                    "--data_path takes a journal (rollouts-*.jsonl), a file of groups, a directory written by "
+                    "Dataset.save_to_disk, or a dataset's id.",
+                    "Give the directory `journal` of a run, or the file itself.",
+                )
+        elif path.suffix in (".jsonl", ".json", ".gz") or not _HUB_ID.fullmatch(data_path):
+            raise PreflightError(
+                f"--data_path {data_path} does not exist.",
+                "Neither a file nor a directory has this name, and it is not a dataset's id.",
+                "Check the path.",
+            )
+
+    def summarize(self) -> DataSummary:
+        """Read everything once and count.
+
+        Raises:
+            JournalError: a line cannot be read.
+            PreflightError: there is nothing to train, or a group is larger than a batch.
+        """
+        num_groups = num_rollouts = num_batches = 0
+        has_trained_token = False
+        start = time.monotonic()
+        next_report = PROGRESS_INTERVAL_S
+        for batch in self._pack():
+            num_batches += 1
+            num_groups += len(batch)
+            num_rollouts += sum(map(_size, batch))
+            has_trained_token = has_trained_token or any(map(_has_trained_token, batch))
+            if time.monotonic() - start >= next_report:
+                logger.info("Reading %s: %d groups so far", self.data_path, num_groups)
+                next_report += PROGRESS_INTERVAL_S
+        if num_groups == 0 or not has_trained_token:
+            found = f"{num_groups} groups, none of which has a trained token" if num_groups else "no group"
+            raise PreflightError(
+                f"--data_path {self.data_path} holds {found}.",
+                "A group has `tokens`, `scores`, and `masks` that are the token's id where it is trained and -100 elsewhere.",
+                "Give another file, or record one: a run writes its rollouts to output_dir/journal.",
+            )
+        return DataSummary(num_batches, num_groups, num_rollouts)
+
+    def batches(self, first: int = 0) -> Iterator[JournalBatch]:
+        """The batches, one pass after the other without end.
+
+        Args:
+            first (`int`, *optional*, defaults to `0`):
+                How many to leave out: those that were trained before a resume.
+        """
+        number = 0
+        while True:
+            before = number
+            for batch in self._pack():
+                if number >= first:
+                    yield JournalBatch(number, batch)
+                number += 1
+            if number == before:
+                return
+
+    def _pack(self) -> Iterator[list[dict[str, Any]]]:
+        batch: list[dict[str, Any]] = []
+        size = 0
+        for index, group in enumerate(self._groups()):
+            if _size(group) > self.batch_size:
+                raise PreflightError(
+                    f"Group {index} of {self.data_path} has {_size(group)} rollouts, a batch has {self.batch_size}.",
+                    "Groups are not split.",
+                    "Raise --per_device_train_batch_size or --gradient_accumulation_steps.",
+                )
+            if size + _size(group) > self.batch_size:
+                yield batch
+                batch, size = [], 0
+            batch.append(group)
+            size += _size(group)
+        if batch:
+            yield batch
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        if not self._files:
+            yield from _dataset_rows(self.data_path)
+        for path in self._files:
+            lines = _gzip_lines(path) if path.suffix == ".gz" else None
+            for group, _ in read_lines(path, may_be_cut=path == self._files[-1], lines=lines):
+                yield group
+
+
+def _size(group: dict[str, Any]) -> int:
+    # What is not a list is refused by validation, which can say more about it.
+    tokens = group.get("tokens")
+    return len(tokens) if isinstance(tokens, list) else 1
+
+
+def _has_trained_token(group: dict[str, Any]) -> bool:
+    masks = group.get("masks")
+    rows = masks if isinstance(masks, list) else []
+    return any(isinstance(row, list) and any(value != IGNORE_INDEX for value in row[1:]) for row in rows)
+
+
+def _gzip_lines(path: Path) -> Iterator[bytes]:
+    try:
+        with gzip.open(path, "rb") as file:
+            yield from file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
+        raise JournalError(
+            f"The compressed file {path} is damaged: {exc}.",
+            "It was cut off, or is not compressed with gzip.",
+            "Save what can be read with `zcat FILE > NEW_FILE.jsonl`, and give that.",
+        ) from exc
+
+
+def _dataset_rows(data_path: str) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    try:
+        if os.path.isdir(data_path):
+            dataset = datasets.load_from_disk(data_path)
+            dataset = dataset["train"] if isinstance(dataset, datasets.DatasetDict) else dataset
+        else:
+            dataset = datasets.load_dataset(data_path, split="train")
+    except (OSError, ValueError, KeyError) as exc:
+        raise PreflightError(
+            f"--data_path {data_path} cannot be loaded as a dataset: {exc}.",
+            "It is neither a file, nor a directory of `Dataset.save_to_disk`, nor a dataset with a `train` split that the "
+            "Hub has.",
+            "Check the name; without a network, download the dataset first and give its directory.",
+        ) from exc
+    yield from dataset
