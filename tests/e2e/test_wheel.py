@@ -14,7 +14,14 @@ from servers import ROOT
 
 TIMEOUT_S = 300
 # Of the pure layers, the command line and the import rules: they look at the package, not at the checkout's copy.
-TESTS = ("test_import_rules", "test_losses", "test_advantages", "test_journal", "test_cli_model", "test_errors")
+TESTS = (
+    "test_errors",
+    "test_import_rules",
+    "cli/test_cli_model",
+    "loss/test_advantages",
+    "loss/test_losses",
+    "wire/test_journal",
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The defects of the reference implementation that the project grew from, one named test each: none may come back.
 
 The numbers are those of the list in the design notes. The inverted clip of Atropos' example trainer is tested in
-tests/unit/test_losses.py; that a publish reaches weights that are not the trainer's own (defect 8), in
+tests/unit/loss/test_losses.py; that a publish reaches weights that are not the trainer's own (defect 8), in
 tests/e2e/test_publish.py.
 """
 

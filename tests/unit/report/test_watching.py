@@ -163,7 +163,7 @@ def test_ctrl_c_gives_the_terminal_back(tmp_path):
         "test_trackers.trained(pathlib.Path('.'), report_to='none')\n"
     )
     tests = Path(__file__).parent
-    paths = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(tests), str(tests.parents[1]), os.environ.get("PYTHONPATH", "")])
     main, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", script],

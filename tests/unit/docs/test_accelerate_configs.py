@@ -10,7 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 
-DIRECTORY = Path(__file__).parents[2] / "examples" / "accelerate_configs"
+DIRECTORY = Path(__file__).parents[3] / "examples" / "accelerate_configs"
 MEANT = {
     "zero2": {"use_deepspeed": True, "use_fsdp": False, "zero_stage": 2},
     "zero3": {"use_deepspeed": True, "use_fsdp": False, "zero_stage": 3},

@@ -12,7 +12,7 @@ import reasoning
 import word_problems
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "envs").glob("*.py")), ids=lambda path: path.stem)

@@ -271,7 +271,7 @@ def test_two_ranks_push_once(hub, tmp_path, data_path, base_model):
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        f"sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]\n"
+        f"sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!r}]\n"
         "from test_hub import trainer\n"
         f"options = dict(lora=True, push_merged=True, per_device_train_batch_size=1, ddp_backend='gloo')\n"
         f"run = trainer(Path({str(tmp_path)!r}), {data_path!r}, {base_model!r}, **options)\n"

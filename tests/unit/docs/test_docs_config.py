@@ -11,7 +11,7 @@ import pytest
 from trl_atropos.trainer.atropos_config import AtroposConfig
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CLASSES = [cls for cls in AtroposConfig.__mro__ if cls.__module__.startswith("trl_atropos.")]
 NAMES = {field.name for field in fields(AtroposConfig)}
 OPTIONS = [name for cls in CLASSES for name in cls.__annotations__ if name in NAMES]

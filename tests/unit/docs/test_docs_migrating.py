@@ -14,7 +14,7 @@ from trl import GRPOConfig, ModelConfig
 from trl_atropos import AtroposConfig
 
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "migrating.md").read_text()
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "migrating.md").read_text()
 SECTIONS = {section.splitlines()[0]: section for section in PAGE.split("\n## ")[1:]}
 OURS = {f"--{field.name}" for cls in (AtroposConfig, ModelConfig) for field in fields(cls)} | {"--config"}
 LAUNCHER = set(launch_command_parser()._option_string_actions)

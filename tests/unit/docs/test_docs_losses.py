@@ -21,7 +21,7 @@ from trl_atropos.trainer.atropos_config import AtroposConfig
 from trl_atropos.types import Rollout, RolloutOrigin
 
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "losses.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "losses.md"
 TEXT = PAGE.read_text()
 CONFIG_FIELDS = [field.name for field in fields(AtroposConfig)]
 # Declared in this order: the loss, then the forward pass.

@@ -28,7 +28,7 @@ from trl_atropos.cli.main import main
 from trl_atropos.errors import PreflightError
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ENVIRONMENT = EnvironmentConfig("env serve")
 FILE = {
     "model_name_or_path": "m",

@@ -24,7 +24,7 @@ from trl_atropos.loss.options import LossOptions
 from trl_atropos.weight_sync.options import PublishConfig
 
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 SCRIPT = REPOSITORY / "examples" / "scripts" / "atropos.py"
 QUICKSTART = REPOSITORY / "examples" / "configs" / "quickstart.yaml"
 

@@ -32,7 +32,7 @@ from trl_atropos.trainer.run_facts import (
 )
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TOKENIZER = TokenizerFacts("here", vocabulary="a" * 64, special_ids=(1, 2), chat_template="c")
 MODEL = {"model_type": "llama", "vocab_size": 32}
 

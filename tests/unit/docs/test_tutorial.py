@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "tutorial.md").read_text()
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "tutorial.md").read_text()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import yaml
 from capitals import CAPITALS, CapitalsEnv, compute_reward, make_prompt
 
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
 
 def test_launch_file_asks_for_two_trained_countries_and_two_others_with_the_prompt_of_the_environment() -> None:

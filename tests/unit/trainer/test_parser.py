@@ -18,7 +18,7 @@ from trl_atropos.errors import PreflightError
 from trl_atropos.trainer.seed_options import SEED_OPTIONS, translate_seed_options
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "examples" / "configs"
 TRAINING_FILES = sorted(path for path in CONFIGS.glob("*.yaml") if "launch" not in path.name)
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]

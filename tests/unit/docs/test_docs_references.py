@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TESTS = {path: path.read_text() for path in (ROOT / "tests").rglob("*.py")}
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 REFERENCE = re.compile(r"`((?:[\w/]+\.py)?(?:::)?(?:(?:Test\w+|test_\w+)(?:::test_\w+)?)?)`")
@@ -46,5 +46,5 @@ def test_references_are_found_in_every_form():
         ("", ["test_d"]),
         ("", ["TestE", "test_f"]),
     ]
-    assert not is_there("unit/test_docs_references.py", ["test_that_nobody_wrote"])
+    assert not is_there("unit/docs/test_docs_references.py", ["test_that_nobody_wrote"])
     assert not is_there("unit/test_that_is_no_file.py", [])
