@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..weight_sync.transports.choose import GLOO_BACKEND, NCCL_BACKEND, SHARED_MEMORY_BACKEND
+from ..weight_sync.transports.backends import (
+    NCCL_BACKEND,
+    NO_TRANSPORT_FIX,
+    NO_TRANSPORT_WHY,
+    SHARED_MEMORY_BACKEND,
+    describe_no_transport,
+    find_backend,
+)
 from .finding import GIB, NOT_ASKED, PreflightCheck, Unread, known
 from .tokenizers import TokenizerFacts, other_special_ids, other_tokens
-
-
-KNOWN_BACKENDS = (SHARED_MEMORY_BACKEND, GLOO_BACKEND, NCCL_BACKEND)
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,11 @@ def _no_backend(facts: ServerConfigFacts) -> str | None:
 
 
 def _foreign_backend(facts: ServerConfigFacts) -> str | None:
-    device = known(facts.device)
-    backend = known(facts.backend)
-    if backend is None or (backend in KNOWN_BACKENDS and (backend != NCCL_BACKEND or device == "cuda")):
+    backend, device = known(facts.backend), known(facts.device)
+    # A server without any is the trap `weight_transfer_backend`.
+    if backend is None or find_backend(backend, device) is not None:
         return None
-    return f"The vLLM server at {facts.url} receives weights over {facts.backend!r}, the trainer runs on {device!r}."
+    return describe_no_transport(facts.url, backend, device)
 
 
 def _no_tokenizer(facts: ServerConfigFacts) -> str | None:
@@ -203,7 +207,7 @@ SERVER_CHECKS: tuple[PreflightCheck[ServerConfigFacts], ...] = (
         "error",
         _no_backend,
         "Without one it serves the starting checkpoint for ever.",
-        f"""Start it with --weight-transfer-config '{{"backend": "nccl"}}', or "{SHARED_MEMORY_BACKEND}" on a CPU.""",
+        f"""Start it with --weight-transfer-config '{{"backend": "{NCCL_BACKEND}"}}', or "{SHARED_MEMORY_BACKEND}" on a CPU.""",
         needs=("backend",),
         describe=lambda facts: f"The server receives weights over {facts.backend}.",
     ),
@@ -211,9 +215,8 @@ SERVER_CHECKS: tuple[PreflightCheck[ServerConfigFacts], ...] = (
         "weight_transport",
         "error",
         _foreign_backend,
-        f"The trainer sends over {SHARED_MEMORY_BACKEND!r} (same host), {GLOO_BACKEND!r} (any host) and, from a CUDA device, "
-        f"over {NCCL_BACKEND!r}.",
-        f"""Start the server with --weight-transfer-config '{{"backend": "{SHARED_MEMORY_BACKEND}"}}'.""",
+        NO_TRANSPORT_WHY,
+        NO_TRANSPORT_FIX,
         needs=("backend", "device"),
         describe=lambda facts: f"The trainer on {facts.device!r} can send to it.",
     ),

@@ -6,21 +6,13 @@ so it must be cheap and must do nothing on a second call: an exception here abor
 
 from __future__ import annotations
 
-
-SHARED_MEMORY_BACKEND = "trl_atropos_shm"
-GLOO_BACKEND = "trl_atropos_gloo"
-
-ENGINES = {
-    SHARED_MEMORY_BACKEND: ("trl_atropos.weight_sync.transports.shm_engine", "SharedMemoryEngine"),
-    GLOO_BACKEND: ("trl_atropos.weight_sync.transports.gloo_engine", "GlooEngine"),
-}
-"""Backend of `--weight-transfer-config` -> module and class of its engine, imported on first use."""
+from ..weight_sync.transports.backends import BACKENDS
 
 
 def register() -> None:
-    """Register every backend of `ENGINES` that vLLM does not know yet."""
+    """Register every engine of `BACKENDS` that vLLM does not know yet; its module is imported on first use."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    for backend, (module, engine) in ENGINES.items():
-        if backend not in WeightTransferEngineFactory._registry:
-            WeightTransferEngineFactory.register_engine(backend, module, engine)
+    for backend in BACKENDS:
+        if backend.engine is not None and backend.name not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(backend.name, *backend.engine)

@@ -18,7 +18,7 @@ from ..checks.machine import MACHINE_CHECKS
 from ..checks.server import SERVER_CHECKS, ServerConfigFacts, TrainerSide
 from ..errors import PreflightError, VLLMServerError
 from ..weight_sync.client import AtroposVLLMClient
-from ..weight_sync.transports.choose import SHARED_MEMORY_BACKEND
+from ..weight_sync.transports.backends import SHARED_MEMORY_BACKEND
 from ..weight_sync.transports.shm_segment import SEGMENT_DIR
 from .atropos_config import AtroposConfig
 from .run_facts import (

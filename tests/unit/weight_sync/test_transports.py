@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdat
 from trl_atropos.errors import PreflightError, VLLMServerError, WeightSyncError, WeightSyncTimeout
 from trl_atropos.serving import plugin
 from trl_atropos.weight_sync.base import PolicyLayout, TensorSpec
-from trl_atropos.weight_sync.transports import choose
+from trl_atropos.weight_sync.transports.backends import BACKENDS
 from trl_atropos.weight_sync.transports.choose import make_transport
 from trl_atropos.weight_sync.transports.collective import Cancelled, Collective
 from trl_atropos.weight_sync.transports.gloo import GlooTransport, cut_chunks
@@ -436,6 +438,7 @@ class TestChoice:
             make_transport(backend, StockServer(), torch.device(device), timeout_s=1.0)
         assert f"over {backend!r}, the trainer runs on {device}" in caught.value.what
         assert all(name in caught.value.why for name in ("trl_atropos_shm", "trl_atropos_gloo", "nccl"))
+        assert all(f"{row.name!r} ({row.reach})" in caught.value.why for row in BACKENDS)
 
     def test_address_port_and_deadline_are_passed_on(self):
         transport = make_transport(
@@ -446,7 +449,16 @@ class TestChoice:
     def test_vllm_finds_our_backends_and_a_second_registration_changes_nothing(self):
         for _ in range(2):
             plugin.register()
-        assert plugin.ENGINES.keys() == {choose.SHARED_MEMORY_BACKEND, choose.GLOO_BACKEND}
-        for backend, (module, name) in plugin.ENGINES.items():
+        engines = {backend.name: backend.engine for backend in BACKENDS if backend.engine is not None}
+        assert engines.keys() == {"trl_atropos_shm", "trl_atropos_gloo"}
+        for backend, (module, name) in engines.items():
             engine = WeightTransferEngineFactory._registry[backend]()
             assert (engine.__module__, engine.__name__) == (module, name)
+
+    def test_the_plugin_of_vllm_loads_no_transport(self):
+        code = (
+            "import sys, trl_atropos.serving.plugin\n"
+            "print(sorted({'torch', 'requests', 'vllm', 'transformers'} & set(sys.modules)))"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
