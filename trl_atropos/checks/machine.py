@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
-from .finding import GIB, NOT_ASKED, PreflightCheck, Unread, known
+from .finding import GIB, NOT_ASKED, Check, Unread, known
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def _describe_gpus(facts: MachineFacts) -> str:
     return ", ".join(f"{name}: {devices}" for name, devices in known(facts.gpu_split).items()) + "."
 
 
-MACHINE_CHECKS: tuple[PreflightCheck[MachineFacts], ...] = (
-    PreflightCheck(
+MACHINE_CHECKS: tuple[Check[MachineFacts], ...] = (
+    Check(
         "versions",
         "error",
         lambda facts: _unsupported(facts, is_required=True),
@@ -134,7 +134,7 @@ MACHINE_CHECKS: tuple[PreflightCheck[MachineFacts], ...] = (
         needs=("versions",),
         describe=lambda facts: _describe_versions(facts, is_required=True),
     ),
-    PreflightCheck(
+    Check(
         "optional_versions",
         "warning",
         lambda facts: _unsupported(facts, is_required=False),
@@ -143,7 +143,7 @@ MACHINE_CHECKS: tuple[PreflightCheck[MachineFacts], ...] = (
         needs=("versions",),
         describe=lambda facts: _describe_versions(facts, is_required=False),
     ),
-    PreflightCheck(
+    Check(
         "ports",
         "error",
         _taken_ports,
@@ -152,7 +152,7 @@ MACHINE_CHECKS: tuple[PreflightCheck[MachineFacts], ...] = (
         needs=("ports",),
         describe=_describe_ports,
     ),
-    PreflightCheck(
+    Check(
         "gpu_separation",
         "warning",
         _shared_gpus,
@@ -161,7 +161,7 @@ MACHINE_CHECKS: tuple[PreflightCheck[MachineFacts], ...] = (
         needs=("num_gpus", "gpu_split"),
         describe=_describe_gpus,
     ),
-    PreflightCheck(
+    Check(
         "disk",
         "error",
         _full_disk,
@@ -170,7 +170,7 @@ MACHINE_CHECKS: tuple[PreflightCheck[MachineFacts], ...] = (
         needs=("free_disk_bytes", "model_bytes"),
         describe=lambda facts: f"{_free(facts)}.",
     ),
-    PreflightCheck(
+    Check(
         "checkpoint_disk",
         "warning",
         _short_disk,

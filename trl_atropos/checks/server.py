@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..weight_sync.transports.backends import (
@@ -13,29 +13,18 @@ from ..weight_sync.transports.backends import (
     describe_no_transport,
     find_backend,
 )
-from .finding import GIB, NOT_ASKED, PreflightCheck, Unread, known
+from .finding import GIB, NOT_ASKED, Check, Unread, known
 from .tokenizers import TokenizerFacts, other_special_ids, other_tokens
+from .vllm import EXCEEDS_MAX_LENGTH, WITHOUT_POLICY_VERSIONS
 
 
 @dataclass(frozen=True)
 class TrainerSide:
-    """What a server is compared with. Each field may be [`Unread`].
+    """What a server is compared with. Each field may be [`~checks.finding.Unread`].
 
-    Args:
-        max_length (`int`):
-            Longest rollout, in tokens.
-        device (`str`):
-            Type of the device that sends the weights: `"cpu"` or `"cuda"`.
-        weight_sync_mode (`str`):
-            The option.
-        tokenizer ([`TokenizerFacts`]):
-            Of the trainer.
-        chat_ids (`tuple[int, ...]`, *optional*):
-            Tokens of a short conversation; None if the tokenizer has no chat template.
-        model (`dict[str, Any]`):
-            Fields of its config that must be equal.
-        num_parameters (`int`):
-            Of the model.
+    `max_length` is the longest rollout, in tokens. `device` is the type of the device that sends the weights, `"cpu"` or `"cuda"`.
+    `chat_ids` are the tokens of a short conversation, None if the tokenizer has no chat template. `model` holds those fields of
+    the model's config that must be equal, `num_parameters` counts its weights.
     """
 
     max_length: int | Unread = NOT_ASKED
@@ -51,41 +40,13 @@ class TrainerSide:
 class ServerConfigFacts(TrainerSide):
     """What `/server_info` and a few requests show of a vLLM server, beside what the trainer has.
 
-    Each field but `url` and `served_name` may be [`~checks.finding.Unread`].
-
-    Args:
-        url (`str`):
-            Of the server.
-        backend (`str`, *optional*):
-            Its weight transfer backend.
-        has_tokenizer (`bool`):
-            Whether it was started with one.
-        logprobs_mode (`str`):
-            Which logprobs it reports.
-        max_model_len (`int`):
-            Longest sequence that it generates, in tokens.
-        knows_policy_versions (`bool`):
-            Whether it remembers which policy sampled a rollout.
-        has_lora (`bool`):
-            Whether it was started with `--enable-lora`.
-        served_name (`str`):
-            Path or id of its checkpoint.
-        served_model (`dict[str, Any]`):
-            Fields of that checkpoint's config.
-        accepts_foreign_ids (`bool`):
-            Whether it takes the first token id beyond the trainer's vocabulary.
-        loads_adapters (`bool`):
-            Whether `VLLM_ALLOW_RUNTIME_LORA_UPDATING` is set.
-        served_tokenizer ([`TokenizerFacts`]):
-            Of the server.
-        served_chat_ids (`tuple[int, ...]`, *optional*):
-            As `chat_ids`, made by the server.
-        dtype (`str`):
-            The dtype that it serves in, by torch's name.
-        segment_bytes (`int`):
-            Size of a policy in that dtype.
-        free_shared_memory_bytes (`int`):
-            What `/dev/shm` has left.
+    Each field but `url` and `served_name` may be [`~checks.finding.Unread`]. `backend` is that of weight transfer, None without one.
+    `max_model_len` is the longest sequence that the server generates, in tokens. `served_name` is the path or id of its
+    checkpoint, `served_model` has the fields of that checkpoint's config, and `dtype` is the one that it serves in, by torch's
+    name. `accepts_foreign_ids` is whether it takes the first token id beyond the trainer's vocabulary, `has_lora` whether it was
+    started with `--enable-lora`, `loads_adapters` whether `VLLM_ALLOW_RUNTIME_LORA_UPDATING` is set. `served_chat_ids` are
+    `chat_ids` as the server makes them. `segment_bytes` is the size of a policy in the server's dtype, and
+    `free_shared_memory_bytes` what `/dev/shm` has left.
     """
 
     url: str = field(kw_only=True)
@@ -156,18 +117,6 @@ def _raw_logprobs(facts: ServerConfigFacts) -> str | None:
     return f"The server's logprobs mode is {facts.logprobs_mode}: logprobs before temperature."
 
 
-def _no_policy_versions(facts: ServerConfigFacts) -> str | None:
-    if known(facts.knows_policy_versions):
-        return None
-    return "The server does not say which policy sampled a rollout, so staleness is unknown."
-
-
-def _longer_than_max_length(facts: ServerConfigFacts) -> str | None:
-    if known(facts.max_model_len) <= known(facts.max_length):
-        return None
-    return f"The server generates up to {facts.max_model_len} tokens, the trainer takes up to {facts.max_length}."
-
-
 def _no_runtime_lora(facts: ServerConfigFacts) -> str | None:
     if known(facts.weight_sync_mode) != "adapter" or (known(facts.has_lora) and known(facts.loads_adapters)):
         return None
@@ -201,8 +150,8 @@ def _other_rendering(facts: ServerConfigFacts) -> str | None:
 SAME_MODEL = "Start server and trainer with the same --model / --model_name_or_path."
 SAME_TOKENIZER = "Start server and trainer with the same tokenizer; `trl vllm-serve --tokenizer` names another one."
 
-SERVER_CHECKS: tuple[PreflightCheck[ServerConfigFacts], ...] = (
-    PreflightCheck(
+SERVER_CHECKS: tuple[Check[ServerConfigFacts], ...] = (
+    Check(
         "weight_transfer_backend",
         "error",
         _no_backend,
@@ -211,7 +160,7 @@ SERVER_CHECKS: tuple[PreflightCheck[ServerConfigFacts], ...] = (
         needs=("backend",),
         describe=lambda facts: f"The server receives weights over {facts.backend}.",
     ),
-    PreflightCheck(
+    Check(
         "weight_transport",
         "error",
         _foreign_backend,
@@ -220,7 +169,7 @@ SERVER_CHECKS: tuple[PreflightCheck[ServerConfigFacts], ...] = (
         needs=("backend", "device"),
         describe=lambda facts: f"The trainer on {facts.device!r} can send to it.",
     ),
-    PreflightCheck(
+    Check(
         "server_tokenizer",
         "error",
         _no_tokenizer,
@@ -230,7 +179,7 @@ SERVER_CHECKS: tuple[PreflightCheck[ServerConfigFacts], ...] = (
         needs=("has_tokenizer",),
         describe=lambda facts: "The server has a tokenizer.",
     ),
-    PreflightCheck(
+    Check(
         "model_config",
         "error",
         _other_model,
@@ -239,7 +188,7 @@ SERVER_CHECKS: tuple[PreflightCheck[ServerConfigFacts], ...] = (
         needs=("model", "served_model"),
         describe=lambda facts: ", ".join(f"{name} {value}" for name, value in known(facts.model).items()) + ".",
     ),
-    PreflightCheck(
+    Check(
         "vocabulary_size",
         "error",
         _other_vocabulary,
@@ -248,7 +197,7 @@ SERVER_CHECKS: tuple[PreflightCheck[ServerConfigFacts], ...] = (
         needs=("model", "accepts_foreign_ids"),
         describe=lambda facts: f"The server refuses token id {known(facts.model)['vocab_size']}.",
     ),
-    PreflightCheck(
+    Check(
         "tokenizer",
         "error",
         lambda facts: other_tokens(known(facts.tokenizer), known(facts.served_tokenizer), "the server"),
@@ -257,7 +206,7 @@ SERVER_CHECKS: tuple[PreflightCheck[ServerConfigFacts], ...] = (
         needs=("tokenizer", "served_tokenizer"),
         describe=lambda facts: f"Vocabulary of server and trainer: hash {known(facts.tokenizer).vocabulary[:8]}.",
     ),
-    PreflightCheck(
+    Check(
         "special_ids",
         "warning",
         lambda facts: other_special_ids(known(facts.tokenizer), known(facts.served_tokenizer), "the server"),
@@ -266,7 +215,7 @@ SERVER_CHECKS: tuple[PreflightCheck[ServerConfigFacts], ...] = (
         needs=("tokenizer", "served_tokenizer"),
         describe=lambda facts: f"Begin and end of a sequence: ids {known(facts.tokenizer).special_ids}.",
     ),
-    PreflightCheck(
+    Check(
         "chat_template",
         "warning",
         _other_rendering,
@@ -279,7 +228,7 @@ SERVER_CHECKS: tuple[PreflightCheck[ServerConfigFacts], ...] = (
             else "Server and trainer render messages into the same tokens."
         ),
     ),
-    PreflightCheck(
+    Check(
         "logprobs_mode",
         "warning",
         _raw_logprobs,
@@ -288,27 +237,9 @@ SERVER_CHECKS: tuple[PreflightCheck[ServerConfigFacts], ...] = (
         needs=("logprobs_mode",),
         describe=lambda facts: f"The server reports {facts.logprobs_mode}.",
     ),
-    PreflightCheck(
-        "policy_versions",
-        "warning",
-        _no_policy_versions,
-        "Old rollouts can neither be dropped nor counted.",
-        "Start it with --middleware trl_atropos.serving.generate_endpoint.GenerateEndpoint.",
-        needs=("knows_policy_versions",),
-        describe=lambda facts: "The server remembers which policy sampled a rollout.",
-    ),
-    PreflightCheck(
-        "max_model_len",
-        "warning",
-        _longer_than_max_length,
-        "Environments drop groups with a longer rollout.",
-        "Set --max_length, or the server's --max_model_len.",
-        needs=("max_length", "max_model_len"),
-        describe=lambda facts: (
-            f"max_model_len {facts.max_model_len} of the server, max_length {facts.max_length} (tokens)."
-        ),
-    ),
-    PreflightCheck(
+    replace(WITHOUT_POLICY_VERSIONS, name="policy_versions"),
+    replace(EXCEEDS_MAX_LENGTH, name="max_model_len"),
+    Check(
         "runtime_lora",
         "error",
         _no_runtime_lora,
@@ -322,7 +253,7 @@ SERVER_CHECKS: tuple[PreflightCheck[ServerConfigFacts], ...] = (
             else f"weight_sync_mode {facts.weight_sync_mode} does not need it."
         ),
     ),
-    PreflightCheck(
+    Check(
         "shared_memory",
         "error",
         _no_room_for_segment,

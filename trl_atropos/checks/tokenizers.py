@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .finding import PreflightCheck, Unread, known
+from .finding import Check, Unread, known
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def _other_environment_template(facts: EnvironmentFacts) -> str | None:
     return f"The chat template of the environment {facts.name}, of {theirs.name}, is not that of {ours.name}."
 
 
-ENVIRONMENT_CHECKS: tuple[PreflightCheck[EnvironmentFacts], ...] = (
-    PreflightCheck(
+ENVIRONMENT_CHECKS: tuple[Check[EnvironmentFacts], ...] = (
+    Check(
         "environment_tokenizer",
         "error",
         lambda facts: other_tokens(
@@ -85,7 +85,7 @@ ENVIRONMENT_CHECKS: tuple[PreflightCheck[EnvironmentFacts], ...] = (
         needs=("tokenizer", "trainer_tokenizer"),
         describe=lambda facts: f"The environment {facts.name} has the trainer's vocabulary.",
     ),
-    PreflightCheck(
+    Check(
         "environment_chat_template",
         "warning",
         _other_environment_template,

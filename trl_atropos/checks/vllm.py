@@ -4,34 +4,48 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import VLLMServerError, WeightSyncError
 from ..weight_sync.http import Answer, ServerSession
-from .finding import Check
+from .finding import NOT_ASKED, Check, Unread, known
+
+
+NO_LENGTH = Unread("The server does not say how long its sequences may be.")
+
+
+class ServerLook(Protocol):
+    """What both the doctor and a preflight see of a vLLM server: the facts of the traps that they share.
+
+    The lengths are those of the longest sequence that the server generates and of the longest rollout that the trainer takes,
+    in tokens.
+    """
+
+    @property
+    def url(self) -> str:
+        """Of the server."""
+
+    @property
+    def knows_policy_versions(self) -> bool | Unread:
+        """Whether it remembers which policy sampled a rollout."""
+
+    @property
+    def max_model_len(self) -> int | Unread:
+        """Of the server."""
+
+    @property
+    def max_length(self) -> int | Unread:
+        """Of the trainer."""
 
 
 @dataclass(frozen=True)
 class VLLMFacts:
-    """What a look at a vLLM server showed.
+    """What a look at a vLLM server showed; `error` says why there is nothing else to know.
 
-    Args:
-        url (`str`):
-            Of the server.
-        error (`str`, *optional*):
-            Why there is nothing else to know.
-        routes (`frozenset[str]`, *optional*):
-            What its OpenAPI document lists.
-        has_middleware (`bool`, *optional*, defaults to `False`):
-            Whether [`~serving.generate_endpoint.GenerateEndpoint`] answers.
-        weight_version (`str`, *optional*):
-            Name of the weights that it serves; `"default"` before the first publish. None: it does not say.
-        is_paused (`bool`, *optional*, defaults to `False`):
-            Whether generation was frozen all the time.
-        max_model_len (`int`, *optional*):
-            Longest sequence that it generates, in tokens. None: it does not say.
-        max_length (`int`, *optional*):
-            Longest rollout that the trainer takes, in tokens. None: not known.
+    `routes` are those of its OpenAPI document, and `has_middleware` is whether `serving.generate_endpoint.GenerateEndpoint`
+    answers. `weight_version` names the weights that it serves: `"default"` before the first publish, None if it does not say.
+    `is_paused` is whether generation was frozen all the time. `max_model_len` is the longest sequence that it generates, and
+    `max_length` the longest rollout that the trainer takes, both in tokens.
     """
 
     url: str
@@ -40,8 +54,13 @@ class VLLMFacts:
     has_middleware: bool = False
     weight_version: str | None = None
     is_paused: bool = False
-    max_model_len: int | None = None
-    max_length: int | None = None
+    max_model_len: int | Unread = NO_LENGTH
+    max_length: int | Unread = NOT_ASKED
+
+    @property
+    def knows_policy_versions(self) -> bool:
+        """Whether the server remembers which policy sampled a rollout: its middleware does."""
+        return self.has_middleware
 
 
 DEV_MODE_ROUTES = {
@@ -67,19 +86,42 @@ def _vllm_without_generate(facts: VLLMFacts) -> str | None:
     return f"The vLLM server at {facts.url} has no {missing}."
 
 
-def _vllm_without_policy_versions(facts: VLLMFacts) -> str | None:
-    return None if facts.has_middleware else f"The vLLM server at {facts.url} has no /atropos/policy_versions."
+def _vllm_without_policy_versions(facts: ServerLook) -> str | None:
+    if known(facts.knows_policy_versions):
+        return None
+    return f"The vLLM server at {facts.url} does not say which policy sampled a rollout: it has no /atropos/policy_versions."
 
 
 def _vllm_paused(facts: VLLMFacts) -> str | None:
     return f"Generation is frozen on the vLLM server at {facts.url}." if facts.is_paused else None
 
 
-def _vllm_exceeds_max_length(facts: VLLMFacts) -> str | None:
-    if facts.max_length is None or facts.max_model_len is None or facts.max_model_len <= facts.max_length:
+def _vllm_exceeds_max_length(facts: ServerLook) -> str | None:
+    if known(facts.max_model_len) <= known(facts.max_length):
         return None
     return f"The server generates up to {facts.max_model_len} tokens, the trainer takes up to {facts.max_length}."
 
+
+WITHOUT_POLICY_VERSIONS: Check[ServerLook] = Check(
+    "vllm_without_policy_versions",
+    "warning",
+    _vllm_without_policy_versions,
+    "Staleness is unknown: old rollouts can neither be dropped nor counted.",
+    f"Start the server with `{_MIDDLEWARE}`.",
+    needs=("knows_policy_versions",),
+    describe=lambda facts: "The server remembers which policy sampled a rollout.",
+)
+EXCEEDS_MAX_LENGTH: Check[ServerLook] = Check(
+    "vllm_exceeds_max_length",
+    "warning",
+    _vllm_exceeds_max_length,
+    "Environments drop a whole group if one rollout is longer, without telling the trainer.",
+    "Raise `--max_length`, or start the server with a smaller `--max_model_len`.",
+    needs=("max_length", "max_model_len"),
+    describe=lambda facts: (
+        f"max_model_len {facts.max_model_len} of the server, max_length {facts.max_length} (tokens)."
+    ),
+)
 
 VLLM_CHECKS: tuple[Check[VLLMFacts], ...] = (
     Check(
@@ -104,13 +146,7 @@ VLLM_CHECKS: tuple[Check[VLLMFacts], ...] = (
         "Environments with `server_type: vllm` ask it for token ids and logprobs, and get a 404 without it.",
         f"Start the server with `trl vllm-serve {_MIDDLEWARE}`, a plain `vllm serve` with `--enable-scale-out` too.",
     ),
-    Check(
-        "vllm_without_policy_versions",
-        "warning",
-        _vllm_without_policy_versions,
-        "Nobody remembers which policy sampled a rollout, so staleness is only bounded.",
-        f"Start the server with `{_MIDDLEWARE}`.",
-    ),
+    WITHOUT_POLICY_VERSIONS,
     Check(
         "vllm_paused",
         "error",
@@ -118,29 +154,15 @@ VLLM_CHECKS: tuple[Check[VLLMFacts], ...] = (
         "A publish began and did not end; the environments' requests wait for it.",
         "If the trainer is gone, restart the server and train with `--resume_from_checkpoint`.",
     ),
-    Check(
-        "vllm_exceeds_max_length",
-        "warning",
-        _vllm_exceeds_max_length,
-        "Environments drop a whole group if one rollout is longer, without telling the trainer.",
-        "Raise `--max_length`, or start the server with a smaller `--max_model_len`.",
-    ),
+    EXCEEDS_MAX_LENGTH,
 )
 
 
 def inspect_vllm(session: ServerSession, *, watch_s: float = 0.0, max_length: int | None = None) -> VLLMFacts:
-    """Look at a vLLM server without changing it: GET requests only.
+    """Look at a vLLM server without changing it: GET requests only. One that does not answer has facts, too.
 
-    Args:
-        session ([`~weight_sync.http.ServerSession`]):
-            With the server.
-        watch_s (`float`, *optional*, defaults to `0.0`):
-            Seconds between the two looks at whether generation is frozen; a publish freezes it for a moment.
-        max_length (`int`, *optional*):
-            See [`VLLMFacts`].
-
-    Returns:
-        [`VLLMFacts`]: also if the server does not answer.
+    `watch_s` are the seconds between the two looks at whether generation is frozen; a publish freezes it for a moment.
+    `max_length` is the longest rollout that the trainer takes, in tokens; None if that is not known.
     """
     try:
         session.get(f"{session.base_url}/health")
@@ -157,7 +179,7 @@ def inspect_vllm(session: ServerSession, *, watch_s: float = 0.0, max_length: in
             weight_version=_get(session, "/weight_info").get_typed("weight_version", str) if has_version else None,
             is_paused=is_paused,
             max_model_len=_max_model_len(_get(session, "/v1/models").get_typed("data", list)),
-            max_length=max_length,
+            max_length=NOT_ASKED if max_length is None else max_length,
         )
     except WeightSyncError as exc:
         return VLLMFacts(session.base_url, error=exc.what)
@@ -178,6 +200,6 @@ def _has_middleware(session: ServerSession) -> bool:
     return True
 
 
-def _max_model_len(models: list[Any]) -> int | None:
+def _max_model_len(models: list[Any]) -> int | Unread:
     lengths = [model.get("max_model_len") for model in models if isinstance(model, dict)]
-    return max((length for length in lengths if isinstance(length, int)), default=None)
+    return max((length for length in lengths if isinstance(length, int)), default=NO_LENGTH)

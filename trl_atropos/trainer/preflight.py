@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..checks.finding import NOT_ASKED, FactsT, Finding, PreflightCheck, Unread, examine, known
+from ..checks.finding import NOT_ASKED, Check, FactsT, Finding, Unread, examine, known
 from ..checks.machine import MACHINE_CHECKS
 from ..checks.server import SERVER_CHECKS, ServerConfigFacts, TrainerSide
 from ..errors import PreflightError, VLLMServerError
@@ -155,7 +155,7 @@ def inspect_run(
     return [as_server_facts(facts) for facts in servers]
 
 
-def check(facts: FactsT, checks: Sequence[PreflightCheck[FactsT]]) -> list[Finding]:
+def check(facts: FactsT, checks: Sequence[Check[FactsT]]) -> list[Finding]:
     """Run those checks for which there is something to compare."""
     asked = [check for check in checks if all(getattr(facts, name) is not NOT_ASKED for name in check.needs)]
     return examine(facts, asked)

@@ -18,7 +18,8 @@ from trl_atropos.checks.api import (
     data_timeout,
     describe_wait,
 )
-from trl_atropos.checks.finding import Check, Finding, diagnose
+from trl_atropos.checks.finding import NOT_ASKED, Check, Finding, Unread, diagnose, examine
+from trl_atropos.checks.server import SERVER_CHECKS
 from trl_atropos.checks.vllm import DEV_MODE_ROUTES, VLLM_CHECKS, VLLMFacts
 from trl_atropos.data.history import MIN_GROUPS, TRAINER_CHECKS, WINDOW, TrainerFacts, TrainerHistory
 from trl_atropos.types import RejectedGroup, Rollout, RolloutGroup
@@ -322,7 +323,14 @@ def test_a_trap_of_the_server(name):
     assert [finding.name for finding in diagnose(VLLM_CASES[name], VLLM_CHECKS)] == [name]
 
 
-@pytest.mark.parametrize("server", [SERVER, replace(SERVER, max_length=None, max_model_len=99)])
+@pytest.mark.parametrize(
+    "server",
+    [
+        SERVER,
+        replace(SERVER, max_length=NOT_ASKED, max_model_len=99),
+        replace(SERVER, max_model_len=Unread("It is silent.")),
+    ],
+)
 def test_nothing_is_found_in_a_server_that_is_ready(server):
     assert diagnose(server, VLLM_CHECKS) == []
 
@@ -334,10 +342,46 @@ def test_a_server_without_the_middleware_lacks_generate_and_versions():
     assert found[0].what == f"The vLLM server at {URL} has no /generate."
 
 
+def test_the_doctor_and_a_preflight_share_the_traps_that_both_can_see():
+    of_the_doctor = {check.detect: check for check in VLLM_CHECKS}
+    shared = [(of_the_doctor[check.detect], check) for check in SERVER_CHECKS if check.detect in of_the_doctor]
+
+    assert [(ours.name, theirs.name) for ours, theirs in shared] == [
+        ("vllm_without_policy_versions", "policy_versions"),
+        ("vllm_exceeds_max_length", "max_model_len"),
+    ]
+    assert all(replace(ours, name=theirs.name) == theirs for ours, theirs in shared)
+
+
+# Checks of any facts
+
+
+def test_of_a_fact_that_is_not_known_nothing_is_concluded():
+    unread = replace(SERVER, max_model_len=Unread("It is silent."))
+    (check,) = [check for check in VLLM_CHECKS if check.needs == ("max_length", "max_model_len")]
+
+    assert examine(unread, [check]) == [Finding(check.name, "unknown", "Not checked: It is silent.")]
+    assert diagnose(unread, [check]) == []
+
+
+def test_a_trap_that_hides_others_ends_the_look():
+    found = examine(replace(SERVER, error="Nobody."), VLLM_CHECKS)
+
+    assert [(finding.name, finding.level) for finding in found] == [("vllm_unreachable", "error")]
+
+
+def test_every_check_of_a_server_that_is_ready_says_so_in_a_sentence():
+    found = examine(SERVER, VLLM_CHECKS)
+
+    assert [finding.name for finding in found] == [check.name for check in VLLM_CHECKS]
+    assert {finding.level for finding in found} == {"ok"}
+    assert all(finding.what.endswith(".") for finding in found)
+
+
 # Words
 
 
-CHECKS: list[Check[Any]] = [*API_CHECKS, *TRAINER_CHECKS, *VLLM_CHECKS]
+CHECKS: list[Check[Any]] = [*API_CHECKS, *TRAINER_CHECKS, *VLLM_CHECKS, *SERVER_CHECKS]
 
 
 def test_names_are_unique():

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from tiny_models import byte_tokenizer, tiny_llama
 
-from trl_atropos.checks.finding import NOT_ASKED, PreflightCheck, Unread, examine
+from trl_atropos.checks.finding import NOT_ASKED, Check, Unread, examine
 from trl_atropos.checks.machine import MACHINE_CHECKS, MachineFacts, PackageVersion
 from trl_atropos.checks.server import SERVER_CHECKS, ServerConfigFacts
 from trl_atropos.checks.tokenizers import ENVIRONMENT_CHECKS, EnvironmentFacts, TokenizerFacts
@@ -68,7 +68,7 @@ VERSIONS = (
 MACHINE = MachineFacts(VERSIONS, "out", 100, 100, 100, (("api_port", 8000, None),), 0, {})
 
 
-def found(facts: Any, checks: tuple[PreflightCheck[Any], ...]) -> dict[str, str]:
+def found(facts: Any, checks: tuple[Check[Any], ...]) -> dict[str, str]:
     """Name -> level of what is not well."""
     return {finding.name: finding.level for finding in examine(facts, checks) if finding.level != "ok"}
 
@@ -143,7 +143,7 @@ def test_tokenizer_of_an_environment_is_compared_with_the_trainers() -> None:
 @pytest.mark.parametrize(
     "checks", [SERVER_CHECKS, MACHINE_CHECKS, ENVIRONMENT_CHECKS], ids=["server", "machine", "env"]
 )
-def test_what_cannot_be_read_is_said_and_never_guessed(checks: tuple[PreflightCheck[Any], ...]) -> None:
+def test_what_cannot_be_read_is_said_and_never_guessed(checks: tuple[Check[Any], ...]) -> None:
     facts = {id(SERVER_CHECKS): GOOD, id(MACHINE_CHECKS): MACHINE}.get(
         id(checks), EnvironmentFacts("e", TOKENIZER, TOKENIZER)
     )
