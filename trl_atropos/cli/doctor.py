@@ -2,118 +2,62 @@
 
 from __future__ import annotations
 
-import os
-import sys
+import argparse
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from ..checks.api import API_CHECKS, ApiFacts, inspect_api
-from ..checks.finding import Finding, diagnose
-from ..checks.vllm import VLLM_CHECKS, VLLMFacts, inspect_vllm
-from ..weight_sync.http import ServerSession
-from ..wire.client import AtroposClient
-
-
-TIMEOUT_S = 10.0
-"""Longest wait for one answer."""
-
-STYLES = {"error": "bold red", "warning": "yellow", "ok": "green", "unknown": "cyan"}
-
-
-def run_doctor(
-    api_url: str,
-    *,
-    vllm_url: str | None = None,
-    batch_size: int | None = None,
-    max_length: int | None = None,
-    watch_s: float = 3.0,
-) -> list[Finding]:
-    """Look at both servers, print a table of what was found, and return it.
-
-    Args:
-        api_url (`str`):
-            Root of `run-api`.
-        vllm_url (`str`, *optional*):
-            Root of the vLLM server. Not looked at if not given.
-        batch_size (`int`, *optional*):
-            Rollouts of one optimizer step of the trainer.
-        max_length (`int`, *optional*):
-            Its `--max_length`, in tokens.
-        watch_s (`float`, *optional*, defaults to 3.0):
-            How long to watch whether something moves, in seconds.
-
-    Returns:
-        `list[Finding]`: per server its errors and warnings, or one with the level `"ok"`.
-
-    Raises:
-        PreflightError: a URL or the API key cannot be sent.
-    """
-    findings = _examine_api(api_url, batch_size, max_length, watch_s)
-    if vllm_url is not None:
-        findings += _examine_vllm(vllm_url, max_length, watch_s)
-    print_findings(Console(), findings)
-    return findings
+def add_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its arguments."""
+    parser = commands.add_parser(
+        "doctor",
+        help="find out why no data comes",
+        usage="%(prog)s --api-url URL [--vllm-url URL] [options]",
+        description="Look at a live Atropos API, and at the vLLM server that its environments ask, for the traps that end "
+        "in silence: nobody registered, no environment, groups that never make a batch, a frozen server. Each finding has "
+        "a name, which docs/troubleshooting.md explains.",
+        epilog="Disturbs nothing, also during training: it asks for no batch, registers nothing, posts nothing. The one "
+        "trace it leaves is an IndexError in the log of run-api. An API key of the vLLM server is read from VLLM_API_KEY. "
+        "Exit code: 1 if there is an error, 0 otherwise, also with warnings.",
+    )
+    parser.add_argument("--api-url", required=True, help="root of run-api, for example http://localhost:8000")
+    parser.add_argument("--vllm-url", help="root of the vLLM server, for example http://localhost:8001")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help="rollouts of one optimizer step, over all ranks, to compare with the registration",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        help="--max_length of the trainer in tokens, to compare with the registration and the server",
+    )
+    parser.add_argument(
+        "--watch-s",
+        type=_seconds,
+        default=3.0,
+        help="seconds to watch whether something moves (default: %(default)s)",
+    )
+    parser.set_defaults(run=run)
 
 
-def _examine_api(url: str, batch_size: int | None, max_length: int | None, watch_s: float) -> list[Finding]:
-    with AtroposClient(url, connect_timeout_s=TIMEOUT_S, read_timeout_s=TIMEOUT_S) as client:
-        _say(
-            f"Asking the Atropos API at {client.base_url}, and again after {watch_s:g} s (at most {TIMEOUT_S:g} s each)"
+def run(args: argparse.Namespace, _rest: Sequence[str]) -> int:
+    """Look at the servers; 1 if there is an error."""
+    from .doctor_run import run_doctor
+    from .findings import exit_code
+
+    return exit_code(
+        run_doctor(
+            args.api_url,
+            vllm_url=args.vllm_url,
+            batch_size=args.batch_size,
+            max_length=args.max_length,
+            watch_s=args.watch_s,
         )
-        facts = inspect_api(
-            client,
-            watch_s=watch_s,
-            expected_batch_size=batch_size,
-            # A trainer registers one more: environments drop a group at max_token_len.
-            expected_max_token_len=None if max_length is None else max_length + 1,
-        )
-    return diagnose(facts, API_CHECKS) or [Finding("api", "ok", _describe_api(facts))]
-
-
-def _examine_vllm(url: str, max_length: int | None, watch_s: float) -> list[Finding]:
-    with ServerSession(url.rstrip("/"), TIMEOUT_S, os.environ.get("VLLM_API_KEY")) as session:
-        _say(f"Asking the vLLM server at {session.base_url} (at most {TIMEOUT_S:g} s per answer)")
-        facts = inspect_vllm(session, watch_s=watch_s, max_length=max_length)
-    return diagnose(facts, VLLM_CHECKS) or [Finding("vllm", "ok", _describe_vllm(facts))]
-
-
-def _describe_api(facts: ApiFacts) -> str:
-    return (
-        f"The Atropos API at {facts.url} has batch_size {facts.info[0]} (rollouts), max_token_len {facts.info[1]}, "
-        f"current_step {facts.status.current_step}, queue_size {facts.status.queue_size} (groups) and "
-        f"{len(facts.environments)} environments."
     )
 
 
-def _describe_vllm(facts: VLLMFacts) -> str:
-    published = "no policy published yet" if facts.weight_version == "default" else "the policy published last"
-    return (
-        f"The vLLM server at {facts.url} answers /generate and takes publishes; it serves weight_version "
-        f"{facts.weight_version} ({published})."
-    )
-
-
-def print_findings(console: Console, findings: Sequence[Finding]) -> None:
-    """Print a table of what was found.
-
-    Args:
-        console (`Console`):
-            The terminal.
-        findings (sequence of [`~checks.finding.Finding`]):
-            Its rows.
-    """
-    table = Table(show_lines=True)
-    for title in ("level", "check", "what was seen, what it means, what to do"):
-        table.add_column(title, no_wrap=title != "what was seen, what it means, what to do", overflow="fold")
-    for finding in findings:
-        text = "\n".join(part for part in (finding.what, finding.why, finding.fix) if part)
-        # Text objects, because a string would be read as markup, and brackets in it as styles.
-        table.add_row(Text(finding.level, STYLES[finding.level]), Text(finding.name), Text(text))
-    console.print(table)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
+    return value

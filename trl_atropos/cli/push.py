@@ -2,135 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-from rich.console import Console
-from rich.table import Table
-
-from ..errors import PreflightError
-from ..report.hub.merged import MERGED_DIR, save_merged
-from ..report.hub.model_card import describe_merged, files_to_upload, write_model_card
-from ..report.hub.run_model import RunModel, find_model, is_adapter, merged_repo_of, model_files, warn_of_local_base
-from ..report.hub.training_config import TRAINING_CONFIG_FILE
-from ..report.hub.upload import HubClient, wait_for
+from .progress import shown
 
 
-@dataclass(frozen=True)
-class Push:
-    """What the command was told.
-
-    Args:
-        run_dir (`Path`):
-            Directory of the trainer, that of `trl-atropos launch`, or a checkpoint.
-        hub_model_id (`str`, *optional*):
-            Repository. Defaults to the name of the directory, in the namespace of the token.
-        private (`bool`, *optional*, defaults to `False`):
-            Whether a new repository is.
-        revision (`str`, *optional*):
-            Branch, made if there is none.
-        merged (`bool`, *optional*, defaults to `False`):
-            Upload an adapter merged into its base model, too.
-        dry_run (`bool`, *optional*, defaults to `False`):
-            Show what would be uploaded.
-    """
-
-    run_dir: Path
-    hub_model_id: str | None = None
-    private: bool = False
-    revision: str | None = None
-    merged: bool = False
-    dry_run: bool = False
-
-
-def run_push(push: Push, console: Console | None = None) -> list[str]:
-    """Upload what a finished or killed run left.
-
-    Args:
-        push (`Push`):
-            What to upload where.
-        console (`Console`, *optional*):
-            Where the files are shown.
-
-    Returns:
-        `list[str]`: URLs of the commits.
-
-    Raises:
-        PreflightError: There is no model, or it cannot be merged.
-        HubUploadError: The Hub did not take it.
-    """
-    console = console or Console()
-    model = find_model(push.run_dir)
-    if push.merged and not is_adapter(model.directory):
-        raise PreflightError(
-            f"{model.directory} holds a whole model and no adapter.",
-            "There is nothing to merge.",
-            "Leave out --merged.",
-        )
-    warn_of_local_base(model.directory)
-    name = push.hub_model_id or model.output_dir.resolve().name
-    if push.dry_run:
-        _show(console, files_to_upload(model.directory, model.output_dir), model, name)
-        return []
-    hub = HubClient(model.output_dir, logs_failures=False)
-    repo_id = hub.create_repo(name, push.private, push.revision)
-    config = _config_of(model)
-    write_model_card(
-        model.output_dir, config, hub_model_id=repo_id, tags=("peft",) if is_adapter(model.directory) else ()
+def add_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its arguments."""
+    parser = commands.add_parser(
+        "push",
+        help="upload the model of a run to the Hub",
+        description="Upload the newest model of a run that is finished or was killed: weights or adapter, tokenizer, model card "
+        "with the plot of the reward, and training_config.yaml. Optimizer, data and logs stay here. docs/hub.md says what is in the card.",
+        epilog="The token is that of `hf auth login`, or HF_TOKEN. Exit code: 0, or 1 with what to mend.",
     )
-    uploads = [(repo_id, files_to_upload(model.directory, model.output_dir))]
-    if push.merged:
-        merged_id = hub.create_repo(merged_repo_of(repo_id), push.private, push.revision)
-        merged = _merge(model, console)
-        files = describe_merged(model.output_dir, config, merged_id, repo_id)
-        uploads.append((merged_id, {**model_files(merged), **files}))
-    urls = []
-    for target, files in uploads:
-        _show(console, files, model, target)
-        future = hub.upload(files, target, "Upload with trl-atropos push", revision=push.revision)
-        wait_for(future, f"the model to {target}")
-        failure = future.exception()
-        if failure is not None:
-            raise hub.explain(target, failure) from failure
-        urls.append(str(future.result().commit_url))
-    return urls
+    parser.add_argument(
+        "run_dir",
+        type=Path,
+        metavar="RUN_DIR",
+        help="--output_dir of a run, the run directory of `launch`, or a checkpoint",
+    )
+    parser.add_argument(
+        "--hub_model_id", help="repository, NAMESPACE/NAME (default: the name of the directory, in your namespace)"
+    )
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", help="branch to upload to; made if there is none (default: main)")
+    parser.add_argument(
+        "--merged", action="store_true", help="upload an adapter merged into its base model as well, to NAME-merged"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="show the files and their sizes, and upload nothing")
+    parser.set_defaults(run=run)
 
 
-def _config_of(model: RunModel) -> dict[str, Any]:
-    path = model.output_dir / TRAINING_CONFIG_FILE
-    try:
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
-    except (OSError, yaml.YAMLError, ValueError) as exc:
-        raise PreflightError(
-            f"{path} cannot be read: {exc}.", "The model card is made from it.", "Mend it, or move it away."
-        ) from exc
+def run(args: argparse.Namespace, _rest: Sequence[str]) -> int:
+    """Upload the model and print the URLs of the commits."""
+    with shown("Loading the libraries of the Hub and of models"):
+        from .push_run import Push, run_push
 
-
-def _merge(model: RunModel, console: Console) -> Path:
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoTokenizer
-
-    merged = model.output_dir / MERGED_DIR
-    with console.status("Merging the adapter into its base model"):
-        try:
-            policy = AutoPeftModelForCausalLM.from_pretrained(str(model.directory))
-            tokenizer = AutoTokenizer.from_pretrained(str(model.directory))
-        except (OSError, ValueError) as exc:
-            raise PreflightError(
-                f"The adapter in {model.directory} cannot be loaded: {exc}.",
-                "It is merged into the base model that adapter_config.json names.",
-                "Make that model available, or leave out --merged.",
-            ) from exc
-        save_merged(policy, tokenizer, merged)
-    return merged
-
-
-def _show(console: Console, files: dict[str, Path], model: RunModel, target: str) -> None:
-    table = Table(title=f"{model.directory} to {target}")
-    table.add_column("file")
-    table.add_column("MB", justify="right")
-    for name, path in sorted(files.items()):
-        table.add_row(name, f"{path.stat().st_size / 1e6:.2f}")
-    console.print(table)
+    for url in run_push(Push(args.run_dir, args.hub_model_id, args.private, args.revision, args.merged, args.dry_run)):
+        print(url)
+    return 0

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from trl_atropos.cli.launch.commands import (
+from trl_atropos.cli.launch.command_lines import (
     build_api_command,
     build_env_command,
     build_trainer_command,
@@ -244,7 +244,7 @@ def test_command_line_shows_an_error_in_one_line_and_exits_with_1(
     assert "PreflightError: The launch file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["torch", "vllm", "transformers", "requests"])
+@pytest.mark.parametrize("module", ["torch", "vllm", "transformers", "requests", "rich"])
 def test_importing_the_command_line_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, trl_atropos.cli.main; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -26,8 +26,8 @@ from trl import ModelConfig
 
 import trl_atropos
 from trl_atropos import AtroposConfig, AtroposParser
-from trl_atropos.cli.arguments import make_parser
 from trl_atropos.cli.launch.config import LaunchConfig
+from trl_atropos.cli.main import make_parser
 
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -25,7 +25,7 @@ from trl import ModelConfig
 
 from trl_atropos import AtroposConfig, AtroposParser, AtroposTrainer
 from trl_atropos.cli.main import main
-from trl_atropos.cli.push import Push, run_push
+from trl_atropos.cli.push_run import Push, run_push
 from trl_atropos.errors import HubUploadError, PreflightError
 from trl_atropos.loss.options import LOSS_TYPES
 from trl_atropos.report.hub.citations import PAPERS_OF_LOSS

@@ -6,7 +6,7 @@ import os
 import subprocess
 
 from ...errors import PreflightError
-from .commands import trainer_option
+from .command_lines import trainer_option
 from .config import LaunchConfig
 
 

@@ -21,7 +21,7 @@ from ...errors import PreflightError
 from ...report.page import REPORT_FILE
 from ...report.plots import save_reward_plot
 from . import summary
-from .commands import (
+from .command_lines import (
     build_api_command,
     build_env_command,
     build_trainer_command,

@@ -10,7 +10,7 @@ import requests
 
 from ...checks.machine import port_obstacle
 from ...errors import PreflightError
-from .commands import HOST
+from .command_lines import HOST
 from .output import LaunchOutput
 from .processes import ManagedProcess, ProcessGroup, failure_of, free_port
 

@@ -1,0 +1,81 @@
+"""What `trl-atropos doctor` does: ask both servers and say what was seen."""
+
+from __future__ import annotations
+
+import os
+
+from rich.console import Console
+
+from ..checks.api import API_CHECKS, ApiFacts, inspect_api
+from ..checks.finding import Finding, diagnose
+from ..checks.vllm import VLLM_CHECKS, VLLMFacts, inspect_vllm
+from ..weight_sync.http import ServerSession
+from ..wire.client import AtroposClient
+from .findings import print_findings
+from .progress import say
+
+
+TIMEOUT_S = 10.0
+"""Longest wait for one answer."""
+
+
+def run_doctor(
+    api_url: str,
+    *,
+    vllm_url: str | None = None,
+    batch_size: int | None = None,
+    max_length: int | None = None,
+    watch_s: float = 3.0,
+) -> list[Finding]:
+    """Look at both servers, print a table of what was found, and return it.
+
+    `batch_size` (rollouts of one optimizer step) and `max_length` (tokens) are those of the trainer, to compare with;
+    `watch_s` is how long each server is watched for a change, in seconds. Without `vllm_url` the vLLM server is left out.
+    Per server there are its errors and warnings, or one finding with the level `"ok"`.
+
+    Raises:
+        PreflightError: a URL or the API key cannot be sent.
+    """
+    findings = _examine_api(api_url, batch_size, max_length, watch_s)
+    if vllm_url is not None:
+        findings += _examine_vllm(vllm_url, max_length, watch_s)
+    print_findings(Console(), findings)
+    return findings
+
+
+def _examine_api(url: str, batch_size: int | None, max_length: int | None, watch_s: float) -> list[Finding]:
+    with AtroposClient(url, connect_timeout_s=TIMEOUT_S, read_timeout_s=TIMEOUT_S) as client:
+        say(
+            f"Asking the Atropos API at {client.base_url}, and again after {watch_s:g} s (at most {TIMEOUT_S:g} s each)"
+        )
+        facts = inspect_api(
+            client,
+            watch_s=watch_s,
+            expected_batch_size=batch_size,
+            # A trainer registers one more: environments drop a group at max_token_len.
+            expected_max_token_len=None if max_length is None else max_length + 1,
+        )
+    return diagnose(facts, API_CHECKS) or [Finding("api", "ok", _describe_api(facts))]
+
+
+def _examine_vllm(url: str, max_length: int | None, watch_s: float) -> list[Finding]:
+    with ServerSession(url.rstrip("/"), TIMEOUT_S, os.environ.get("VLLM_API_KEY")) as session:
+        say(f"Asking the vLLM server at {session.base_url} (at most {TIMEOUT_S:g} s per answer)")
+        facts = inspect_vllm(session, watch_s=watch_s, max_length=max_length)
+    return diagnose(facts, VLLM_CHECKS) or [Finding("vllm", "ok", _describe_vllm(facts))]
+
+
+def _describe_api(facts: ApiFacts) -> str:
+    return (
+        f"The Atropos API at {facts.url} has batch_size {facts.info[0]} (rollouts), max_token_len {facts.info[1]}, "
+        f"current_step {facts.status.current_step}, queue_size {facts.status.queue_size} (groups) and "
+        f"{len(facts.environments)} environments."
+    )
+
+
+def _describe_vllm(facts: VLLMFacts) -> str:
+    published = "no policy published yet" if facts.weight_version == "default" else "the policy published last"
+    return (
+        f"The vLLM server at {facts.url} answers /generate and takes publishes; it serves weight_version "
+        f"{facts.weight_version} ({published})."
+    )
