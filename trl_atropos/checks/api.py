@@ -20,29 +20,13 @@ MAX_ENVIRONMENTS = 256
 
 @dataclass(frozen=True)
 class ApiFacts:
-    """What a look at the Atropos API showed.
+    """What a look at the Atropos API showed; `error` says why there is nothing else to know.
 
-    Args:
-        url (`str`):
-            Of the API.
-        error (`str`, *optional*):
-            Why there is nothing else to know: it did not answer, or not as the API does.
-        info (`tuple[int, int]`, *optional*, defaults to `(-1, -1)`):
-            Registered `batch_size` (rollouts) and `max_token_len` (tokens).
-        first_status, status ([`~wire.client.ApiStatus`], *optional*):
-            At the start and at the end of the look.
-        watch_s (`float`, *optional*, defaults to `0.0`):
-            Seconds between the two.
-        environments (`tuple[`[`~wire.client.EnvironmentStatus`]`, ...]`, *optional*):
-            Those that the API knows and can say something of.
-        latest_group_size (`int`, *optional*, defaults to `0`):
-            Rollouts of the newest group that reached the queue. 0: there was none; None: it cannot be written as JSON.
-        expected_batch_size (`int`, *optional*):
-            What a trainer registers, in rollouts. None: not known.
-        expected_max_token_len (`int`, *optional*):
-            What a trainer registers, in tokens. None: not known.
-        has_waiting_trainer (`bool`, *optional*, defaults to `False`):
-            Whether it is known that a trainer registered and that `/batch` gives it nothing.
+    `info` is the registered `batch_size` (rollouts) and `max_token_len` (tokens). `/status` was asked at the start and
+    at the end of the look, `watch_s` seconds apart. `environments` are those that the API knows and can say something
+    of. `latest_group_size` counts the rollouts of the newest group that reached the queue: 0 if there was none, None
+    if it cannot be written as JSON. What a trainer registers is None where it is not known. `has_waiting_trainer` is
+    whether a trainer is known to have registered and to get nothing from `/batch`.
     """
 
     url: str
@@ -85,18 +69,12 @@ class ApiFacts:
 def blocking_group_sizes(sizes: Iterable[int], batch_size: int) -> list[int]:
     """Group sizes that can keep the API from forming batches for good, depending on the order in which groups come.
 
-    The API never splits a group. It collects groups of equal size into packs as large as the largest group in the queue, and
-    fills a batch with packs, and gives up if a pack overshoots. So every size must divide the largest, and the largest the
-    batch.
+    The API never splits a group. It collects groups of equal size into packs as large as the largest group in the
+    queue, and fills a batch with packs, and gives up if a pack overshoots. So every size must divide the largest, and
+    the largest the batch.
 
-    Args:
-        sizes (`Iterable[int]`):
-            Rollouts of each group that may meet in the queue.
-        batch_size (`int`):
-            Rollouts of a batch.
-
-    Returns:
-        `list[int]`: in ascending order; empty if all is well.
+    `sizes` are the rollouts of each group that may meet in the queue. The result is in ascending order, empty if all
+    is well.
     """
     distinct = set(sizes)
     largest = max(distinct, default=1)
@@ -343,20 +321,12 @@ def inspect_api(
 ) -> ApiFacts:
     """Look at the API without changing it: no batch is asked for, nobody is registered, nothing is posted.
 
-    Asking `/status-env` has one effect, which each environment's own asking has ten times a second: the API takes the size of
-    the environment's largest queued group for its group size. For the first id that no environment has, `run-api` logs an
-    IndexError.
+    Asking `/status-env` has one effect, which each environment's own asking has ten times a second: the API takes the
+    size of the environment's largest queued group for its group size. For the first id that no environment has,
+    `run-api` logs an IndexError.
 
-    Args:
-        client ([`~wire.client.AtroposClient`]):
-            The API.
-        watch_s (`float`, *optional*, defaults to `0.0`):
-            Seconds between the two looks at `/status`.
-        expected_batch_size (`int`, *optional*), expected_max_token_len (`int`, *optional*), has_waiting_trainer (`bool`):
-            See [`ApiFacts`].
-
-    Returns:
-        [`ApiFacts`]: also if the API does not answer.
+    `watch_s` are the seconds between the two looks at `/status`; what is expected is as in [`ApiFacts`]. An API that
+    does not answer has facts, too.
     """
     try:
         first_status = client.status()
@@ -384,28 +354,14 @@ def inspect_api(
 
 
 def describe_wait(elapsed_s: float, facts: ApiFacts) -> str:
-    """Why there is still no batch, on one line.
-
-    Args:
-        elapsed_s (`float`):
-            Seconds waited so far.
-        facts ([`ApiFacts`]):
-            A look at the API, with `has_waiting_trainer`.
-    """
+    """Why there is still no batch after so many seconds, on one line, by a look with `has_waiting_trainer`."""
     findings = diagnose(facts, API_CHECKS)
     reason = f" {findings[0].what} ({findings[0].name})" if findings else ""
     return f"Waiting for a batch for {elapsed_s:.0f} s: {_shown(facts)}.{reason}"
 
 
 def data_timeout(elapsed_s: float, facts: ApiFacts) -> AtroposDataTimeout:
-    """The error that no batch was formed in time.
-
-    Args:
-        elapsed_s (`float`):
-            Seconds waited.
-        facts ([`ApiFacts`]):
-            A look at the API, with `has_waiting_trainer`.
-    """
+    """The error that no batch was formed within so many seconds, by a look with `has_waiting_trainer`."""
     findings = diagnose(facts, API_CHECKS)
     if findings:
         cause = findings[0]

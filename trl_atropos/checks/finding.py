@@ -20,10 +20,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a check found, in sentences: what was seen, with values; what it means; the option or command that mends it.
+    """One thing that a check found: what was seen, with values; what it means; the option or command that mends it.
 
-    `name` is that of the trap, a row of docs/troubleshooting.md. Of the levels, `"error"` is no training like this, `"warning"` may
-    be meant so or pass, `"ok"` is a good sign, and `"unknown"` was not checked.
+    Each is a sentence. `name` is that of the trap, a row of docs/troubleshooting.md. Of the levels, `"error"` is no
+    training like this, `"warning"` may be meant so or pass, `"ok"` is a good sign, and `"unknown"` was not checked.
     """
 
     name: str
@@ -60,9 +60,9 @@ def _describe_nothing(facts: object) -> str:
 class Check(Generic[FactsT]):
     """A trap: `name`, `level`, `why` and `fix` are those of its [`Finding`].
 
-    `detect` says in a sentence how it shows in the facts, and gives None where it does not; `describe` says how the facts look
-    then. `needs` names the fields of the facts without which nothing can be told. Where a trap is found that `hides_others`, the
-    checks after it are not asked.
+    `detect` says in a sentence how it shows in the facts, and gives None where it does not; `describe` says how the
+    facts look then. `needs` names the fields of the facts without which nothing can be told. Where a trap is found
+    that `hides_others`, the checks after it are not asked.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Check(Generic[FactsT]):
 
 
 def examine(facts: FactsT, checks: Sequence[Check[FactsT]]) -> list[Finding]:
-    """Run checks of such facts: one finding each, in their order and of any level, up to a trap that hides the others."""
+    """Run checks: one finding each, of any level and in their order, up to a trap that hides the others."""
     findings: list[Finding] = []
     for check in checks:
         unread = [value for name in check.needs if isinstance(value := getattr(facts, name), Unread)]

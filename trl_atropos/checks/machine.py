@@ -12,17 +12,8 @@ from .finding import GIB, NOT_ASKED, Check, Unread, known
 class PackageVersion:
     """A package that this one is built on.
 
-    Args:
-        name (`str`):
-            Of the distribution.
-        supported (`str`):
-            Version specifier, such as `">=1.16"`.
-        installed (`str`, *optional*):
-            Version; None if it is not installed.
-        is_supported (`bool`):
-            Whether the installed version satisfies the specifier.
-        is_required (`bool`):
-            Whether this run needs it on this machine.
+    `supported` is a version specifier, such as `">=1.16"`, `installed` a version, None if the package is missing.
+    `is_required` is whether this run needs it on this machine.
     """
 
     name: str
@@ -36,24 +27,11 @@ class PackageVersion:
 class MachineFacts:
     """A look at this machine. Each field may be [`~checks.finding.Unread`].
 
-    Args:
-        versions (`tuple[`[`PackageVersion`]`, ...]`):
-            What requirements.txt names.
-        output_dir (`str`):
-            Where the trainer writes.
-        free_disk_bytes (`int`):
-            What its file system has left.
-        model_bytes (`int`):
-            Size of the trained weights.
-        checkpoint_bytes (`int`):
-            Upper bound of the size of all checkpoints that are kept at a time, with the state of the optimizer for every
-            weight, and of the journal.
-        ports (`tuple[tuple[str, int, str | None], ...]`):
-            Option, port, and why it cannot be taken.
-        num_gpus (`int`):
-            Those that can be seen here.
-        gpu_split (`dict[str, str]`):
-            `CUDA_VISIBLE_DEVICES` of server and trainer, as the launch file tells; empty if it does not.
+    `versions` are those of requirements.txt. The trainer writes into `output_dir`, whose file system has
+    `free_disk_bytes` left. `model_bytes` is the size of the trained weights; `checkpoint_bytes` an upper bound of that
+    of the journal and of all checkpoints that are kept at a time, with the optimizer's state for every weight. `ports`
+    are triples of option, port, and why it cannot be taken. `gpu_split` holds `CUDA_VISIBLE_DEVICES` of server and
+    trainer, and is empty if the launch file does not tell; `num_gpus` can be seen here.
     """
 
     versions: tuple[PackageVersion, ...] | Unread = NOT_ASKED
@@ -186,12 +164,7 @@ MACHINE_CHECKS: tuple[Check[MachineFacts], ...] = (
 
 
 def port_obstacle(port: int) -> str | None:
-    """Say why a server cannot have a port of this machine's loopback address; None if it can.
-
-    Args:
-        port (`int`):
-            1..65535.
-    """
+    """Say why a server cannot have a port, 1..65535, of this machine's loopback address; None if it can."""
     with socket.socket() as probe:
         # As servers do: a connection that has just been closed does not keep its port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

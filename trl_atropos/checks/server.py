@@ -22,9 +22,9 @@ from .vllm import EXCEEDS_MAX_LENGTH, WITHOUT_POLICY_VERSIONS
 class TrainerSide:
     """What a server is compared with. Each field may be [`~checks.finding.Unread`].
 
-    `max_length` is the longest rollout, in tokens. `device` is the type of the device that sends the weights, `"cpu"` or `"cuda"`.
-    `chat_ids` are the tokens of a short conversation, None if the tokenizer has no chat template. `model` holds those fields of
-    the model's config that must be equal, `num_parameters` counts its weights.
+    `max_length` is the longest rollout, in tokens. `device` is the type of the device that sends the weights, `"cpu"`
+    or `"cuda"`. `chat_ids` are the tokens of a short conversation, None if the tokenizer has no chat template. `model`
+    holds those fields of the model's config that must be equal, `num_parameters` counts its weights.
     """
 
     max_length: int | Unread = NOT_ASKED
@@ -40,13 +40,14 @@ class TrainerSide:
 class ServerConfigFacts(TrainerSide):
     """What `/server_info` and a few requests show of a vLLM server, beside what the trainer has.
 
-    Each field but `url` and `served_name` may be [`~checks.finding.Unread`]. `backend` is that of weight transfer, None without one.
-    `max_model_len` is the longest sequence that the server generates, in tokens. `served_name` is the path or id of its
-    checkpoint, `served_model` has the fields of that checkpoint's config, and `dtype` is the one that it serves in, by torch's
-    name. `accepts_foreign_ids` is whether it takes the first token id beyond the trainer's vocabulary, `has_lora` whether it was
-    started with `--enable-lora`, `loads_adapters` whether `VLLM_ALLOW_RUNTIME_LORA_UPDATING` is set. `served_chat_ids` are
-    `chat_ids` as the server makes them. `segment_bytes` is the size of a policy in the server's dtype, and
-    `free_shared_memory_bytes` what `/dev/shm` has left.
+    Each field but `url` and `served_name` may be [`~checks.finding.Unread`]. `backend` is that of weight transfer,
+    None without one. `max_model_len` is the longest sequence that the server generates, in tokens. `served_name` is
+    the path or id of its checkpoint, `served_model` has the fields of that checkpoint's config, and `dtype` is the one
+    that it serves in, by torch's name. `accepts_foreign_ids` is whether it takes the first token id beyond the
+    trainer's vocabulary, `has_lora` whether it was started with `--enable-lora`, `loads_adapters` whether
+    `VLLM_ALLOW_RUNTIME_LORA_UPDATING` is set. `served_chat_ids` are `chat_ids` as the server makes them.
+    `segment_bytes` is the size of a policy in the server's dtype, and `free_shared_memory_bytes` what `/dev/shm` has
+    left.
     """
 
     url: str = field(kw_only=True)

@@ -11,15 +11,8 @@ from .finding import Check, Unread, known
 class TokenizerFacts:
     """A tokenizer, as far as two of them must agree.
 
-    Args:
-        name (`str`):
-            Where it comes from.
-        vocabulary (`str`):
-            Hash of all tokens with their ids.
-        special_ids (`tuple[int | None, int | None]`):
-            Ids of the begin and of the end of a sequence.
-        chat_template (`str`, *optional*):
-            Hash of the template; None without one.
+    `name` says where it comes from. `vocabulary` is a hash of all tokens with their ids, `chat_template` one of the
+    template, None without one. `special_ids` are the ids of the begin and of the end of a sequence.
     """
 
     name: str
@@ -50,16 +43,7 @@ def other_special_ids(ours: TokenizerFacts, theirs: TokenizerFacts, who: str) ->
 
 @dataclass(frozen=True)
 class EnvironmentFacts:
-    """The tokenizer of an environment, beside the trainer's.
-
-    Args:
-        name (`str`):
-            Of the environment.
-        tokenizer ([`TokenizerFacts`]):
-            Its own.
-        trainer_tokenizer ([`TokenizerFacts`]):
-            The trainer's.
-    """
+    """The tokenizer of the environment of this name, beside the trainer's."""
 
     name: str
     tokenizer: TokenizerFacts | Unread

@@ -17,8 +17,8 @@ NO_LENGTH = Unread("The server does not say how long its sequences may be.")
 class ServerLook(Protocol):
     """What both the doctor and a preflight see of a vLLM server: the facts of the traps that they share.
 
-    The lengths are those of the longest sequence that the server generates and of the longest rollout that the trainer takes,
-    in tokens.
+    The lengths are those of the longest sequence that the server generates and of the longest rollout that the trainer
+    takes, in tokens.
     """
 
     @property
@@ -42,10 +42,11 @@ class ServerLook(Protocol):
 class VLLMFacts:
     """What a look at a vLLM server showed; `error` says why there is nothing else to know.
 
-    `routes` are those of its OpenAPI document, and `has_middleware` is whether `serving.generate_endpoint.GenerateEndpoint`
-    answers. `weight_version` names the weights that it serves: `"default"` before the first publish, None if it does not say.
-    `is_paused` is whether generation was frozen all the time. `max_model_len` is the longest sequence that it generates, and
-    `max_length` the longest rollout that the trainer takes, both in tokens.
+    `routes` are those of its OpenAPI document, and `has_middleware` is whether
+    `serving.generate_endpoint.GenerateEndpoint` answers. `weight_version` names the weights that it serves:
+    `"default"` before the first publish, None if it does not say. `is_paused` is whether generation was frozen all the
+    time. `max_model_len` is the longest sequence that it generates, and `max_length` the longest rollout that the
+    trainer takes, both in tokens.
     """
 
     url: str
@@ -89,7 +90,10 @@ def _vllm_without_generate(facts: VLLMFacts) -> str | None:
 def _vllm_without_policy_versions(facts: ServerLook) -> str | None:
     if known(facts.knows_policy_versions):
         return None
-    return f"The vLLM server at {facts.url} does not say which policy sampled a rollout: it has no /atropos/policy_versions."
+    return (
+        f"The vLLM server at {facts.url} does not say which policy sampled a rollout: "
+        "it has no /atropos/policy_versions."
+    )
 
 
 def _vllm_paused(facts: VLLMFacts) -> str | None:

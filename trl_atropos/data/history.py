@@ -21,27 +21,18 @@ WINDOW = 20
 """Batches that a trainer looks back over."""
 
 AGEING = 3.0
-"""Mean staleness, in publishes, above which a run without `max_staleness` is told: what three batches in the API make, the
-default of `--env.max_batches_offpolicy`."""
+"""Mean staleness, in publishes, above which a run without `max_staleness` is told: what three batches in the API make,
+the default of `--env.max_batches_offpolicy`."""
 
 
 @dataclass(frozen=True)
 class TrainerFacts:
     """What a trainer received over its last batches.
 
-    Args:
-        num_groups (`int`):
-            Groups that came, refused ones included.
-        num_refused_groups (`int`):
-            Groups that validation refused.
-        num_too_long_groups (`int`):
-            Those of them with a rollout longer than `max_length`.
-        num_tied_groups (`int`):
-            Groups of at least two rollouts, all with the same reward and without token-level advantages.
-        mean_staleness (`float`, *optional*):
-            Of the rollouts of known policy version, in publishes: mean of the batches' means.
-        max_staleness (`int`, *optional*):
-            The option. None: no limit.
+    `num_groups` counts refused groups, too, and `num_too_long_groups` those of them with a rollout longer than
+    `max_length`. A tied group has at least two rollouts, all with the same reward and without token-level advantages.
+    `mean_staleness`, in publishes, is the mean of the batches' means over rollouts of known policy version.
+    `max_staleness` is the option; None: no limit.
     """
 
     num_groups: int = 0
@@ -94,9 +85,7 @@ TRAINER_CHECKS: tuple[Check[TrainerFacts], ...] = (
 class TrainerHistory:
     """Counts what came over the last `WINDOW` batches, and tells what is found in it once.
 
-    Args:
-        max_staleness (`int`, *optional*):
-            The option. None: no limit.
+    `max_staleness` is the option, in publishes; None: no limit.
     """
 
     def __init__(self, max_staleness: int | None = None):
@@ -107,18 +96,9 @@ class TrainerHistory:
     def add(
         self, groups: Sequence[RolloutGroup], rejected: Sequence[RejectedGroup], policy_version: int
     ) -> list[Finding]:
-        """Count a batch.
+        """Count a batch of the trainer's `policy_version`, and return what was not found after the one before.
 
-        Args:
-            groups (sequence of [`RolloutGroup`]):
-                Its good groups, also those that are dropped as too stale.
-            rejected (sequence of [`RejectedGroup`]):
-                Its refused groups.
-            policy_version (`int`):
-                Of the trainer.
-
-        Returns:
-            `list[Finding]`: what was not found after the batch before.
+        `groups` are the good ones, also those that are dropped as too stale.
         """
         of_rollouts = [rollout.staleness(policy_version) for group in groups for rollout in group.rollouts]
         staleness = [value for value in of_rollouts if value is not None]

@@ -1,6 +1,7 @@
 """The weight transfer backends that a trainer can send to, one row of `BACKENDS` each.
 
-vLLM's plugin reads the table in every process of a server, so it imports nothing: classes are named, and loaded on first use.
+vLLM's plugin reads the table in every process of a server, so it imports nothing: classes are named, and loaded on
+first use.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ NCCL_BACKEND = "nccl"
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend of `--weight-transfer-config`, from where to where it sends in words, and module and class of both its ends.
+    """A backend of `--weight-transfer-config`: its name, its reach in words, and module and class of both its ends.
 
-    The trainer's end, a `WeightTransport`, is made with those `options` of `make_transport` that it takes: `timeout_s`, `device`,
-    `host` and `port`. The worker's end is None if vLLM has its own. `device` is the type that the trainer must run on, None: any.
+    The trainer's end, a `WeightTransport`, is made with those `options` of `make_transport` that it takes:
+    `timeout_s`, `device`, `host` and `port`. The worker's end is None if vLLM has its own. `device` is the type that
+    the trainer must run on, None: any.
     """
 
     name: str
@@ -55,8 +57,8 @@ BACKENDS = (
 
 NO_TRANSPORT_WHY = f"The trainer sends over {', '.join(f'{row.name!r} ({row.reach})' for row in BACKENDS)}."
 NO_TRANSPORT_FIX = (
-    f"""Start the server with --weight-transfer-config '{{"backend": "{SHARED_MEMORY_BACKEND}"}}', or give the trainer """
-    "another transport: AtroposTrainer(weight_transport=...)."
+    f"""Start the server with --weight-transfer-config '{{"backend": "{SHARED_MEMORY_BACKEND}"}}', or give the """
+    "trainer another transport: AtroposTrainer(weight_transport=...)."
 )
 
 
