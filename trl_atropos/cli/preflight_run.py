@@ -31,7 +31,7 @@ from ..trainer.preflight import describe_model, read_server_config, segment_byte
 from ..trainer.run_facts import chat_ids, free_bytes, machine_facts, num_parameters, read_tokenizer, tokenizer_facts
 from ..weight_sync.client import AtroposVLLMClient
 from ..weight_sync.http import ServerSession
-from ..weight_sync.transports.choose import SHARED_MEMORY_BACKEND
+from ..weight_sync.transports.backends import SHARED_MEMORY_BACKEND
 from ..weight_sync.transports.shm_segment import SEGMENT_DIR
 from ..wire.client import AtroposClient
 from .findings import print_findings
