@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from ...errors import PreflightError
 from ..base import WeightTransport
 from .backends import NO_TRANSPORT_FIX, NO_TRANSPORT_WHY, describe_no_transport, find_backend
-from .backends import SHARED_MEMORY_BACKEND as SHARED_MEMORY_BACKEND
 
 
 if TYPE_CHECKING:
@@ -28,8 +27,9 @@ def make_transport(
 ) -> WeightTransport:
     """Make the transport for the weight transfer backend that a server reports; None if it has none.
 
-    `device` is where the trainer's model lies, `timeout_s` the deadline in seconds of one transfer. The workers meet the trainer
-    at `group_host`, by default the address of this machine that faces the server, and `group_port`; 0 takes a free one.
+    `device` is where the trainer's model lies, `timeout_s` the deadline in seconds of one transfer. The workers meet
+    the trainer at `group_host`, by default the address of this machine that faces the server, and `group_port`; 0
+    takes a free one.
 
     Raises:
         [`PreflightError`]: if the trainer cannot send to this backend.
