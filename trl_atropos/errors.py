@@ -1,4 +1,4 @@
-"""The exceptions of trl_atropos.
+"""The exceptions of trl_atropos, and what their messages share.
 
     TrlAtroposError
     +-- AtroposConnectionError    (ConnectionError)   the Atropos API does not answer
@@ -24,6 +24,8 @@ its meaning.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -146,3 +148,10 @@ class VLLMServerError(WeightSyncError):
 
 class VLLMServerUnreachable(WeightSyncError, ConnectionError):
     """The vLLM server refused, closed or reset the connection. A request that was sent may have taken effect."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the question with which a refusal of `name` begins its third part: the nearest of `known`, however far."""
+    # n=1 and cutoff=0.0: always one.
+    (nearest,) = get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"Did you mean `{nearest}`?"

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +15,7 @@ from ..report.hub.model_card import describe_merged, files_to_upload, write_mode
 from ..report.hub.run_model import RunModel, find_model, is_adapter, merged_repo_of, model_files, warn_of_local_base
 from ..report.hub.training_config import TRAINING_CONFIG_FILE
 from ..report.hub.upload import HubClient, wait_for
+from ..trainer.yaml_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,13 @@ def run_push(push: Push, console: Console | None = None) -> list[str]:
 
 def _config_of(model: RunModel) -> dict[str, Any]:
     path = model.output_dir / TRAINING_CONFIG_FILE
-    try:
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
-    except (OSError, yaml.YAMLError, ValueError) as exc:
-        raise PreflightError(
-            f"{path} cannot be read: {exc}.", "The model card is made from it.", "Mend it, or move it away."
-        ) from exc
+    if not path.exists():
+        return {}
+    why, fix = "The model card is made from it.", "Mend it, or move it away."
+    config = read_yaml(path, str(path), why, fix) or {}
+    if not isinstance(config, dict):
+        raise PreflightError(f"{path} holds a {type(config).__name__}, not a mapping.", why, fix)
+    return config
 
 
 def _merge(model: RunModel, console: Console) -> Path:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers.hf_argparser import DataClass
 from trl import TrlParser
 
 from ..data.options import DataConfig, check_source
-from ..errors import PreflightError
+from ..errors import PreflightError, did_you_mean
 from .seed_options import translate_seed_options
+from .yaml_file import read_yaml
 
 
 class AtroposParser(TrlParser):
@@ -96,12 +95,11 @@ class AtroposParser(TrlParser):
         return self.set_defaults_with_config(**config)
 
     def _refuse(self, where: str, name: str, prefix: str = "") -> None:
-        known = [action.dest for action in self._actions]
-        nearest = get_close_matches(name.lstrip("-"), known, n=1, cutoff=0.0)[0]
+        known = [prefix + action.dest for action in self._actions]
         raise PreflightError(
             f"{where} has `{name}`, which is no option.",
             "A misspelled option would be ignored otherwise.",
-            f"Did you mean `{prefix}{nearest}`? All options: docs/config.md, or --help.",
+            f"{did_you_mean(prefix + name.lstrip('-'), known)} All options: docs/config.md, or --help.",
         )
 
 
@@ -116,14 +114,12 @@ def _take_config(args: list[str]) -> tuple[list[str], str | None]:
 
 
 def _read(path: str) -> Mapping[str, Any]:
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        raise PreflightError(
-            f"The configuration file {path} cannot be read: {exc}.",
-            "It holds the options of the run.",
-            "Pass an existing YAML file with --config, for example examples/configs/quickstart.yaml.",
-        ) from exc
+    config = read_yaml(
+        Path(path),
+        f"The configuration file {path}",
+        "It holds the options of the run.",
+        "Pass an existing YAML file with --config, for example examples/configs/quickstart.yaml.",
+    )
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise PreflightError(
             f"The configuration file {path} holds a {type(config).__name__}, not a mapping of names to values.",

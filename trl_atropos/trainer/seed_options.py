@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import PreflightError
+from ..errors import PreflightError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -169,13 +169,10 @@ def _flat(prefix: str, section: Mapping[str, Any]) -> dict[str, Any]:
 
 def _translate(key: str, value: Any) -> dict[str, Any]:
     if key not in SEED_OPTIONS:
-        from difflib import get_close_matches
-
-        nearest = get_close_matches(key, SEED_OPTIONS, n=1, cutoff=0.0)[0]
         raise PreflightError(
             f"The configuration file has `{key}`: {value!r}, which has no counterpart here.",
             "A key that is ignored would make another run than the file describes.",
-            f"Remove it. The nearest known key is `{nearest}`; docs/config.md lists all of them and every option.",
+            f"{did_you_mean(key, SEED_OPTIONS)} Otherwise remove it; docs/config.md lists all known keys and every option.",
         )
     try:
         return SEED_OPTIONS[key](value)

@@ -162,6 +162,10 @@ def test_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
 def test_absent_and_malformed_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match="cannot be read"):
         load_launch_config(tmp_path / "absent.yaml", {})
+    # A date of month 13, which YAML tries to make.
+    (tmp_path / "date.yaml").write_text("run_dir: 2026-13-01\n")
+    with pytest.raises(PreflightError, match=r"date\.yaml cannot be read: month must be in 1\.\.12"):
+        load_launch_config(tmp_path / "date.yaml", {})
     malformed = tmp_path / "l.yaml"
     malformed.write_text("run_dir: [")
     with pytest.raises(PreflightError, match="cannot be read"):

@@ -254,7 +254,7 @@ def test_a_chat_template_gives_token_ids_again(caplog):
 
 def test_an_unknown_shim_is_refused_with_the_nearest(run, capsys):
     assert run("--no-shim", "retrun_dict", "env.py", "serve") == 1
-    assert "Pass --no-shim return_dict" in capsys.readouterr().err
+    assert "Did you mean `return_dict`?" in capsys.readouterr().err
 
 
 def test_all_shims_are_listed_by_the_command_and_in_the_documentation(run, capsys):

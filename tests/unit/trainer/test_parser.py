@@ -145,8 +145,8 @@ class TestSeedKeys:
         ("config", "what", "fix"),
         [
             ({"use_advantage_weighting": False}, "`use_advantage_weighting`: False", "use TRL's SFTTrainer"),
-            ({"data": {"atropos": {"api_ur": "x"}}}, "`data.atropos.api_ur`: 'x'", "nearest known key is `data.atropos.api_url`"),
-            ({"data": {"train_files": "x"}}, "`data.train_files`", "nearest known key is `data.train_batch_size`"),
+            ({"data": {"atropos": {"api_ur": "x"}}}, "`data.atropos.api_ur`: 'x'", "Did you mean `data.atropos.api_url`?"),
+            ({"data": {"train_files": "x"}}, "`data.train_files`", "Did you mean `data.train_batch_size`?"),
             ({"ulysses_sequence_parallel_size": 2}, "`ulysses_sequence_parallel_size`: 2", "ulysses.yaml"),
             ({"optim": {"betas": 0.9}}, "`optim.betas`: 0.9", "cannot unpack"),
             ({"loss_type": "dapo", "use_advantage_weighting": True}, "`loss_type` twice: 'dapo', and 'weighted_sft'", "Remove"),

@@ -6,10 +6,9 @@ says so when it acts, and can be left out.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 
-from ...errors import PreflightError
+from ...errors import PreflightError, did_you_mean
 from .servers import ServerType
 from .settings import ApiKey, ServerList, Wandb, WandbName
 from .shim import Shim
@@ -36,10 +35,9 @@ def select_shims(without: Collection[str] = ()) -> list[Shim]:
     names = [shim.name for shim in SHIMS]
     for name in without:
         if name not in names:
-            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
             raise PreflightError(
                 f"There is no shim {name!r}.",
                 f"The shims are: {', '.join(names)}.",
-                f"Pass --no-shim {nearest}, or see --list-shims.",
+                f"{did_you_mean(name, names)} --list-shims says what each does.",
             )
     return [shim() for shim in SHIMS if shim.name not in without]

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ...errors import PreflightError
+from ...trainer.yaml_file import read_yaml
 from .config import EnvironmentConfig, LaunchConfig
 
 
@@ -107,14 +105,12 @@ def trainer_option(config: LaunchConfig, name: str) -> Any:
     path = flag_value(command, "--config")
     if value is not None or path is None:
         return value
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        raise PreflightError(
-            f"The file {path} of the trainer's --config cannot be read: {exc}.",
-            "The trainer would end at its start.",
-            "Correct `trainer_command` of the launch file.",
-        ) from exc
+    content = read_yaml(
+        Path(path),
+        f"The file {path} of the trainer's --config",
+        "The trainer would end at its start.",
+        "Correct `trainer_command` of the launch file.",
+    )
     return content.get(name) if isinstance(content, dict) else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -10,9 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
-from ...errors import PreflightError
+from ...errors import PreflightError, did_you_mean
+from ...trainer.yaml_file import read_yaml
 
 
 EXTERNAL = "external"
@@ -171,14 +169,12 @@ def load_launch_config(path: Path, overrides: Mapping[str, Any]) -> LaunchConfig
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        raise PreflightError(
-            f"The launch file {path} cannot be read: {exc}.",
-            "It names the commands to start.",
-            f"Pass an existing YAML file with `-c`, for example {EXAMPLE}.",
-        ) from exc
+    content = read_yaml(
+        path,
+        f"The launch file {path}",
+        "It names the commands to start.",
+        f"Pass an existing YAML file with `-c`, for example {EXAMPLE}.",
+    )
     if not isinstance(content, dict):
         raise PreflightError(
             f"The launch file {path} holds a {type(content).__name__}, not a mapping.",
@@ -222,11 +218,10 @@ def _check(where: str, values: Mapping[str, Any], kind: type[LaunchConfig] | typ
     annotations = {known.name: str(known.type) for known in fields(kind)}
     for key, value in values.items():
         if key not in annotations:
-            nearest = difflib.get_close_matches(key, annotations, n=1, cutoff=0.0)[0]
             raise PreflightError(
                 f"{where[0].upper()}{where[1:]} has the unknown key `{key}`.",
                 "A misspelled option would be ignored otherwise.",
-                f"Did you mean `{nearest}`? All keys: {', '.join(annotations)}.",
+                f"{did_you_mean(key, annotations)} All keys: {', '.join(annotations)}.",
             )
         expected = _TYPES.get(annotations[key], (dict,))
         if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
