@@ -18,7 +18,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from .step_table import COLUMNS, cell
+from .step_columns import COLUMNS, cell
 
 
 MAX_STEPS = 10

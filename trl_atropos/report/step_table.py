@@ -7,25 +7,11 @@ from typing import Any, TextIO
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-
-COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("reward", "reward", "8.3f"),
-    ("std", "reward_std", "7.3f"),
-    ("loss", "loss", "9.4f"),
-    ("stale", "staleness/mean", "7.2f"),
-    ("wait s", "perf/batch_wait_s", "8.2f"),
-    ("publish s", "perf/weight_sync_s", "10.2f"),
-    ("step s", "step_time", "8.2f"),
-)
+from .step_columns import COLUMNS, cell
 
 
 class StepTableCallback(TrainerCallback):
-    """Writes one line per logged step: step, reward, reward_std, loss, staleness, seconds of wait, publish and step.
-
-    Args:
-        stream (`TextIO`, *optional*):
-            Where to write; standard output if not given.
-    """
+    """Writes one line per logged step on `stream`, by default standard output: its number, then `COLUMNS`."""
 
     def __init__(self, stream: TextIO | None = None):
         self.stream = stream or sys.stdout
@@ -35,7 +21,7 @@ class StepTableCallback(TrainerCallback):
     ) -> None:
         """Write the header. The first batch takes as long as the environments need."""
         if state.is_world_process_zero:
-            titles = [title.rjust(int(width.split(".")[0])) for title, _, width in COLUMNS]
+            titles = [title.rjust(int(spec.split(".")[0])) for title, _, spec in COLUMNS]
             self._write("Waiting for the first batch.")
             self._write("step".rjust(10) + "".join(titles))
 
@@ -50,21 +36,9 @@ class StepTableCallback(TrainerCallback):
         """Write the line of a step."""
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
-        cells = [cell(logs.get(name), width) for _, name, width in COLUMNS]
+        cells = [cell(logs.get(name), spec) for _, name, spec in COLUMNS]
         self._write(f"{state.global_step}/{state.max_steps}".rjust(10) + "".join(cells))
 
     def _write(self, line: str) -> None:
         self.stream.write(line + "\n")
         self.stream.flush()
-
-
-def cell(value: float | None, width: str) -> str:
-    """A number of a table, or `?` where there is none.
-
-    Args:
-        value (`float`, *optional*):
-            The number.
-        width (`str`):
-            Its format, of `COLUMNS`.
-    """
-    return "?".rjust(int(width.split(".")[0])) if value is None else format(value, width)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,11 @@ def test_report_shows_rewards_and_completions_side_by_side() -> None:
     print_report(console, ENTRIES, ["The capital of Peru is"], [[" Lima, the largest"]], [[" [bold]Lima."]])
     text = console.export_text()
     assert "0.625" not in text and "0.750" in text and "1.000" in text
+    # Those of the trainer's own lines; how long a batch was waited for is not in these logs.
+    (titles,) = [re.split(" *[┃] *", line.strip("┃ ")) for line in text.splitlines() if "publish s" in line]
+    assert titles == ["step", "reward", "std", "loss", "stale", "wait s", "publish s", "step s"]
+    (last,) = [re.split(" *[│] *", line.strip("│ ")) for line in text.splitlines() if "1.000" in line]
+    assert last == ["6", "1.000", "0.250", "-0.0100", "1.00", "?", "0.60", "6.00"]
     (row,) = [line for line in text.splitlines() if "Peru" in line]
     # Brackets of a completion are text, not markup.
     assert "Lima, the largest" in row and "[bold]Lima." in row

@@ -13,20 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ...errors import PreflightError
+from ...report.step_columns import COLUMNS, cell
 
 
 WINDOW = 4
 """Steps over which `reward_first` and `reward_last` are taken."""
-
-TABLE_COLUMNS = {
-    "step": ("step", "d"),
-    "reward": ("reward", ".3f"),
-    "reward_std": ("reward_std", ".3f"),
-    "loss": ("loss", ".4f"),
-    "staleness/mean": ("staleness", ".2f"),
-    "perf/weight_sync_s": ("publish s", ".2f"),
-    "step_time": ("step s", ".1f"),
-}
 
 LogEntry = Mapping[str, Any]
 
@@ -57,19 +48,12 @@ def _no_log_error(path: Path) -> PreflightError:
 
 
 def summarize(entries: Sequence[LogEntry], server_weight_version: int | str | None, wall_s: float) -> dict[str, Any]:
-    """Reduce the log of a run to the numbers by which it is judged.
+    """Reduce the log of a run, one entry per optimizer step in order, to the numbers by which it is judged.
 
-    Args:
-        entries (`Sequence[Mapping]`):
-            One log entry per optimizer step, in order.
-        server_weight_version (`int`, `str` or `None`):
-            What the inference server reported as its weight version after training.
-        wall_s (`float`):
-            Seconds from the start of the launch to the end of training.
-
-    Returns:
-        `dict[str, Any]`: `reward_first` and `reward_last` are means over `WINDOW` steps; `logprob_probe_mean_abs_diff` is
-        the largest of the run, in nats; counts are totals; a number that was never logged is None.
+    `server_weight_version` is what the inference server reported after training, `wall_s` the seconds from the start
+    of the launch to the end of training. In the result, `reward_first` and `reward_last` are means over `WINDOW`
+    steps; `logprob_probe_mean_abs_diff` is the largest of the run, in nats; counts are totals; what was never logged
+    is None.
     """
     rewards = [float(entry["reward"]) for entry in entries]
     return {
@@ -98,10 +82,11 @@ def print_report(
 ) -> None:
     """Print the steps as a table, and the completions of the prompts before and after training side by side."""
     table = Table(title="Training")
-    for title, _ in TABLE_COLUMNS.values():
+    for title in ("step", *(title for title, _, _ in COLUMNS)):
         table.add_column(title, justify="right")
     for entry in entries:
-        table.add_row(*(_cell(entry.get(key), style) for key, (_, style) in TABLE_COLUMNS.items()))
+        numbers = [cell(entry.get(name), spec).strip() for _, name, spec in COLUMNS]
+        table.add_row(str(entry.get("step", "?")), *numbers)
     console.print(table)
 
     if prompts:
@@ -113,10 +98,6 @@ def print_report(
             # Text objects, because a string would be read as markup, and brackets in it as styles.
             table.add_row(*(Text(cell) for cell in cells))
         console.print(table)
-
-
-def _cell(value: Any, style: str) -> str:
-    return "-" if value is None else format(int(value) if style == "d" else float(value), style)
 
 
 def _last(entries: Sequence[LogEntry], key: str) -> Any:
