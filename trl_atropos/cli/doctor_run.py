@@ -30,8 +30,8 @@ def run_doctor(
     """Look at both servers, print a table of what was found, and return it.
 
     `batch_size` (rollouts of one optimizer step) and `max_length` (tokens) are those of the trainer, to compare with;
-    `watch_s` is how long each server is watched for a change, in seconds. Without `vllm_url` the vLLM server is left out.
-    Per server there are its errors and warnings, or one finding with the level `"ok"`.
+    `watch_s` is how long each server is watched for a change, in seconds. Without `vllm_url` the vLLM server is left
+    out. Per server there are its errors and warnings, or one finding with the level `"ok"`.
 
     Raises:
         PreflightError: a URL or the API key cannot be sent.

@@ -30,7 +30,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand with these arguments, by default those of the process.
 
-    Returns the exit code: 0, 1 after an error of trl_atropos or one that a check found, 128 + n when ended by signal n.
+    Returns the exit code: 0, 1 after an error of trl_atropos or one that a check found, 128 + n when ended by signal
+    n.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Everything after `--` belongs to the environment's command; argparse would swallow its flags.

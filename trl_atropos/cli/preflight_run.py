@@ -60,7 +60,7 @@ NO_TRAINER = Unread("The options of the trainer are not known: -c or --config.")
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a preflight is told: the launch file, the file of the training script's `--config`, servers that run already.
+    """What a preflight is told: the launch file, the training script's `--config` file, servers that run already.
 
     `api_url`, `vllm_url` and `model` (path or Hub id of the trainer's model) default to those that the files name.
     """

@@ -22,9 +22,9 @@ from ..trainer.yaml_file import read_yaml
 class Push:
     """What the command was told.
 
-    `run_dir` is the directory of the trainer, that of `trl-atropos launch`, or a checkpoint. `hub_model_id` defaults to its
-    name, in the namespace of the token. `revision` is a branch, made if there is none. `merged` uploads an adapter merged
-    into its base model as well. `dry_run` shows the files and uploads nothing.
+    `run_dir` is the directory of the trainer, that of `trl-atropos launch`, or a checkpoint. `hub_model_id` defaults
+    to its name, in the namespace of the token. `revision` is a branch, made if there is none. `merged` uploads an
+    adapter merged into its base model as well. `dry_run` shows the files and uploads nothing.
     """
 
     run_dir: Path

@@ -1,7 +1,7 @@
 """What lets Atropos environments run unmodified with today's libraries: `trl-atropos env`.
 
-Atropos is archived, so that no fix of its causes will come. Each shim changes one thing, in the environment's process only,
-says so when it acts, and can be left out.
+Atropos is archived, so that no fix of its causes will come. Each shim changes one thing, in the environment's process
+only, says so when it acts, and can be left out.
 """
 
 from __future__ import annotations
@@ -20,17 +20,10 @@ SHIMS: tuple[type[Shim], ...] = (ReturnDict, ServerList, ApiKey, Wandb, WandbNam
 
 
 def select_shims(without: Collection[str] = ()) -> list[Shim]:
-    """Make the shims that are wanted.
-
-    Args:
-        without (`Collection[str]`, *optional*):
-            Names of the shims to leave out.
-
-    Returns:
-        `list[Shim]`: The others, not yet installed.
+    """Make all shims but those of these names, not yet installed.
 
     Raises:
-        [`~errors.PreflightError`]: If there is no shim of such a name.
+        PreflightError: There is no shim of such a name.
     """
     names = [shim.name for shim in SHIMS]
     for name in without:

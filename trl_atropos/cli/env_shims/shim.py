@@ -13,13 +13,8 @@ logger = logging.getLogger(__name__)
 class Shim(ABC):
     """One difference between what an Atropos environment was written for and what is installed today.
 
-    Attributes:
-        name (`str`):
-            What `--no-shim` takes.
-        why (`str`):
-            What goes wrong without it, in one sentence.
-        upstream (`str`):
-            Where the cause is: file and name in Atropos 0.4.0 or in another library.
+    `name` is what `--no-shim` takes. `why` says in one sentence what goes wrong without it. `upstream` is where the
+    cause is: file and name in Atropos 0.4.0 or in another library.
     """
 
     name: ClassVar[str]
@@ -34,12 +29,7 @@ class Shim(ABC):
         """Replace what upstream does, for the rest of this process."""
 
     def acts(self, what: str) -> None:
-        """Log what the shim does, at its first time only.
-
-        Args:
-            what (`str`):
-                The change with its values, without the shim's name.
-        """
+        """Log what the shim does, the change with its values, at its first time only."""
         if not self._has_acted:
             self._has_acted = True
             logger.info("shim %s: %s", self.name, what)

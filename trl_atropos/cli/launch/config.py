@@ -26,16 +26,7 @@ EXAMPLE = "examples/configs/quickstart_launch.yaml"
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
-    """One environment of a launch.
-
-    Args:
-        command (`str`):
-            Command line, without addresses and model.
-        env (`dict[str, str]`, *optional*):
-            Environment variables.
-        num_copies (`int`, *optional*, defaults to `1`):
-            How many processes run it, 1 or more.
-    """
+    """One environment of a launch: its command line without addresses and model, variables, 1 or more processes."""
 
     command: str
     env: dict[str, str] = field(default_factory=dict)
@@ -46,39 +37,9 @@ class EnvironmentConfig:
 class LaunchConfig:
     """What one launch runs. docs/launch.md explains each key.
 
-    Args:
-        model_name_or_path (`str`):
-            Hub id or directory of the checkpoint that is served and trained.
-        run_dir (`str`):
-            Directory of the logs, the trained model and the summary.
-        environments (`dict[str, `[`EnvironmentConfig`]`]`):
-            Name of each environment -> what to run. Empty (`external` in the file): none is started.
-        trainer_command (`str`):
-            Command line of the trainer, without addresses, model and output directory. `external`: none is started.
-        trainer_args (`str`, *optional*, defaults to `""`):
-            Further arguments of the trainer, after all others.
-        api_url (`str`, *optional*):
-            Root of an Atropos API that runs already. If not given, one is started.
-        vllm_url (`str`, *optional*):
-            Root of a vLLM server that runs already. If not given, one is started.
-        api_port, vllm_port (`int`, *optional*, defaults to `0`):
-            Loopback port of the server that is started; 0 takes a free one.
-        vllm_args (`dict`, *optional*):
-            Arguments of `trl vllm-serve`; a mapping is passed as JSON, `None` makes a flag without a value.
-        vllm_env, trainer_env (`dict[str, str]`, *optional*):
-            Environment variables of the inference server, the trainer.
-        vllm_gpus, trainer_gpus (`str`, *optional*):
-            GPUs of the inference server and of the trainer, such as `"0,1"`; both or neither.
-        on_environment_exit (`str`, *optional*, defaults to `"stop"`):
-            What becomes of the run when one of several environments ends: `"stop"` or `"continue"`.
-        startup_timeout_s (`float`, *optional*, defaults to `600.0`):
-            How long the API and the inference server may take to be ready.
-        show_all_logs (`bool`, *optional*, defaults to `False`):
-            Whether the terminal shows the output of all processes instead of the trainer's.
-        prompts (`list[str]`, *optional*):
-            Texts that the server continues before and after training.
-        completion_args (`dict`, *optional*):
-            Further fields of those requests to `/v1/completions`.
+    An `api_url` or `vllm_url` that is not None is a server that runs already. Of what is started, a port of 0 is any
+    free one. `environments` is empty and `trainer_command` is `EXTERNAL` where somebody else starts them.
+    `startup_timeout_s` is in seconds, for the API and the inference server together.
     """
 
     model_name_or_path: str
@@ -128,19 +89,10 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def load_launch_config(path: Path, overrides: Mapping[str, Any]) -> LaunchConfig:
-    """Read a launch file.
-
-    Args:
-        path (`Path`):
-            The YAML file.
-        overrides (`Mapping[str, Any]`):
-            Values from the command line; None leaves the file's.
-
-    Returns:
-        [`LaunchConfig`]
+    """Read a launch file, with the values of the command line instead of its own where these are not None.
 
     Raises:
-        PreflightError: The file cannot be read, has an unknown key or a value that is not one, or lacks a key.
+        PreflightError: The file cannot be read, has an unknown key or a value of the wrong kind, or lacks a key.
     """
     where = f"the launch file {path}"
     values = {**_read(path), **{key: value for key, value in overrides.items() if value is not None}}

@@ -37,20 +37,13 @@ def visible_gpus() -> list[str]:
 
 
 def split_gpus(config: LaunchConfig) -> dict[str, dict[str, str]]:
-    """Return the variables that give each process its GPUs.
+    """Return the environment variables that give `vllm` and `trainer` their GPUs; empty if the file names no GPUs.
 
     The numbers of `vllm_gpus` and `trainer_gpus` count what this process sees: with `CUDA_VISIBLE_DEVICES=4,5`, GPU 1
     is the device 5.
 
-    Args:
-        config ([`LaunchConfig`]):
-            With `vllm_gpus` and `trainer_gpus`.
-
-    Returns:
-        `dict[str, dict[str, str]]`: by process, `vllm` and `trainer`; empty if nothing is told.
-
     Raises:
-        PreflightError: A number is none, names a GPU that does not exist, or one that the other process has, too.
+        PreflightError: What stands there is no number, a GPU that does not exist, or one that the other process has, too.
     """
     told = {
         name: _parse(name, gpus)

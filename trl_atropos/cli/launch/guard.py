@@ -33,12 +33,7 @@ COMMAND_NOT_FOUND = 127
 def main(command: list[str]) -> int:
     """Run `command` until it ends, until SIGTERM, or until standard input closes; then end all that it started.
 
-    Args:
-        command (`list[str]`):
-            Program and arguments.
-
-    Returns:
-        `int`: Its exit code; 128 + n if signal n ended it, 127 if it could not be started.
+    Returns its exit code: 128 + n if signal n ended it, 127 if it could not be started.
     """
     if sys.platform == "linux":
         # Orphaned descendants, also those in sessions of their own, become children of this process and are found.
@@ -63,12 +58,7 @@ def main(command: list[str]) -> int:
 
 
 def end_descendants(grace_s: float) -> None:
-    """End every descendant and every member of this process group.
-
-    Args:
-        grace_s (`float`):
-            Seconds between SIGTERM and SIGKILL for processes that do not end.
-    """
+    """End every descendant and every member of this process group: SIGTERM, and SIGKILL after `grace_s` seconds."""
     for process in _living_descendants():
         _send(process, signal.SIGTERM)
     deadline = time.monotonic() + grace_s

@@ -23,21 +23,11 @@ MIN_NAME_CHARS = 8
 
 
 class LaunchOutput:
-    """The terminal and the combined log of one launch. Thread-safe.
+    """The terminal and the combined log at `path`, which is emptied first, of one launch. Thread-safe.
 
-    Every line of the combined log has the seconds since the start and the name of its process; on a terminal each name has
-    its colour. A line there says what is waited for: a moving one on a terminal, otherwise one after `silence_s` seconds
-    without another.
-
-    Args:
-        path (`Path`):
-            The combined log; emptied first.
-        shows_all (`bool`, *optional*, defaults to `False`):
-            Whether the terminal shows the lines of all followed logs.
-        console (`Console`, *optional*):
-            The terminal. Defaults to standard output.
-        silence_s (`float`, *optional*, defaults to `4.5`):
-            Longest time without a line, in seconds.
+    Every line of the combined log has the seconds since the start and the name of its process; on a terminal each name
+    has its colour. A line there says what is waited for: a moving one on a terminal, otherwise one after `silence_s`
+    seconds without another. `shows_all` shows the lines of all followed logs there.
     """
 
     def __init__(
@@ -98,17 +88,10 @@ class LaunchOutput:
     def wait_for(
         self, name: str, message: str, processes: Collection[str] | None = None, only_on_terminal: bool = False
     ) -> None:
-        """Say from now on what the launch waits for, whenever nothing else is said.
+        """Say from now on what `name` waits for, whenever nothing else is said.
 
-        Args:
-            name (`str`):
-                Who waits.
-            message (`str`):
-                For what.
-            processes (collection of `str`, *optional*):
-                Whose newest line goes with it; that of any if not given.
-            only_on_terminal (`bool`, *optional*, defaults to `False`):
-                Whether a log is left silent: nobody waits for an end.
+        The newest line of one of `processes`, by default of any, goes with it. `only_on_terminal` leaves a log silent:
+        for a wait that has no end.
         """
         with self._lock:
             self._may_be_silent = only_on_terminal

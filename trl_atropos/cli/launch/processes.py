@@ -43,19 +43,10 @@ def free_port() -> int:
 
 
 class ManagedProcess:
-    """One running command, behind `guard.py`.
+    """One running command, behind `guard.py`. Its output goes to `log_path`, which is emptied first.
 
-    Args:
-        name (`str`):
-            How messages call it; also the name of its log file.
-        command (`Sequence[str]`):
-            Program and arguments.
-        log_path (`Path`):
-            Receives standard output and standard error; emptied first.
-        env (`Mapping[str, str]`, *optional*):
-            Added to this process's environment.
-        on_output (`Callable[[str], None]`, *optional*):
-            Gets each line of standard output as well, without its line break, on a thread of its own.
+    `name` is what messages call it. `env` is added to this process's environment. `on_output` gets each line of
+    standard output as well, without its line break, on a thread of its own.
     """
 
     def __init__(
@@ -163,14 +154,7 @@ class ProcessGroup:
         return [process.name for process in self._processes]
 
     def check(self, may_finish: str | None = None) -> bool:
-        """Look at all processes once.
-
-        Args:
-            may_finish (`str`, *optional*):
-                Name of the process that may end, with exit code 0.
-
-        Returns:
-            `bool`: Whether it has. False: all processes run.
+        """Look at all processes once; return whether `may_finish`, the one that may end, has ended with exit code 0.
 
         Raises:
             ProcessFailedError: Another one has ended, with whatever exit code, or that one with an error. Names the one
@@ -209,15 +193,10 @@ class ProcessGroup:
 def failure_of(
     process: ManagedProcess, also_ended: Sequence[str] = (), still_running: Sequence[str] = ()
 ) -> ProcessFailedError:
-    """Return the error that names a process, its exit code, the last lines of its log, and what ends because of it.
+    """Return the error that names a process that ended, its exit code and the last lines of its log.
 
-    Args:
-        process ([`ManagedProcess`]):
-            The one that ended.
-        also_ended (sequence of `str`, *optional*):
-            Names of those that ended by themselves with it.
-        still_running (sequence of `str`, *optional*):
-            Names of those that the launch ends now.
+    `also_ended` are the names of those that ended by themselves with it, `still_running` of those that the launch ends
+    now.
     """
     others = f" (after it or with it: {', '.join(also_ended)})" if also_ended else ""
     ended = f"The launch has ended {', '.join(still_running)}; it started nothing else. " if still_running else ""

@@ -41,18 +41,11 @@ COMPLETION_TIMEOUT_S = 120.0
 
 
 def run_launch(config: LaunchConfig) -> dict[str, Any] | None:
-    """Start what is not external, wait for the trainer, end what was started, write the summary.
+    """Start what is not external, wait for the trainer, end what was started, write the summary and return it.
 
-    The logs of the processes, `summary.json`, `reward.png` and `completions.json` lie in `config.run_dir` afterwards, the
-    model in its subdirectory `model`. However this function is left, no process of the launch is left behind. With an
-    external trainer the others run until Ctrl-C.
-
-    Args:
-        config ([`LaunchConfig`]):
-            What to run.
-
-    Returns:
-        `dict[str, Any]`: The content of `summary.json`; None with an external trainer, whose model lies elsewhere.
+    The logs of the processes, `summary.json`, `reward.png` and `completions.json` lie in `config.run_dir` afterwards,
+    the model in its subdirectory `model`. However this function is left, no process of the launch is left behind. With
+    an external trainer the others run until Ctrl-C, and None is returned: the model lies elsewhere.
 
     Raises:
         PreflightError: Another launch uses the directory, GPUs or a port cannot be had, a server did not start in time, or
@@ -88,18 +81,7 @@ def run_launch(config: LaunchConfig) -> dict[str, Any] | None:
 
 
 class _Launch:
-    """The parts of one launch.
-
-    Args:
-        config ([`LaunchConfig`]):
-            What to run.
-        gpus (`dict[str, dict[str, str]]`):
-            From [`~cli.launch.gpus.split_gpus`].
-        group ([`~cli.launch.processes.ProcessGroup`]):
-            Ends what is started.
-        output ([`~cli.launch.output.LaunchOutput`]):
-            The terminal.
-    """
+    """The parts of one launch, which `group` ends. `gpus` is from [`~cli.launch.gpus.split_gpus`]."""
 
     def __init__(
         self, config: LaunchConfig, gpus: Mapping[str, Mapping[str, str]], group: ProcessGroup, output: LaunchOutput

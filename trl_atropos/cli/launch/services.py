@@ -23,23 +23,8 @@ PROBE_TIMEOUT_S = 2.0
 class Service:
     """A server of the launch: started on a free port, and on another one if that port was taken meanwhile.
 
-    Args:
-        name (`str`):
-            Of its process.
-        health_path (`str`):
-            What answers once it is ready, such as `"/health"`.
-        build_command (`Callable[[int], list[str]]`):
-            Command line for a port.
-        log_path (`Path`):
-            Of its log.
-        env (`Mapping[str, str]`):
-            Added to its environment.
-        group ([`~cli.launch.processes.ProcessGroup`]):
-            Ends it.
-        output ([`~cli.launch.output.LaunchOutput`]):
-            Follows its log.
-        port (`int`, *optional*, defaults to `0`):
-            The only port that it may have; 0: any.
+    `health_path`, such as `"/health"`, answers once the server is ready; `build_command` makes its command line for a
+    port. A `port` other than 0 is the only one that it may have.
 
     Raises:
         PreflightError: `port` is taken.
@@ -100,16 +85,7 @@ class Service:
 
 
 class ExternalService:
-    """A server that runs already. The launch asks it, and neither starts nor ends it.
-
-    Args:
-        name (`str`):
-            How messages call it.
-        url (`str`):
-            Its root.
-        health_path (`str`):
-            What answers once it is ready.
-    """
+    """A server that runs already. The launch asks it, and neither starts nor ends it."""
 
     def __init__(self, name: str, url: str, health_path: str):
         self.name = name
