@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...trainer.yaml_file import read_yaml
+from ...weight_sync.transports.backends import SHARED_MEMORY_BACKEND
 from .config import EnvironmentConfig, LaunchConfig
 
 
@@ -16,7 +17,7 @@ HOST = "127.0.0.1"
 """Everything is bound to the loopback address: neither the Atropos API nor vLLM's weight routes ask who calls."""
 
 DEFAULT_VLLM_ARGS: dict[str, Any] = {
-    "weight-transfer-config": {"backend": "trl_atropos_shm"},
+    "weight-transfer-config": {"backend": SHARED_MEMORY_BACKEND},
     "middleware": "trl_atropos.serving.generate_endpoint.GenerateEndpoint",
 }
 """Arguments of `trl vllm-serve` unless `vllm_args` names others."""
