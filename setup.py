@@ -48,6 +48,7 @@ extras["dev"] = [
     "pre-commit>=4.0",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.12",
     "types-PyYAML",
     "types-requests",
