@@ -48,7 +48,8 @@ attempt() {
     shift
     printf 'install: %s ' "$title"
     local start=$SECONDS status=0
-    (while sleep 4; do printf '.'; done) &
+    # A sleep that outlives its loop must not hold the output open for a reader behind a pipe.
+    (while sleep 4 >/dev/null 2>&1; do printf '.'; done) &
     ticker=$!
     "$@" >>"$log" 2>&1 || status=$?
     kill "$ticker"
