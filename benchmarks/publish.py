@@ -57,12 +57,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from trl_atropos.trainer.preflight import inspect_server  # noqa: E402
 from trl_atropos.weight_sync.adapter_publisher import AdapterPublisher  # noqa: E402
+from trl_atropos.weight_sync.base import WeightTransport  # noqa: E402
 from trl_atropos.weight_sync.client import AtroposVLLMClient  # noqa: E402
+from trl_atropos.weight_sync.options import WeightSyncOptions  # noqa: E402
 from trl_atropos.weight_sync.probe import LogprobProbe  # noqa: E402
-from trl_atropos.weight_sync.publisher import PolicyPublisher, PublishOptions  # noqa: E402
+from trl_atropos.weight_sync.publisher import PolicyPublisher  # noqa: E402
 from trl_atropos.weight_sync.report import PublishReport  # noqa: E402
-from trl_atropos.weight_sync.server_link import LinkOptions, ServerLink  # noqa: E402
-from trl_atropos.weight_sync.session import WeightSync  # noqa: E402
+from trl_atropos.weight_sync.server_group import ServerGroup  # noqa: E402
+from trl_atropos.weight_sync.server_link import ServerLink  # noqa: E402
 from trl_atropos.weight_sync.transports.choose import make_transport  # noqa: E402
 from trl_atropos.weight_sync.transports.shm import SharedMemoryTransport  # noqa: E402
 from trl_atropos.weight_sync.weights.adapter import take_adapter  # noqa: E402
@@ -134,19 +136,14 @@ def measure(
     client = AtroposVLLMClient(url)
     facts = inspect_server(client, model.config, max_length=10**9)
     transport = make_transport(facts.backend, client, torch.device("cpu"), timeout_s=300)
-    options = PublishOptions(sends_everything=mode == "full")
-    link = ServerLink(client, transport, facts.dtype, LinkOptions(probe_interval=PROBE_INTERVAL))
-    publisher = PolicyPublisher([link], options)
-    probe = LogprobProbe(tokenizer, model.config.get_text_config().vocab_size)
+    publisher = make_publisher(client, transport, facts.dtype, model, tokenizer, mode)
     reports: list[PublishReport] = []
     floors: list[Floor] = []
     peak = watch_peak()
     for version in range(num_publishes(repeats)):
         if version == WARM_UPS:
             peak = watch_peak()
-        sync = WeightSync(publisher, version, facts.dtype, lambda model: probe)
-        sync.push(model)
-        reports.append(sync.deliver())
+        reports.append(publisher.publish(model, version))
     peak_rss_bytes = peak()
     reports, probed = split_reports(reports)
     published = [parameter for name, parameter in model.named_parameters() if "lora_" not in name]
@@ -204,6 +201,21 @@ def stream_until(stop: threading.Event, url: str, model: str, seed: int) -> list
     return streamed
 
 
+def make_publisher(
+    client: AtroposVLLMClient,
+    transport: WeightTransport,
+    dtype: torch.dtype,
+    model: nn.Module,
+    tokenizer: object,
+    mode: str = "merged",
+) -> PolicyPublisher:
+    """As a trainer has it, for one server."""
+    options = WeightSyncOptions(weight_sync_mode=mode, logprob_probe_interval=PROBE_INTERVAL)
+    servers = ServerGroup([ServerLink(client, transport, dtype, options)], options)
+    probe = LogprobProbe(tokenizer, model.config.get_text_config().vocab_size)
+    return PolicyPublisher(options, dtype, servers, make_probe=lambda model: probe)
+
+
 def measure_load(
     model: nn.Module, url: str, tokenizer: object, num_clients: int = 16, num_publishes: int = 50
 ) -> dict:
@@ -211,9 +223,7 @@ def measure_load(
     client = AtroposVLLMClient(url)
     facts = inspect_server(client, model.config, max_length=10**9)
     transport = make_transport(facts.backend, client, torch.device("cpu"), timeout_s=300)
-    link = ServerLink(client, transport, facts.dtype, LinkOptions(probe_interval=PROBE_INTERVAL))
-    publisher = PolicyPublisher([link])
-    probe = LogprobProbe(tokenizer, model.config.get_text_config().vocab_size)
+    publisher = make_publisher(client, transport, facts.dtype, model, tokenizer)
     stop = threading.Event()
     windows = []
     with ThreadPoolExecutor(max_workers=num_clients) as executor:
@@ -221,9 +231,7 @@ def measure_load(
         try:
             for version in range(num_publishes):
                 start = time.perf_counter()
-                sync = WeightSync(publisher, version, facts.dtype, lambda model: probe)
-                sync.push(model)
-                sync.deliver()
+                publisher.publish(model, version)
                 windows.append((start, time.perf_counter()))
                 # As long between publishes as in them.
                 time.sleep(windows[-1][1] - start)
@@ -260,7 +268,14 @@ def measure_adapter(model_dir: Path, model: nn.Module, full_shm_s: float, direct
         client = AtroposVLLMClient(url)
         facts = inspect_server(client, model.config, max_length=10**9)
         publisher = AdapterPublisher(
-            [ServerLink(client, SharedMemoryTransport(), facts.dtype, LinkOptions(probe_interval=PROBE_INTERVAL))],
+            [
+                ServerLink(
+                    client,
+                    SharedMemoryTransport(),
+                    facts.dtype,
+                    WeightSyncOptions(logprob_probe_interval=PROBE_INTERVAL),
+                )
+            ],
             directory / "adapters",
         )
         publisher.check(model)

@@ -9,13 +9,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
-
-from trl_atropos.data.options import DataConfig
-from trl_atropos.report.options import WatchConfig
+from trl_atropos.data.options import DataOptions
+from trl_atropos.loss.options import LossOptions, StepOptions
+from trl_atropos.policy.options import PolicyOptions
+from trl_atropos.report.options import ReportOptions
 from trl_atropos.trainer.atropos_config import AtroposConfig
 from trl_atropos.trainer.seed_options import SEED_OPTIONS
-from trl_atropos.weight_sync.options import PublishConfig
+from trl_atropos.weight_sync.options import WeightSyncOptions
 
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "config.md"
@@ -42,16 +42,18 @@ names.
 """
 
 
+ABOVE_0 = {"PositiveFloat": "float > 0", "PositiveInt": "int > 0"}
+
+
 def render() -> str:
     """The page: a section for each class, then the seed's keys."""
-    changed = [field for field in own_fields(AtroposConfig) if field.name in TrainingArguments.__dataclass_fields__]
-    loss = [field for field in own_fields(AtroposConfig) if field not in changed]
     sections = {
-        "Data": own_fields(DataConfig),
-        "Inference servers and publishing": own_fields(PublishConfig),
-        "Watching": own_fields(WatchConfig),
-        "Model, loss and forward pass": loss,
-        "Other defaults than in TrainingArguments": changed,
+        "Data": own_fields(DataOptions),
+        "Inference servers and publishing": own_fields(WeightSyncOptions),
+        "Watching and sharing": own_fields(ReportOptions),
+        "Model and forward pass": own_fields(PolicyOptions),
+        "Loss": [*own_fields(LossOptions), *own_fields(StepOptions)],
+        "Other defaults than in TrainingArguments": own_fields(AtroposConfig),
     }
     parts = [HEADER]
     for title, fields in sections.items():
@@ -75,7 +77,7 @@ def row(field: dataclasses.Field[Any]) -> str:
     annotation = next(
         cls.__annotations__[field.name] for cls in AtroposConfig.__mro__ if field.name in cls.__annotations__
     )
-    kind = annotation.replace("|", "\\|")
+    kind = ABOVE_0.get(annotation, annotation).replace("|", "\\|")
     text = field.metadata["help"].replace("|", "\\|")
     return f"| `{field.name}` | `{kind}` | `{field.default}` | {text} |"
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from trl_atropos.loss.metrics import ENVIRONMENT_METRICS, EVALUATION_METRICS, METRICS
+from trl_atropos.report.metric_help import ENVIRONMENT_METRICS, EVALUATION_METRICS, METRICS
 
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
 HEADER = """\
 # Metrics
 
-Every metric that a training run logs, with its unit and what a bad value means. Made from `trl_atropos/loss/metrics.py` by
+Every metric that a training run logs, with its unit and what a bad value means. Made from `trl_atropos/report/metric_help.py` by
 `python packaging/metrics_doc.py`; do not edit.
 
 A metric covers the optimizer steps since the last log line, all micro-batches and all ranks; a mean weighs every value alike,

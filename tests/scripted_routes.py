@@ -96,6 +96,7 @@ class ScriptedRoutes:
     def __init__(self, model: torch.nn.Module | None = None):
         self.model = model
         self.offences: list[str] = []
+        self.segment_names: set[str] = set()
         self.state = State()
         self.config: dict[str, Any] = {
             "model_config": {"dtype": "torch.bfloat16", "model": "policy", "max_model_len": 256},
@@ -184,6 +185,7 @@ class ScriptedRoutes:
 
     def post_init_weight_transfer_engine(self, request: Request) -> Any:
         init_info = request.body["init_info"]
+        self.segment_names.add(init_info.get("segment", ""))
         self.state.segment = Segment(init_info) if "segment" in init_info else None
         self.state.is_initialised = True
         return {"message": "Weight transfer initialized"}

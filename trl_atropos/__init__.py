@@ -19,7 +19,7 @@ _EXPORTS = {
     "AtroposVLLMClient": "weight_sync.client",
     "LossInputs": "loss.losses",
     "LossOutputs": "loss.losses",
-    "advantage_weighted_sft_loss": "loss.losses",
+    "advantage_weighted_sft_loss": "loss.weighted_sft",
     "clip_advantages": "loss.advantages",
     "normalize_advantages": "loss.advantages",
 }
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .loss.advantages import normalize_advantages as normalize_advantages
     from .loss.losses import LossInputs as LossInputs
     from .loss.losses import LossOutputs as LossOutputs
-    from .loss.losses import advantage_weighted_sft_loss as advantage_weighted_sft_loss
+    from .loss.weighted_sft import advantage_weighted_sft_loss as advantage_weighted_sft_loss
     from .trainer.atropos_config import AtroposConfig as AtroposConfig
     from .trainer.atropos_trainer import AtroposTrainer as AtroposTrainer
     from .trainer.parser import AtroposParser as AtroposParser

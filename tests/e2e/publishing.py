@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from trl_atropos.trainer.preflight import inspect_server
 from trl_atropos.weight_sync.client import AtroposVLLMClient
-from trl_atropos.weight_sync.failures import FailurePolicy
+from trl_atropos.weight_sync.options import WeightSyncOptions
 from trl_atropos.weight_sync.probe import LogprobProbe
-from trl_atropos.weight_sync.publisher import PolicyPublisher, PublishOptions
+from trl_atropos.weight_sync.publisher import PolicyPublisher
 from trl_atropos.weight_sync.report import PublishReport
-from trl_atropos.weight_sync.server_link import LinkOptions, ServerLink
-from trl_atropos.weight_sync.session import WeightSync
+from trl_atropos.weight_sync.server_group import ServerGroup
+from trl_atropos.weight_sync.server_link import ServerLink
 from trl_atropos.weight_sync.transports.choose import make_transport
 
 
@@ -40,12 +40,10 @@ class Publishing:
             The server.
         model_dir (`Path`):
             A checkpoint of the served architecture, for config and tokenizer.
-        failure_policy (`FailurePolicy`, *optional*):
-            Raises at once if not given.
         timeout_s (`float`, *optional*, defaults to `120.0`):
             Deadline of every request.
         options:
-            Of [`LinkOptions`].
+            Of [`WeightSyncOptions`]. A failure raises at once, and every publish is probed, unless they say otherwise.
     """
 
     def __init__(
@@ -53,7 +51,6 @@ class Publishing:
         url: str,
         model_dir: Path,
         *,
-        failure_policy: FailurePolicy | None = None,
         timeout_s: float = 120.0,
         **options: Any,
     ):
@@ -61,15 +58,18 @@ class Publishing:
         self.facts = inspect_server(self.client, load(model_dir).config, max_length=256)
         self.probe = LogprobProbe(AutoTokenizer.from_pretrained(model_dir), VOCAB_SIZE)
         transport = make_transport(self.facts.backend, self.client, torch.device("cpu"), timeout_s=timeout_s)
-        self.link = ServerLink(self.client, transport, self.facts.dtype, LinkOptions(**options))
-        publish_options = PublishOptions(failure_policy=failure_policy or FailurePolicy("abort"))
-        self.publisher = PolicyPublisher([self.link], publish_options)
+        self.options = WeightSyncOptions(**{"on_publish_failure": "abort", "logprob_probe_interval": 1, **options})
+        self.link = ServerLink(self.client, transport, self.facts.dtype, self.options)
+        self.servers = ServerGroup([self.link], self.options)
+        self.publisher = self.publisher_of(self.servers)
+
+    def publisher_of(self, servers: ServerGroup) -> PolicyPublisher:
+        """One for these servers, with the probe of this one."""
+        return PolicyPublisher(self.options, self.facts.dtype, servers, make_probe=lambda model: self.probe)
 
     def publish(self, model: torch.nn.Module, policy_version: int) -> PublishReport:
         """Publish as the trainer does."""
-        sync = WeightSync(self.publisher, policy_version, self.facts.dtype, lambda model: self.probe)
-        sync.push(model)
-        return sync.deliver()
+        return self.publisher.publish(model, policy_version)
 
     def logprobs(self, sequences: list[list[int]] | None = None) -> list[list[float]]:
         """What the server answers."""

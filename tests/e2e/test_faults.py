@@ -18,7 +18,6 @@ from publishing import BF16_NOISE, Publishing, load, max_abs_diff
 from servers import VLLMServer, save_tiny_model
 
 from trl_atropos.errors import WeightSyncError
-from trl_atropos.weight_sync.failures import FailurePolicy
 
 
 DIRECTORY = Path(__file__).parent
@@ -102,7 +101,7 @@ EVERY_MOMENT = [*((SHM, moment) for moment in MOMENTS), (GLOO, "in_transfer")]
 def test_a_server_that_is_killed_and_restarted_is_given_everything_and_training_goes_on(
     server: VLLMServer, models: tuple[Path, Path], moment: str, nothing_is_left: None
 ) -> None:
-    publishing = Publishing(server.url, models[1], failure_policy=FailurePolicy("retry", max_retries=3))
+    publishing = Publishing(server.url, models[1], on_publish_failure="retry", max_publish_retries=3)
     restarts: list[threading.Thread] = []
 
     def kill_and_restart() -> None:

@@ -24,8 +24,9 @@ from tiny_models import perturb
 
 from trl_atropos.errors import PreflightError, WeightSyncError
 from trl_atropos.trainer.preflight import inspect_server
-from trl_atropos.weight_sync.session import NamedTensors
+from trl_atropos.weight_sync.server_group import ServerGroup
 from trl_atropos.weight_sync.transports.shm import SharedMemoryTransport
+from trl_atropos.weight_sync.weights.named_tensors import NamedTensors
 from trl_atropos.wire.rollout_key import rollout_key
 
 
@@ -217,14 +218,14 @@ def test_server_remembers_which_policy_sampled_a_rollout(setting: Setting, publi
 @on_two_servers
 def test_a_policy_that_did_not_arrive_leaves_the_server_paused(setting: Setting, publishing: Publishing) -> None:
     """What is staged is the start checkpoint while the trainer holds another: the probe must notice."""
-    stage = publishing.publisher.stage
+    stage = publishing.servers.stage
     stale = load(setting.start)
 
     def stage_stale(source: object, specs: object) -> None:
         del source
         stage(NamedTensors(stale.named_parameters(), publishing.facts.dtype), specs)
 
-    publishing.publisher.stage = stage_stale
+    publishing.servers.stage = stage_stale
     with pytest.raises(WeightSyncError, match=r"state `verified`.*is accepted \(4\.0 x") as caught:
         publishing.publish(load(setting.policy), policy_version=50)
     assert "The server is paused" in str(caught.value)
@@ -280,9 +281,6 @@ def test_another_model_is_refused_before_anything_is_sent(setting: Setting, publ
 
 def test_two_servers_hold_the_same_policy_after_one_publish(tmp_path: Path) -> None:
     """One over shared memory, one over gloo; a third party sees one publish."""
-    from trl_atropos.weight_sync.publisher import PolicyPublisher
-    from trl_atropos.weight_sync.session import WeightSync
-
     start = save_tiny_model(tmp_path / "A", tied=True, seed=1)
     policy = save_tiny_model(tmp_path / "B", tied=True, seed=2)
     servers = [
@@ -293,10 +291,9 @@ def test_two_servers_hold_the_same_policy_after_one_publish(tmp_path: Path) -> N
         for server in servers:
             server.start()
         both = [Publishing(server.url, policy) for server in servers]
-        publisher = PolicyPublisher([publishing.link for publishing in both], both[0].publisher.options)
-        sync = WeightSync(publisher, 5, both[0].facts.dtype, lambda model: both[0].probe)
-        sync.push(load(policy))
-        sync.deliver()
+        servers_of_both = ServerGroup([publishing.link for publishing in both], both[0].options)
+        publisher = both[0].publisher_of(servers_of_both)
+        publisher.publish(load(policy), 5)
         answers = [publishing.logprobs(SEQUENCES) for publishing in both]
         assert answers[0] == answers[1]
         assert [publishing.client.get_weight_version() for publishing in both] == ["5", "5"]

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from trl_atropos import AtroposTrainer
 from trl_atropos.cli.model import fetch_smollm2
 from trl_atropos.errors import AtroposDataTimeout, PreflightError
-from trl_atropos.loss.metrics import ENVIRONMENT_METRICS, METRICS
+from trl_atropos.report.metric_help import ENVIRONMENT_METRICS, METRICS
 from trl_atropos.weight_sync.client import AtroposVLLMClient
 from trl_atropos.wire.journal import Journal
 

@@ -27,13 +27,13 @@ from trl_atropos.distributed import run_on_main_process
 from trl_atropos.errors import NonFiniteGradientError
 from trl_atropos.loss.losses import LossFunction, LossInputs, LossOutputs
 from trl_atropos.trainer.atropos_trainer import AtroposTrainer
-from trl_atropos.trainer.callbacks import PublishPolicyCallback
+from trl_atropos.trainer.callbacks import StepCallback
 from trl_atropos.weight_sync.client import AtroposVLLMClient
-from trl_atropos.weight_sync.failures import FailurePolicy
+from trl_atropos.weight_sync.options import WeightSyncOptions
 from trl_atropos.weight_sync.probe import LogprobProbe
-from trl_atropos.weight_sync.publisher import PolicyPublisher, PublishOptions
+from trl_atropos.weight_sync.publisher import PolicyPublisher
+from trl_atropos.weight_sync.server_group import ServerGroup
 from trl_atropos.weight_sync.server_link import ServerLink
-from trl_atropos.weight_sync.session import WeightSync
 from trl_atropos.weight_sync.transports.shm import SharedMemoryTransport
 
 
@@ -149,7 +149,7 @@ def run_case(
     )
     items = deal(case, rank)
     # No servers here: nothing to publish to, and the rollouts are at hand.
-    trainer.pop_callback(PublishPolicyCallback)
+    trainer.pop_callback(StepCallback)
     trainer.get_train_dataloader = lambda: endless_data(items * case.num_steps)
     error, loss = None, math.nan
     try:
@@ -173,17 +173,17 @@ def run_case(
 
 def publish(trainer: AtroposTrainer, url: str) -> dict[str, float]:
     """Publish as the trainer does, without an Atropos API, to a server of which rank 0 alone knows."""
-    publisher = None
+    options = WeightSyncOptions(on_publish_failure="abort", logprob_probe_interval=1)
+    servers = None
     if trainer.is_world_process_zero():
         client = AtroposVLLMClient(url, connection_timeout=10, request_timeout=30)
-        link = ServerLink(client, SharedMemoryTransport(), torch.float32)
-        publisher = PolicyPublisher([link], PublishOptions(failure_policy=FailurePolicy("abort")))
+        servers = ServerGroup([ServerLink(client, SharedMemoryTransport(), torch.float32, options)], options)
     probe = LogprobProbe(None, trainer.model.config.vocab_size)
-    sync = WeightSync(publisher, 1, torch.float32, lambda model: probe, on_main=run_on_main_process)
-    sync.push(trainer.accelerator.unwrap_model(trainer.model))
-    report = sync.deliver()
-    if publisher is not None:
-        publisher.close()
+    publisher = PolicyPublisher(
+        options, torch.float32, servers, make_probe=lambda model: probe, on_main=run_on_main_process
+    )
+    report = publisher.publish(trainer.accelerator.unwrap_model(trainer.model), 1)
+    publisher.close()
     return report.metrics()
 
 

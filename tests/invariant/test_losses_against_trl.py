@@ -25,9 +25,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
+from trl_atropos.loss.loss_types import AGGREGATIONS, CLIPPED_LOSS_TYPES
 from trl_atropos.loss.losses import LossInputs, policy_loss, token_weights
 from trl_atropos.loss.metrics import MetricAccumulator
-from trl_atropos.loss.options import AGGREGATIONS, CLIPPED_LOSS_TYPES, LossOptions
+from trl_atropos.loss.options import LossOptions
 
 
 VOCAB_SIZE = 32

@@ -20,10 +20,10 @@ from trl_atropos.distributed import run_on_main_process
 from trl_atropos.errors import TrlAtroposError
 from trl_atropos.weight_sync.base import TensorSpec
 from trl_atropos.weight_sync.client import AtroposVLLMClient
-from trl_atropos.weight_sync.failures import FailurePolicy
-from trl_atropos.weight_sync.publisher import PolicyPublisher, PublishOptions
+from trl_atropos.weight_sync.options import WeightSyncOptions
+from trl_atropos.weight_sync.publisher import PolicyPublisher
+from trl_atropos.weight_sync.server_group import ServerGroup
 from trl_atropos.weight_sync.server_link import ServerLink
-from trl_atropos.weight_sync.session import WeightSync
 from trl_atropos.weight_sync.transports.shm import SharedMemoryTransport
 
 
@@ -53,21 +53,19 @@ class GatheredTensors:
 
 def publish(rank: int, url: str, version: int, *, breaks_at: int | None = None) -> str:
     """One publish of this rank; what it ended with."""
-    publisher = None
+    options = WeightSyncOptions(on_publish_failure="abort", logprob_probe_interval=1)
+    servers = None
     if rank == 0:
         client = AtroposVLLMClient(url, connection_timeout=10, request_timeout=20)
-        link = ServerLink(client, SharedMemoryTransport(), torch.bfloat16)
-        publisher = PolicyPublisher([link], PublishOptions(failure_policy=FailurePolicy("abort")))
+        servers = ServerGroup([ServerLink(client, SharedMemoryTransport(), torch.bfloat16, options)], options)
     tensors = {name: value.detach() for name, value in tiny_llama(num_layers=1).named_parameters()}
-    sync = WeightSync(publisher, version, torch.bfloat16, on_main=run_on_main_process)
+    publisher = PolicyPublisher(options, torch.bfloat16, servers, on_main=run_on_main_process)
     try:
-        sync.push_source(GatheredTensors(tensors, breaks_at=breaks_at))
-        report = sync.deliver()
+        report = publisher.publish(GatheredTensors(tensors, breaks_at=breaks_at), version)
     except (TrlAtroposError, ValueError) as exc:
         return f"{type(exc).__name__}: {exc}"
     finally:
-        if publisher is not None:
-            publisher.close()
+        publisher.close()
     return f"version {report.policy_version}"
 
 

@@ -33,7 +33,7 @@ from trl_atropos.loss.options import LOSS_TYPES
 from trl_atropos.policy.layouts import LAYOUTS
 from trl_atropos.trainer.atropos_config import AtroposConfig
 from trl_atropos.trainer.atropos_trainer import AtroposTrainer
-from trl_atropos.trainer.callbacks import PublishPolicyCallback
+from trl_atropos.trainer.callbacks import StepCallback
 from trl_atropos.trainer.preflight import ServerFacts
 from trl_atropos.types import Rollout, RolloutGroup, RolloutOrigin
 
@@ -384,7 +384,7 @@ class TestNonFiniteLoss:
 
         options = {"max_grad_norm": max_grad_norm, "learning_rate": 0.01, "max_steps": 5, "save_strategy": "no"}
         trainer = make_trainer((1, 1, 8), tmp_path, loss_fn=diverging_loss, **options)
-        trainer.pop_callback(PublishPolicyCallback)
+        trainer.pop_callback(StepCallback)
         trainer.get_train_dataloader = lambda: endless_data([[ragged_rollouts()]] * 5)
         before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
         with pytest.raises(NonFiniteGradientError) as caught:
@@ -461,7 +461,7 @@ class TestNonFiniteGradient:
         weights = WeightsAfterEachStep()
         trainer.add_callback(weights)
         # No servers here: nothing to publish to, and the rollouts are at hand.
-        trainer.pop_callback(PublishPolicyCallback)
+        trainer.pop_callback(StepCallback)
         trainer.get_train_dataloader = lambda: endless_data([[ragged_rollouts()]] * 5)
         trainer.model.lm_head.weight.register_hook(
             lambda gradient: gradient * (value if trainer.state.global_step == 1 else 1)

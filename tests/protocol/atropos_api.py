@@ -12,7 +12,8 @@ from atroposlib.api.server import app
 from starlette.datastructures import State
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from trl_atropos.data.sources import ApiBatches, ApiPatience
+from trl_atropos.data.options import DataOptions
+from trl_atropos.data.sources import ApiBatches
 from trl_atropos.wire.client import AtroposClient, Registration
 from trl_atropos.wire.journal import Journal
 
@@ -108,6 +109,6 @@ def wait_for_batch(
     refresh_interval_s: float = 10.0,
 ) -> list[Any]:
     """The groups of the next batch, as the trainer waits for them; they are in the journal `directory`."""
-    patience = ApiPatience(timeout_s, refresh_interval_s, api_timeout_s=5.0)
-    batches = ApiBatches(client, Journal(directory), patience, lambda: client.register(make_registration()))
+    options = DataOptions(batch_timeout_s=timeout_s, refresh_interval=refresh_interval_s, api_timeout_s=5.0)
+    batches = ApiBatches(client, Journal(directory), options, lambda: client.register(make_registration()))
     return next(iter(batches)).raw_groups

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 from atropos_api import make_group, make_registration, restart_api
+from streams import LIMITS, Trainer, make_stream
 
+from trl_atropos.data.options import DataOptions
+from trl_atropos.data.prepare import BatchPreparer
 from trl_atropos.data.quarantine import Quarantine
-from trl_atropos.data.sources import ApiBatches, ApiPatience, replayed_batches
-from trl_atropos.data.stream import BatchPreparer, RolloutStream, StreamSettings
+from trl_atropos.data.sources import ApiBatches, replayed_batches
 from trl_atropos.errors import (
     AtroposConnectionError,
     AtroposDataTimeout,
@@ -23,7 +25,6 @@ from trl_atropos.errors import (
 )
 from trl_atropos.wire.client import AtroposClient
 from trl_atropos.wire.journal import Journal
-from trl_atropos.wire.parse import WireLimits
 
 
 class Setting:
@@ -43,26 +44,15 @@ class Setting:
         self.batches = ApiBatches(
             client,
             self.journal,
-            ApiPatience(batch_timeout_s, refresh_interval_s=0.1, api_timeout_s=5.0),
+            DataOptions(batch_timeout_s=batch_timeout_s, refresh_interval=0.1, api_timeout_s=5.0),
             self.register,
         )
         self.client = client
-        prepare = BatchPreparer(WireLimits(vocab_size=100, max_length=32), lambda: 0, journal=self.journal)
-        values = {
-            "batch_size": 4,
-            "micro_batch_size": 2,
-            "rank": 0,
-            "world_size": 1,
-            "scale_rewards": "none",
-            "required_logprobs": ("inference_logprobs",),
-        }
-        self.stream = RolloutStream(
-            StreamSettings(**{**values, **changes}),
-            lambda: prepare(iter(self.batches)),
-            self.quarantine,
-            policy_version=lambda: 0,
-            num_steps=lambda: 10,
-            layout=lambda: "padded",
+        self.stream = make_stream(
+            lambda: iter(self.batches),
+            quarantine=self.quarantine,
+            journal=self.journal,
+            **{"required_logprobs": ("inference_logprobs",), **changes},
         )
 
     def register(self) -> None:
@@ -257,7 +247,7 @@ def test_a_lost_batch_ends_a_run_that_puts_up_with_none(api, client, tmp_path):
 def test_an_api_that_does_not_come_back_ends_the_run_after_its_timeout(tmp_path, unused_url):
     with AtroposClient(unused_url) as client:
         setting = Setting(client, tmp_path)
-        setting.batches.patience = ApiPatience(batch_timeout_s=10.0, refresh_interval_s=0.1, api_timeout_s=0.5)
+        setting.batches.options = DataOptions(batch_timeout_s=10.0, refresh_interval=0.1, api_timeout_s=0.5)
         start = time.monotonic()
         with pytest.raises(AtroposConnectionError, match=r"did not answer within 0\.5 s"):
             next(iter(setting.stream))
@@ -286,7 +276,7 @@ def test_what_was_fetched_and_not_trained_is_replayed_with_the_versions_that_wer
     dealt = [r.input_ids.tolist() for _ in range(2) for r in next(iterator)[0]]
 
     (batch,) = replayed_batches(Journal(tmp_path / "journal"), first=0)
-    prepare = BatchPreparer(WireLimits(vocab_size=100, max_length=32), lambda: 7, lookup=lambda keys: [5] * len(keys))
+    prepare = BatchPreparer(LIMITS, Trainer(lambda: 7), lookup=lambda keys: [5] * len(keys))
     (prepared,) = prepare(iter([batch]))
 
     assert batch.is_replayed

@@ -7,7 +7,7 @@ Shape letters: R rollouts of a micro-batch with at least one trained token, N th
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,46 @@ from ..types import IGNORE_INDEX, NO_TOKEN, Rollout
 
 
 MicroBatch = list[Rollout]
+
+
+@dataclass(frozen=True)
+class Dealer:
+    """Cuts the rollouts of an optimizer step into the micro-batches of every rank.
+
+    Args:
+        batch_size (`int`):
+            Rollouts of a step, over all ranks, at most.
+        micro_batch_size (`int`):
+            Rollouts of one forward pass on one rank, if there is no token budget.
+        rank (`int`):
+            This data-parallel rank.
+        world_size (`int`):
+            Number of data-parallel ranks.
+        max_tokens (`int`, *optional*):
+            The token budget of a forward pass. Then `micro_batch_size` is not used.
+        layout (`Callable[[], str]`, *optional*):
+            How rollouts will be laid out, asked when a step is dealt: it decides what one costs of the token budget.
+    """
+
+    batch_size: int
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    max_tokens: int | None = None
+    layout: Callable[[], str] = lambda: "padded"
+
+    def deal(self, rollouts: Sequence[Rollout]) -> list[list[MicroBatch]]:
+        """For each rank its micro-batches, as many for every rank; some may be empty."""
+        if self.max_tokens is not None:
+            return deal_by_tokens(
+                rollouts, max_tokens=self.max_tokens, layout=self.layout(), world_size=self.world_size
+            )
+        return deal_by_count(
+            rollouts,
+            micro_batch_size=self.micro_batch_size,
+            num_micro_batches=self.batch_size // (self.micro_batch_size * self.world_size),
+            world_size=self.world_size,
+        )
 
 
 def deal_by_count(

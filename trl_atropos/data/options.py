@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from ..errors import PreflightError
-from ..trainer.config_checks import check_choices, check_positive
+from ..options import PositiveFloat, PositiveInt, check_declared
 from ..wire.journal import DEFAULT_SEGMENT_BYTES
 from .staleness import STALE_ROLLOUTS
 
 
-if TYPE_CHECKING:
-    from ..trainer.atropos_config import AtroposConfig
-
-
 @dataclass
-class DataConfig:
+class DataOptions:
     """The part of [`AtroposConfig`] that says where rollouts come from and which of them are trained."""
 
     atropos_api_url: str | None = field(
@@ -40,20 +35,27 @@ class DataConfig:
             "per_device_train_batch_size x gradient_accumulation_steps x number of processes, and must equal it."
         },
     )
-    max_length: int = field(
+    max_length: PositiveInt = field(
         default=2048,
         metadata={
             "help": "Longest rollout in tokens, prompt included. Registered as `max_token_len` = max_length + 1."
         },
     )
-    api_timeout_s: float = field(
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Form micro-batches by a token budget instead of a number of rollouts: `per_device_train_batch_size` "
+            "rollouts per process make one optimizer step, in as many forward passes as this many tokens each allow."
+        },
+    )
+    api_timeout_s: PositiveFloat = field(
         default=60.0, metadata={"help": "Seconds to wait at start for the Atropos API to answer."}
     )
-    batch_timeout_s: float = field(
+    batch_timeout_s: PositiveFloat = field(
         default=600.0,
         metadata={"help": "Seconds to wait for a batch before stopping with a diagnosis. Below `ddp_timeout`."},
     )
-    refresh_interval: float = field(
+    refresh_interval: PositiveFloat = field(
         default=5.0,
         metadata={"help": "Cap in seconds of the poll interval while no batch is ready; polling starts at 0.1 s."},
     )
@@ -86,7 +88,7 @@ class DataConfig:
             "0: it is fetched after the publish."
         },
     )
-    journal_segment_bytes: int = field(
+    journal_segment_bytes: PositiveInt = field(
         default=DEFAULT_SEGMENT_BYTES,
         metadata={"help": "Size in bytes at which output_dir/journal begins another file."},
     )
@@ -121,7 +123,7 @@ class DataConfig:
             "(text or messages) and optionally `answer` and `env`."
         },
     )
-    eval_max_tokens: int = field(
+    eval_max_tokens: PositiveInt = field(
         default=256, metadata={"help": "Longest completion of a prompt of `eval_path`, in tokens."}
     )
     eval_log_dir: str | None = field(
@@ -132,8 +134,46 @@ class DataConfig:
         },
     )
 
+    @property
+    def num_batches_ahead(self) -> int:
+        """How many batches are fetched before they are trained, 0 or 1. On policy (`max_staleness` 0) there can be none."""
+        return 0 if self.max_staleness == 0 else self.num_prefetched_batches
 
-def check_source(args: DataConfig) -> None:
+    def __post_init__(self) -> None:
+        check_declared(self, DataOptions)
+        if not 0.0 <= self.max_dropped_fraction < 1.0:
+            raise ValueError(f"max_dropped_fraction is {self.max_dropped_fraction}, it must lie in [0, 1).")
+        if self.atropos_api_url is not None and self.data_path is not None:
+            raise ValueError(
+                f"atropos_api_url is {self.atropos_api_url} and data_path is {self.data_path}. Rollouts come from one of them. Leave "
+                "one out."
+            )
+        if self.num_completions_to_print is not None and self.num_completions_to_print < 1:
+            raise ValueError(f"num_completions_to_print is {self.num_completions_to_print}, it must be 1 or more.")
+        if self.eval_path is not None and self.data_path is not None:
+            raise ValueError(
+                f"eval_path is {self.eval_path} and data_path is {self.data_path}. Prompts are completed by the vLLM server, which a "
+                "run on recorded data does not have. Leave --eval_path out."
+            )
+        if self.max_staleness is not None and self.max_staleness < 0:
+            raise ValueError(f"max_staleness is {self.max_staleness}, it must be 0 or more. Set --max_staleness.")
+        if self.stale_rollouts == "downweight" and self.max_staleness is None:
+            raise ValueError(
+                "stale_rollouts is downweight and max_staleness is not set. Without a limit nothing is stale. Set --max_staleness."
+            )
+        if self.num_prefetched_batches not in (0, 1):
+            raise ValueError(
+                f"num_prefetched_batches is {self.num_prefetched_batches}. Each batch ahead makes the data one publish older. Choose "
+                "0 or 1."
+            )
+        if self.journal_max_bytes is not None and self.journal_max_bytes < 2 * self.journal_segment_bytes:
+            raise ValueError(
+                f"journal_max_bytes is {self.journal_max_bytes} and journal_segment_bytes {self.journal_segment_bytes}. Only whole "
+                "files are deleted, never the newest: room for two is needed. Lower --journal_segment_bytes."
+            )
+
+
+def check_source(args: DataOptions) -> None:
     """Refuse a run without any rollouts. Not when the configuration is made: it may be completed afterwards.
 
     Raises:
@@ -144,61 +184,4 @@ def check_source(args: DataConfig) -> None:
             "Neither atropos_api_url nor data_path is given.",
             "Rollouts come from a live Atropos API or from recorded data.",
             "Set --atropos_api_url to the URL of `run-api`, such as http://localhost:8000, or --data_path.",
-        )
-
-
-def check_data(args: AtroposConfig) -> None:
-    """Refuse options of the data that contradict each other."""
-    check_choices(args, {"stale_rollouts": STALE_ROLLOUTS})
-    check_positive(
-        args,
-        (
-            "batch_timeout_s",
-            "refresh_interval",
-            "api_timeout_s",
-            "journal_segment_bytes",
-            "num_train_epochs",
-            "eval_max_tokens",
-        ),
-    )
-    if not 0.0 <= args.max_dropped_fraction < 1.0:
-        raise ValueError(f"max_dropped_fraction is {args.max_dropped_fraction}, it must lie in [0, 1).")
-    if args.atropos_api_url is not None and args.data_path is not None:
-        raise ValueError(
-            f"atropos_api_url is {args.atropos_api_url} and data_path is {args.data_path}. Rollouts come from one of them. Leave "
-            "one out."
-        )
-    if args.num_completions_to_print is not None and args.num_completions_to_print < 1:
-        raise ValueError(f"num_completions_to_print is {args.num_completions_to_print}, it must be 1 or more.")
-    has_evaluation = args.eval_path is not None or args.eval_log_dir is not None
-    if has_evaluation != (args.eval_strategy != "no"):
-        raise ValueError(
-            f"eval_strategy is {args.eval_strategy.value}, eval_path {args.eval_path} and eval_log_dir {args.eval_log_dir}. An "
-            "evaluation needs to know when and what. Set --eval_strategy steps and --eval_path or --eval_log_dir, or none of them."
-        )
-    if args.eval_path is not None and args.data_path is not None:
-        raise ValueError(
-            f"eval_path is {args.eval_path} and data_path is {args.data_path}. Prompts are completed by the vLLM server, which a "
-            "run on recorded data does not have. Leave --eval_path out."
-        )
-    if args.max_staleness is not None and args.max_staleness < 0:
-        raise ValueError(f"max_staleness is {args.max_staleness}, it must be 0 or more. Set --max_staleness.")
-    if args.stale_rollouts == "downweight" and args.max_staleness is None:
-        raise ValueError(
-            "stale_rollouts is downweight and max_staleness is not set. Without a limit nothing is stale. Set --max_staleness."
-        )
-    if args.num_prefetched_batches not in (0, 1):
-        raise ValueError(
-            f"num_prefetched_batches is {args.num_prefetched_batches}. Each batch ahead makes the data one publish older. Choose "
-            "0 or 1."
-        )
-    if args.journal_max_bytes is not None and args.journal_max_bytes < 2 * args.journal_segment_bytes:
-        raise ValueError(
-            f"journal_max_bytes is {args.journal_max_bytes} and journal_segment_bytes {args.journal_segment_bytes}. Only whole "
-            "files are deleted, never the newest: room for two is needed. Lower --journal_segment_bytes."
-        )
-    if args.batch_timeout_s >= args.ddp_timeout:
-        raise ValueError(
-            f"batch_timeout_s ({args.batch_timeout_s}) is not below ddp_timeout ({args.ddp_timeout}). The other ranks wait in a "
-            "collective for the batch and would be killed first. Raise --ddp_timeout."
         )

@@ -94,6 +94,16 @@ class Quarantine:
         logger.error(f"A batch is lost: {error}")
         self._count_batch(1.0, error)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must say of it."""
+        return {"num_quarantined": self.num_groups, "rejected_fractions": list(self.fractions)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`; what is missing there is as at the start."""
+        self.num_groups = state.get("num_quarantined", 0)
+        self.fractions.clear()
+        self.fractions.extend(state.get("rejected_fractions", []))
+
     def _count_batch(self, fraction: float, error: TrlAtroposError | None) -> None:
         self.fractions.append(fraction)
         if error is None or sum(self.fractions) <= WINDOW * self.max_dropped_fraction:

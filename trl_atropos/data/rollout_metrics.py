@@ -28,7 +28,7 @@ def rollout_metrics(
             Tokens that end a completion. None: `completions/clipped_ratio` is left out.
 
     Returns:
-        `dict[str, Metric]`: names as in `metrics.METRICS`; without data where there are no groups.
+        `dict[str, Metric]`: names as in `report/metric_help.py`; without data where there are no groups.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     metrics = {

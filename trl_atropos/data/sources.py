@@ -24,6 +24,7 @@ from ..errors import (
 from ..wire.client import FIRST_DELAY_S, PROGRESS_INTERVAL_S, UNREGISTERED, AtroposClient
 from ..wire.journal import Journal
 from ..wire.recorded import OfflineData
+from .options import DataOptions
 
 
 logger = logging.getLogger(__name__)
@@ -57,24 +58,6 @@ class FetchedBatch:
     loss: AtroposBatchLost | None = None
 
 
-@dataclass(frozen=True)
-class ApiPatience:
-    """How long the API is waited for.
-
-    Args:
-        batch_timeout_s (`float`):
-            Longest wait for a batch, in seconds.
-        refresh_interval_s (`float`):
-            Longest pause between two polls, in seconds.
-        api_timeout_s (`float`):
-            Longest wait for an API that went away, in seconds.
-    """
-
-    batch_timeout_s: float
-    refresh_interval_s: float
-    api_timeout_s: float
-
-
 class ApiBatches:
     """The batches of a live API, each on the disk before it is handed on. Iterate once.
 
@@ -85,7 +68,7 @@ class ApiBatches:
             The API.
         journal ([`Journal`]):
             Where each batch is written.
-        patience ([`ApiPatience`]):
+        options ([`~data.options.DataOptions`]):
             How long to wait.
         register (`Callable[[], None]`):
             Registers this trainer.
@@ -103,12 +86,12 @@ class ApiBatches:
         self,
         client: AtroposClient,
         journal: Journal,
-        patience: ApiPatience,
+        options: DataOptions,
         register: Callable[[], None],
     ):
         self.client = client
         self.journal = journal
-        self.patience = patience
+        self.options = options
         self.register = register
         self.num_restarts = 0
         self.num_batches_maybe_lost = 0
@@ -134,7 +117,7 @@ class ApiBatches:
 
     def _wait(self) -> list[dict[str, Any]] | None:
         """Poll until there is a batch; None if stopped."""
-        patience = self.patience
+        options = self.options
         start = time.monotonic()
         delay, next_report = FIRST_DELAY_S, PROGRESS_INTERVAL_S
         while not self._stop.is_set():
@@ -143,7 +126,7 @@ class ApiBatches:
                 raw_groups = self.client.fetch_batch()
                 if raw_groups is not None:
                     return _checked(raw_groups)
-                if elapsed >= patience.batch_timeout_s:
+                if elapsed >= options.batch_timeout_s:
                     raise data_timeout(elapsed, inspect_api(self.client, has_waiting_trainer=True))
                 if elapsed >= next_report:
                     logger.info(describe_wait(elapsed, inspect_api(self.client, has_waiting_trainer=True)))
@@ -152,7 +135,7 @@ class ApiBatches:
                 self._recover(exc)
                 start, delay, next_report = time.monotonic(), FIRST_DELAY_S, PROGRESS_INTERVAL_S
                 continue
-            self._stop.wait(min(delay, patience.refresh_interval_s, max(patience.batch_timeout_s - elapsed, 0.0)))
+            self._stop.wait(min(delay, options.refresh_interval, max(options.batch_timeout_s - elapsed, 0.0)))
             delay *= DELAY_GROWTH
         return None
 
@@ -160,10 +143,10 @@ class ApiBatches:
         """Wait for the API and register with it again if it forgot this trainer."""
         self.num_batches_maybe_lost += isinstance(exc, AtroposAnswerLost)
         logger.error(
-            f"{exc.what} {exc.why} Waiting up to {self.patience.api_timeout_s:g} s for the API (--api_timeout_s). Every batch "
+            f"{exc.what} {exc.why} Waiting up to {self.options.api_timeout_s:g} s for the API (--api_timeout_s). Every batch "
             "that it handed out is in the journal; what it still held is gone if it was restarted."
         )
-        timeout_s = self.patience.api_timeout_s
+        timeout_s = self.options.api_timeout_s
         deadline = time.monotonic() + timeout_s
         while True:
             self.client.wait_until_reachable(timeout_s)

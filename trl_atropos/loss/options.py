@@ -1,51 +1,106 @@
-"""Which loss, with which bounds: the options of `losses.py`, checked for contradictions when they are made."""
+"""Options of `AtroposConfig` that say what the loss is. Names and meanings are those of TRL's `GRPOConfig` where it has them."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
+
+from ..options import check_declared
+from .advantages import ADVANTAGE_NORMALIZATIONS, SCALE_REWARDS, validate_clipping
+from .loss_types import BUILT_IN_LOSSES, CLIPPED_LOSS_TYPES, LOSS_TYPES
 
 
-AGGREGATIONS = {
-    "weighted_sft": "token",
-    "grpo": "rollout",
-    "dr_grpo": "constant",
-    "bnpo": "token",
-    "dapo": "token",
-    "cispo": "token",
-    "sapo": "rollout",
-    "luspo": "rollout_sum",
-}
-"""loss_type -> what [`token_weights`] divides by."""
-
-LOSS_TYPES = tuple(AGGREGATIONS)
-CLIPPED_LOSS_TYPES = ("grpo", "dr_grpo", "bnpo", "dapo", "luspo")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
 CORRECTION_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+INFERENCE_LOGPROBS = ("require", "use", "recompute")
+REF_LOGPROBS = ("recompute", "require")
 
 
-@dataclass(frozen=True)
+@dataclass
 class LossOptions:
-    """The options of the losses; names and meanings are those of TRL's `GRPOConfig`. See `AtroposConfig`.
+    """What a loss function reads: [`~loss.losses.policy_loss`] computes the loss of each token from them.
 
     Raises:
         ValueError: a value out of its range, or options that contradict each other; the message names them.
     """
 
-    loss_type: str = "dapo"
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    delta: float | None = None
-    importance_sampling_level: str = "token"
-    beta: float = 0.0
-    use_bias_correction_kl: bool = True
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
-    vllm_importance_sampling_correction: bool = False
-    vllm_importance_sampling_mode: str = "sequence_mask"
-    vllm_importance_sampling_clip_max: float | None = 3.0
-    vllm_importance_sampling_clip_min: float | None = None
-    off_policy_mask_threshold: float | None = None
+    loss_type: str = field(
+        default="dapo",
+        metadata={
+            "help": " ".join(f"`{name}`: {loss.meaning}" for name, loss in BUILT_IN_LOSSES.items())
+            + " See docs/losses.md.",
+            "choices": list(LOSS_TYPES),
+        },
+    )
+    epsilon: float = field(default=0.2, metadata={"help": "Lower bound of the clipped ratio: 1 - epsilon."})
+    epsilon_high: float | None = field(
+        default=None,
+        metadata={
+            "help": "Upper bound of the clipped ratio: 1 + epsilon_high. Defaults to `epsilon`. For `cispo` the cap of the "
+            "ratio itself, which must be set (5.0 in the ScaleRL paper)."
+        },
+    )
+    delta: float | None = field(
+        default=None,
+        metadata={
+            "help": "Caps the ratio of tokens with a negative advantage, where the clipped loss has no upper bound "
+            "(INTELLECT-2). Above 1 + epsilon_high."
+        },
+    )
+    importance_sampling_level: str = field(
+        default="token",
+        metadata={
+            "help": "`token`: one ratio per token. `sequence`: the geometric mean of the ratios of a rollout, for all of its "
+            "tokens (GSPO).",
+            "choices": list(IMPORTANCE_SAMPLING_LEVELS),
+        },
+    )
+    beta: float = field(
+        default=0.0, metadata={"help": "Weight of the KL term to the reference policy. 0: there is no reference."}
+    )
+    use_bias_correction_kl: bool = field(
+        default=True,
+        metadata={
+            "help": "Multiply the KL term of a token by its importance ratio, with gradient (DeepSeek-V3.2): without it the "
+            "gradient is not that of the KL divergence from the policy to the reference."
+        },
+    )
+    sapo_temperature_pos: float = field(
+        default=1.0, metadata={"help": "For `sapo`: steepness of the gate of tokens with a positive advantage."}
+    )
+    sapo_temperature_neg: float = field(
+        default=1.05, metadata={"help": "For `sapo`: steepness of the gate of the other tokens."}
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "False: the clipped ratio is taken to the policy that sampled. True: it is taken to the policy at the "
+            "start of the step, and the difference to the policy that sampled is corrected by a truncated or masked weight "
+            "(TRL's GRPOTrainer)."
+        },
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="sequence_mask",
+        metadata={
+            "help": "Weight of the correction: ratio per token or product over the rollout (`sequence`), clipped to the "
+            "bounds (`truncate`) or 0 outside of them (`mask`).",
+            "choices": list(CORRECTION_MODES),
+        },
+    )
+    vllm_importance_sampling_clip_max: float | None = field(
+        default=3.0, metadata={"help": "Upper bound of the weight of the correction."}
+    )
+    vllm_importance_sampling_clip_min: float | None = field(
+        default=None, metadata={"help": "Lower bound of the weight of the correction."}
+    )
+    off_policy_mask_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens with a negative advantage are not trained in rollouts whose mean KL, in nats per token, between "
+            "the policy that sampled and the current one exceeds this (DeepSeek-V3.2)."
+        },
+    )
 
     @property
     def upper_epsilon(self) -> float:
@@ -63,9 +118,7 @@ class LossOptions:
         )
 
     def __post_init__(self) -> None:
-        _check_choice("loss_type", self.loss_type, LOSS_TYPES)
-        _check_choice("importance_sampling_level", self.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
-        _check_choice("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, CORRECTION_MODES)
+        check_declared(self, LossOptions)
         self._check_clipping()
         self._check_correction()
         if not 0 <= self.beta < math.inf:
@@ -134,9 +187,135 @@ class LossOptions:
             )
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"Invalid value for {name}: {value!r}. It is not one of the choices. Set `--{name}` to one of "
-            f"{', '.join(choices)}."
+@dataclass
+class StepOptions(LossOptions):
+    """What an optimizer step adds to the loss of its tokens: advantages, where logprobs come from, further terms.
+
+    Raises:
+        ValueError: as for [`LossOptions`].
+    """
+
+    max_completion_length: int | None = field(
+        default=None,
+        metadata={"help": "The constant that `dr_grpo` divides by, in tokens. Defaults to `max_length`."},
+    )
+    scale_rewards: str = field(
+        default="group",
+        metadata={
+            "help": "How rewards become advantages when the environment sends none: `group` divides the difference to "
+            "the group's mean by the group's standard deviation, `batch` by that of all rewards of the step, `none` does "
+            "not divide.",
+            "choices": list(SCALE_REWARDS),
+        },
+    )
+    advantage_normalization: str = field(
+        default="none",
+        metadata={
+            "help": "`global`: zero mean and unit variance over all trained tokens of the optimizer step, all "
+            "micro-batches and ranks. `batch`: over each micro-batch, so the result depends on "
+            "per_device_train_batch_size. `none`: untouched.",
+            "choices": list(ADVANTAGE_NORMALIZATIONS),
+        },
+    )
+    advantage_clipping: list[float] | None = field(
+        default=None,
+        metadata={"help": "Two ascending numbers [min, max] to which advantages are clipped after normalization."},
+    )
+    inference_logprobs: str = field(
+        default="require",
+        metadata={
+            "help": "What the losses with an importance ratio do with the wire's logprobs: `require` stops at a rollout "
+            "without them; `use` takes them where present and treats the other rollouts as sampled by the current policy "
+            "(ratio 1), counted in `inference_logprobs/missing_frac`; `recompute` treats all so.",
+            "choices": list(INFERENCE_LOGPROBS),
+        },
+    )
+    ref_logprobs: str = field(
+        default="recompute",
+        metadata={
+            "help": "Where the reference of the KL term comes from: `recompute`: from the model without its adapter, or from "
+            "a frozen copy of the starting model if there is none. `require`: from the environment's `ref_logprobs`.",
+            "choices": list(REF_LOGPROBS),
+        },
+    )
+    mask_truncated_completions: bool = field(
+        default=False,
+        metadata={
+            "help": "Do not train rollouts that end without an end-of-sequence token. The wire does not tell a stop string "
+            "from a cut: leave it off for environments that stop at strings."
+        },
+    )
+    entropy_coef: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the mean entropy of trained tokens, which is subtracted from the loss."},
+    )
+    distillation_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the cross entropy to a teacher's likeliest tokens (the wire's `distill_token_ids` and "
+            "`distill_logprobs`), a mean over the trained tokens that have them."
+        },
+    )
+
+    @property
+    def required_logprobs(self) -> tuple[str, ...]:
+        """Which logprobs of the wire a rollout must have; one without them stops the run."""
+        required = (
+            ["inference_logprobs"] if self.inference_logprobs == "require" and self.needs_inference_logprobs else []
         )
+        return (*required, "ref_logprobs") if self.ref_logprobs == "require" else tuple(required)
+
+    def __post_init__(self) -> None:
+        # TRL takes booleans, too.
+        self.scale_rewards = {"True": "group", "False": "none"}.get(str(self.scale_rewards), self.scale_rewards)
+        super().__post_init__()
+        check_declared(self, StepOptions)
+        self._check_logprobs()
+        if not math.isfinite(self.entropy_coef):
+            raise ValueError(
+                f"entropy_coef is {self.entropy_coef}. The loss would not be finite. Set --entropy_coef to a number."
+            )
+        if not 0 <= self.distillation_coef < math.inf:
+            raise ValueError(
+                f"distillation_coef is {self.distillation_coef}. A negative weight would push the policy away from the teacher. "
+                "Set --distillation_coef to 0 or more."
+            )
+        if self.max_completion_length is not None and self.loss_type != "dr_grpo":
+            raise ValueError(
+                f"max_completion_length is {self.max_completion_length} and loss_type is {self.loss_type}. Only dr_grpo divides by "
+                "it; environments decide how long completions get. Leave --max_completion_length out, or set --loss_type dr_grpo."
+            )
+        if self.max_completion_length is not None and not self.max_completion_length > 0:
+            raise ValueError(
+                f"max_completion_length is {self.max_completion_length}. The loss is divided by it. Set it above 0."
+            )
+        if self.advantage_clipping is not None:
+            self._check_advantage_clipping(self.advantage_clipping)
+
+    def _check_logprobs(self) -> None:
+        if self.inference_logprobs == "recompute" and self.vllm_importance_sampling_correction:
+            raise ValueError(
+                "vllm_importance_sampling_correction is on and inference_logprobs is recompute. Then there is no difference to the "
+                "policy that sampled left to correct. Set --inference_logprobs require, or leave the correction off."
+            )
+        if self.inference_logprobs == "recompute" and self.off_policy_mask_threshold is not None:
+            raise ValueError(
+                f"off_policy_mask_threshold is {self.off_policy_mask_threshold} and inference_logprobs is recompute. Then every "
+                "rollout counts as on-policy, and nothing would be masked. Set --inference_logprobs require, or leave "
+                "--off_policy_mask_threshold out."
+            )
+        if self.ref_logprobs == "require" and self.beta == 0.0:
+            raise ValueError(
+                "ref_logprobs is require and beta is 0. Without a KL term the reference would not be used. Set --beta, or leave "
+                "--ref_logprobs out."
+            )
+
+    def _check_advantage_clipping(self, bounds: list[float]) -> None:
+        validate_clipping(bounds)
+        low, high = bounds
+        if not low <= 0 <= high:
+            warnings.warn(
+                f"advantage_clipping is {bounds}, which leaves out 0: a rollout as good as its group's mean is pushed all the same. "
+                "Bounds on both sides of 0 are meant, such as -5 5.",
+                stacklevel=2,
+            )

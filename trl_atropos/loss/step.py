@@ -17,34 +17,16 @@ from torch import Tensor
 from ..distributed import is_distributed, sum_over_ranks
 from ..errors import NonFiniteGradientError
 from .advantages import advantage_statistics, clip_advantages, normalize_advantages, standardize_advantages
+from .loss_types import AGGREGATIONS
 from .losses import token_weights
 from .metrics import Metric, mean_of
-
-
-@dataclass(frozen=True)
-class StepOptions:
-    """Options of the step; see `AtroposConfig`.
-
-    Args:
-        advantage_normalization (`str`):
-            `"none"`, `"batch"` or `"global"`.
-        advantage_clipping (sequence of two `float`, *optional*):
-            Smallest and largest advantage.
-        aggregation (`str`):
-            A value of `loss_options.AGGREGATIONS`.
-        max_completion_length (`int`):
-            Tokens.
-    """
-
-    advantage_normalization: str
-    advantage_clipping: Sequence[float] | None
-    aggregation: str
-    max_completion_length: int
+from .options import StepOptions
 
 
 def prepare_step(
     micro_batches: Sequence[dict[str, Any]],
     options: StepOptions,
+    max_length: int,
     device: torch.device,
     process_group: dist.ProcessGroup | None = None,
 ) -> tuple[int, dict[str, Metric]]:
@@ -61,6 +43,8 @@ def prepare_step(
             teacher, of the step divides by; and `num_with_teacher`, those of the micro-batch.
         options ([`StepOptions`]):
             How.
+        max_length (`int`):
+            Longest rollout in tokens: the constant of `dr_grpo` if `max_completion_length` is not set.
         device (`torch.device`):
             On which the backend of the process group reduces.
         process_group (`torch.distributed.ProcessGroup`, *optional*):
@@ -97,10 +81,10 @@ def prepare_step(
         batch["token_weights"] = token_weights(
             batch["rollout_index"],
             batch["num_rollout_tokens"],
-            options.aggregation,
+            AGGREGATIONS[options.loss_type],
             num_trained_tokens=statistics.num_trained_tokens,
             num_rollouts=num_rollouts,
-            max_completion_length=options.max_completion_length,
+            max_completion_length=options.max_completion_length or max_length,
         )
         batch["token_mean_weight"] = torch.tensor(1 / max(statistics.num_trained_tokens, 1))
         batch["teacher_mean_weight"] = torch.tensor(1 / max(num_with_teacher, 1))

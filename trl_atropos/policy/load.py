@@ -1,24 +1,72 @@
-"""Makes the policy that is trained: load, adapt, switch dropout off."""
+"""Makes the policy that is trained: load, adapt, switch dropout off, copy the reference."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import PreflightError
-from ..trainer.atropos_config import AtroposConfig
+from .options import PolicyOptions
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-def load_model(model: str | PreTrainedModel | nn.Module, args: AtroposConfig) -> PreTrainedModel:
+@dataclass(frozen=True)
+class PreparedPolicy:
+    """What a trainer starts from: the policy with its adapter, its tokenizer if there is one, and a frozen copy of the starting
+    policy if the KL term needs one."""
+
+    model: nn.Module
+    processing_class: Any
+    reference_model: PreTrainedModel | None
+
+
+def prepare_policy(
+    model: str | PreTrainedModel | nn.Module,
+    options: PolicyOptions,
+    processing_class: Any,
+    peft_config: PeftConfig | None,
+    *,
+    needs_reference: bool,
+    sequence_parallel_size: int,
+) -> PreparedPolicy:
+    """Load what is given by name, add the adapter, switch dropout off, and copy the reference.
+
+    A policy with an adapter needs no copy: its reference is the policy without the adapter.
+
+    Raises:
+        ValueError: a copy is needed, and `sequence_parallel_size` (ranks that share a sequence) is above 1.
+    """
+    policy = load_model(model, options)
+    if processing_class is None and getattr(policy.config, "_name_or_path", None):
+        processing_class = AutoTokenizer.from_pretrained(
+            policy.config._name_or_path, trust_remote_code=options.trust_remote_code
+        )
+    if peft_config is not None:
+        policy = add_adapter(policy, peft_config)
+    if options.disable_dropout:
+        disable_dropout(policy)
+    # Before the optimizer's first step: the copy must be of the starting policy.
+    needs_copy = needs_reference and not hasattr(policy, "peft_config")
+    if needs_copy and sequence_parallel_size > 1:
+        raise ValueError(
+            f"beta is not 0, and {sequence_parallel_size} ranks share each sequence. TRL prepares the copy of the policy for "
+            "data-parallel ranks only. Train an adapter (--use_peft), set --ref_logprobs require, or --beta 0."
+        )
+    return PreparedPolicy(policy, processing_class, make_reference_model(model, options) if needs_copy else None)
+
+
+def load_model(model: str | PreTrainedModel | nn.Module, options: PolicyOptions) -> PreTrainedModel:
     """Return the policy: the instance itself, or the checkpoint loaded in float32 unless the options say otherwise."""
-    init_kwargs = args.model_init_kwargs or {}
+    init_kwargs = options.model_init_kwargs or {}
     assert isinstance(init_kwargs, dict), "TrainingArguments parses the options that are dictionaries"
     if not isinstance(model, str):
         if init_kwargs:
@@ -27,7 +75,7 @@ def load_model(model: str | PreTrainedModel | nn.Module, args: AtroposConfig) ->
                 "when the trainer loads the model. Leave them out, or pass the model as a string."
             )
         return model
-    kwargs = {"trust_remote_code": args.trust_remote_code, **init_kwargs}
+    kwargs = {"trust_remote_code": options.trust_remote_code, **init_kwargs}
     # A step at lr 1e-6 is below the resolution of bf16 weights: updates would be rounded away.
     kwargs.setdefault("dtype", torch.float32)
     return AutoModelForCausalLM.from_pretrained(model, **kwargs)
@@ -50,6 +98,27 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+def make_reference_model(model: str | PreTrainedModel | nn.Module, options: PolicyOptions) -> PreTrainedModel:
+    """Make the frozen copy of a model that has no adapter. A path is loaded again, which is the only way under ZeRO-3.
+
+    Raises:
+        ValueError: an instance, under ZeRO-3: there is no whole model in this process to copy.
+    """
+    if isinstance(model, str):
+        reference = load_model(model, options)
+    elif is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "beta is not 0, the model was given as an instance, and ZeRO-3 keeps only a piece of it in this process. It "
+            "cannot be copied for the reference. Pass the model as a path, or set --ref_logprobs require."
+        )
+    else:
+        reference = copy.deepcopy(model)
+    disable_dropout(reference)
+    reference.requires_grad_(False)
+    reference.eval()
+    return reference
 
 
 def use_sparse_embedding_gradient(model: PreTrainedModel) -> bool:

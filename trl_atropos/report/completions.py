@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from transformers import TrainingArguments
 from transformers.utils import is_rich_available
 from trl.trainer.utils import print_prompt_completions_sample
 
 from ..data.environment_metrics import environment_name
-from ..data.stream import with_advantages
+from ..data.options import DataOptions
+from ..data.steps import with_advantages
 from ..errors import PreflightError
-from ..trainer.atropos_config import AtroposConfig
+from ..loss.options import StepOptions
 from ..types import IGNORE_INDEX, Rollout, RolloutGroup
 
 
@@ -140,16 +142,18 @@ class CompletionsTable:
                 )
 
 
-def make_completions_table(args: AtroposConfig, processing_class: Any) -> CompletionsTable | None:
+def make_completions_table(
+    args: TrainingArguments, data: DataOptions, step: StepOptions, processing_class: Any
+) -> CompletionsTable | None:
     """The table that the options ask for; None on other ranks than 0, or if they ask for none."""
-    if not args.log_completions or args.process_index != 0:
+    if not data.log_completions or args.process_index != 0:
         return None
     return CompletionsTable(
         processing_class,
         args.output_dir,
-        args.scale_rewards,
-        args.num_completions_to_print,
-        args.env_names,
+        step.scale_rewards,
+        data.num_completions_to_print,
+        data.env_names,
         list(args.report_to or ()),
     )
 

@@ -10,8 +10,8 @@ LOCAL_TRACKER = "trackio"
 
 
 @dataclass
-class WatchConfig:
-    """The part of [`AtroposConfig`] that concerns watching a run."""
+class ReportOptions:
+    """The part of [`AtroposConfig`] that concerns watching a run and showing it to others."""
 
     # HfArgumentParser fails at this type with None at its end.
     report_to: None | str | list[str] = field(  # noqa: RUF036
@@ -36,12 +36,28 @@ class WatchConfig:
         metadata={"help": "TCP port on loopback at which Prometheus can scrape the newest metrics. 0: a free one."},
     )
 
+    push_merged: bool = field(
+        default=False,
+        metadata={
+            "help": "With `push_to_hub` and LoRA: at the end upload the policy merged into one model as well, to "
+            "`<hub_model_id>-merged`."
+        },
+    )
 
-def choose_tracker(args: WatchConfig) -> bool:
+    def __post_init__(self) -> None:
+        if self.prometheus_path is not None and not self.prometheus_path.endswith(".prom"):
+            raise ValueError(
+                f"prometheus_path is {self.prometheus_path}. node_exporter reads files that end in .prom only. Give it that ending."
+            )
+        if self.prometheus_port is not None and not 0 <= self.prometheus_port < 65536:
+            raise ValueError(f"prometheus_port is {self.prometheus_port}, a TCP port lies between 0 and 65535.")
+
+
+def choose_tracker(args: ReportOptions) -> bool:
     """Replace `auto` by what is installed.
 
     Args:
-        args (`WatchConfig`):
+        args (`ReportOptions`):
             Changed.
 
     Returns:
@@ -51,13 +67,3 @@ def choose_tracker(args: WatchConfig) -> bool:
         return False
     args.report_to = LOCAL_TRACKER if find_spec(LOCAL_TRACKER) else "none"
     return True
-
-
-def check_watching(args: WatchConfig) -> None:
-    """Refuse options of watching that cannot work."""
-    if args.prometheus_path is not None and not args.prometheus_path.endswith(".prom"):
-        raise ValueError(
-            f"prometheus_path is {args.prometheus_path}. node_exporter reads files that end in .prom only. Give it that ending."
-        )
-    if args.prometheus_port is not None and not 0 <= args.prometheus_port < 65536:
-        raise ValueError(f"prometheus_port is {args.prometheus_port}, a TCP port lies between 0 and 65535.")

@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import PreflightError
-from ..loss.metrics import ENVIRONMENT_METRICS, EVALUATION_METRICS, METRICS
+from .metric_help import ENVIRONMENT_METRICS, EVALUATION_METRICS, METRICS
 
 
 logger = logging.getLogger(__name__)

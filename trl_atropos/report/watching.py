@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from .callback import ReportCallback
+from .options import ReportOptions
 from .panel import PanelCallback, RunPanel, WaitingCallback
 from .prometheus import PrometheusCallback
 from .step_table import StepTableCallback
-
-
-if TYPE_CHECKING:
-    from ..trainer.atropos_config import AtroposConfig
 
 
 class Watching:
@@ -24,27 +20,29 @@ class Watching:
     Args:
         trainer (`Trainer`):
             Its callbacks of transformers that print are replaced.
-        args ([`AtroposConfig`]):
-            Options. `disable_tqdm` chooses lines also on a terminal.
+        options ([`~report.options.ReportOptions`]):
+            What is shown; `disable_tqdm` of the trainer chooses lines also on a terminal.
+        publishes (`bool`):
+            Whether the run has servers.
     """
 
-    def __init__(self, trainer: Trainer, args: AtroposConfig):
+    def __init__(self, trainer: Trainer, options: ReportOptions, *, publishes: bool):
         self._panel: RunPanel | None = None
         self._prometheus: PrometheusCallback | None = None
         trainer.pop_callback(PrinterCallback)
         trainer.pop_callback(ProgressCallback)
-        if sys.stdout.isatty() and not args.disable_tqdm and trainer.is_world_process_zero():
+        if sys.stdout.isatty() and not trainer.args.disable_tqdm and trainer.is_world_process_zero():
             self._panel = RunPanel()
-            first = PanelCallback(self._panel, publishes=args.data_path is None)
+            first = PanelCallback(self._panel, publishes=publishes)
             trainer.callback_handler.callbacks.insert(0, first)
             trainer.add_callback(WaitingCallback(self._panel))
         else:
             trainer.add_callback(StepTableCallback())
-        if args.prometheus_path is not None or args.prometheus_port is not None:
-            path = None if args.prometheus_path is None else Path(args.prometheus_path)
-            self._prometheus = PrometheusCallback(path, args.prometheus_port)
+        if options.prometheus_path is not None or options.prometheus_port is not None:
+            path = None if options.prometheus_path is None else Path(options.prometheus_path)
+            self._prometheus = PrometheusCallback(path, options.prometheus_port)
             trainer.add_callback(self._prometheus)
-        trainer.add_callback(ReportCallback(args.report_html))
+        trainer.add_callback(ReportCallback(options.report_html))
 
     def close(self) -> None:
         """Give the terminal and the port back, however the run ended."""

@@ -1,36 +1,24 @@
-"""Options of `AtroposTrainer`. Each is described once, in its field's `help`."""
+"""All options of `AtroposTrainer`: those of its parts, those of transformers, and what must fit together between them."""
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass, field, fields
+import os
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from accelerate import ParallelismConfig
 from transformers import TrainingArguments
 
-from ..data.options import DataConfig, check_data
-from ..loss.advantages import ADVANTAGE_NORMALIZATIONS, SCALE_REWARDS, validate_clipping
-from ..loss.options import CORRECTION_MODES, IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES, LossOptions
-from ..policy.layouts import LAYOUTS
-from ..report.options import WatchConfig, check_watching, choose_tracker
-from ..weight_sync.options import PublishConfig, check_publish
-from .config_checks import (
-    check_batch_size,
-    check_choices,
-    check_loss,
-    check_offloading,
-    check_positive,
-    check_unsupported,
-)
-
-
-INFERENCE_LOGPROBS = ("require", "use", "recompute")
-REF_LOGPROBS = ("recompute", "require")
-SEQUENCE_LAYOUTS = ("auto", *LAYOUTS)
+from ..data.options import DataOptions
+from ..loss.options import StepOptions
+from ..options import PositiveFloat, check_declared
+from ..policy.options import PolicyOptions
+from ..report.options import ReportOptions, choose_tracker
+from ..weight_sync.options import WeightSyncOptions
 
 
 @dataclass
-class AtroposConfig(DataConfig, PublishConfig, WatchConfig, TrainingArguments):
+class AtroposConfig(DataOptions, PolicyOptions, StepOptions, WeightSyncOptions, ReportOptions, TrainingArguments):
     r"""
     Configuration class for the [`AtroposTrainer`].
 
@@ -63,7 +51,7 @@ class AtroposConfig(DataConfig, PublishConfig, WatchConfig, TrainingArguments):
             "ends earlier if the data does."
         },
     )
-    num_train_epochs: float = field(
+    num_train_epochs: PositiveFloat = field(
         default=1.0, metadata={"help": "Passes over `data_path`. Not used with a live API."}
     )
     ignore_data_skip: bool = field(
@@ -73,211 +61,29 @@ class AtroposConfig(DataConfig, PublishConfig, WatchConfig, TrainingArguments):
         default=False, metadata={"help": "Always False: a loss that is not finite stops the run instead."}
     )
 
-    # Parameters that control the model
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used when the `model` argument of "
-            "the trainer is a string."
-        },
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Allow models and tokenizers that ship custom Python code."}
-    )
-    disable_dropout: bool = field(
-        default=True,
-        metadata={
-            "help": "Set every dropout probability to 0. With dropout the importance ratio of a fresh rollout is not 1."
-        },
-    )
-
-    push_merged: bool = field(
-        default=False,
-        metadata={
-            "help": "With `push_to_hub` and LoRA: at the end upload the policy merged into one model as well, to "
-            "`<hub_model_id>-merged`."
-        },
-    )
-
-    # Parameters that control the training
-    loss_type: str = field(
-        default="dapo",
-        metadata={
-            "help": "`dapo`, `grpo`, `dr_grpo`, `bnpo`, `luspo`: clipped importance ratio, averaged over the tokens of the "
-            "step (`dapo`, and `bnpo`, which is the same at a split-invariant denominator), over rollouts of means over "
-            "tokens (`grpo`), over rollouts of sums (`luspo`), or divided by a constant (`dr_grpo`). `cispo`: capped "
-            "ratio as a weight. `sapo`: smooth gate instead of clipping. `weighted_sft`: advantage-weighted cross entropy. "
-            "See docs/losses.md.",
-            "choices": list(LOSS_TYPES),
-        },
-    )
-    epsilon: float = field(default=0.2, metadata={"help": "Lower bound of the clipped ratio: 1 - epsilon."})
-    epsilon_high: float | None = field(
-        default=None,
-        metadata={
-            "help": "Upper bound of the clipped ratio: 1 + epsilon_high. Defaults to `epsilon`. For `cispo` the cap of the "
-            "ratio itself, which must be set (5.0 in the ScaleRL paper)."
-        },
-    )
-    delta: float | None = field(
-        default=None,
-        metadata={
-            "help": "Caps the ratio of tokens with a negative advantage, where the clipped loss has no upper bound "
-            "(INTELLECT-2). Above 1 + epsilon_high."
-        },
-    )
-    importance_sampling_level: str = field(
-        default="token",
-        metadata={
-            "help": "`token`: one ratio per token. `sequence`: the geometric mean of the ratios of a rollout, for all of its "
-            "tokens (GSPO).",
-            "choices": list(IMPORTANCE_SAMPLING_LEVELS),
-        },
-    )
-    max_completion_length: int | None = field(
-        default=None,
-        metadata={"help": "The constant that `dr_grpo` divides by, in tokens. Defaults to `max_length`."},
-    )
-    sapo_temperature_pos: float = field(
-        default=1.0, metadata={"help": "For `sapo`: steepness of the gate of tokens with a positive advantage."}
-    )
-    sapo_temperature_neg: float = field(
-        default=1.05, metadata={"help": "For `sapo`: steepness of the gate of the other tokens."}
-    )
-    beta: float = field(
-        default=0.0, metadata={"help": "Weight of the KL term to the reference policy. 0: there is no reference."}
-    )
-    use_bias_correction_kl: bool = field(
-        default=True,
-        metadata={
-            "help": "Multiply the KL term of a token by its importance ratio, with gradient (DeepSeek-V3.2): without it the "
-            "gradient is not that of the KL divergence from the policy to the reference."
-        },
-    )
-    ref_logprobs: str = field(
-        default="recompute",
-        metadata={
-            "help": "Where the reference of the KL term comes from: `recompute`: from the model without its adapter, or from "
-            "a frozen copy of the starting model if there is none. `require`: from the environment's `ref_logprobs`.",
-            "choices": list(REF_LOGPROBS),
-        },
-    )
-    entropy_coef: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the mean entropy of trained tokens, which is subtracted from the loss."},
-    )
-    distillation_coef: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of the cross entropy to a teacher's likeliest tokens (the wire's `distill_token_ids` and "
-            "`distill_logprobs`), a mean over the trained tokens that have them."
-        },
-    )
-    vllm_importance_sampling_correction: bool = field(
-        default=False,
-        metadata={
-            "help": "False: the clipped ratio is taken to the policy that sampled. True: it is taken to the policy at the "
-            "start of the step, and the difference to the policy that sampled is corrected by a truncated or masked weight "
-            "(TRL's GRPOTrainer)."
-        },
-    )
-    vllm_importance_sampling_mode: str = field(
-        default="sequence_mask",
-        metadata={
-            "help": "Weight of the correction: ratio per token or product over the rollout (`sequence`), clipped to the "
-            "bounds (`truncate`) or 0 outside of them (`mask`).",
-            "choices": list(CORRECTION_MODES),
-        },
-    )
-    vllm_importance_sampling_clip_max: float | None = field(
-        default=3.0, metadata={"help": "Upper bound of the weight of the correction."}
-    )
-    vllm_importance_sampling_clip_min: float | None = field(
-        default=None, metadata={"help": "Lower bound of the weight of the correction."}
-    )
-    off_policy_mask_threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens with a negative advantage are not trained in rollouts whose mean KL, in nats per token, between "
-            "the policy that sampled and the current one exceeds this (DeepSeek-V3.2)."
-        },
-    )
-    mask_truncated_completions: bool = field(
-        default=False,
-        metadata={
-            "help": "Do not train rollouts that end without an end-of-sequence token. The wire does not tell a stop string "
-            "from a cut: leave it off for environments that stop at strings."
-        },
-    )
-    scale_rewards: str = field(
-        default="group",
-        metadata={
-            "help": "How rewards become advantages when the environment sends none: `group` divides the difference to "
-            "the group's mean by the group's standard deviation, `batch` by that of all rewards of the step, `none` does "
-            "not divide.",
-            "choices": list(SCALE_REWARDS),
-        },
-    )
-    advantage_normalization: str = field(
-        default="none",
-        metadata={
-            "help": "`global`: zero mean and unit variance over all trained tokens of the optimizer step, all "
-            "micro-batches and ranks. `batch`: over each micro-batch, so the result depends on "
-            "per_device_train_batch_size. `none`: untouched.",
-            "choices": list(ADVANTAGE_NORMALIZATIONS),
-        },
-    )
-    advantage_clipping: list[float] | None = field(
-        default=None,
-        metadata={"help": "Two ascending numbers [min, max] to which advantages are clipped after normalization."},
-    )
-    inference_logprobs: str = field(
-        default="require",
-        metadata={
-            "help": "What the losses with an importance ratio do with the wire's logprobs: `require` stops at a rollout "
-            "without them; `use` takes them where present and treats the other rollouts as sampled by the current policy "
-            "(ratio 1), counted in `inference_logprobs/missing_frac`; `recompute` treats all so.",
-            "choices": list(INFERENCE_LOGPROBS),
-        },
-    )
-    temperature: float = field(
-        default=1.0,
-        metadata={
-            "help": "Sampling temperature of rollouts for which the wire names none. Applied to the trainer's logits "
-            "if the server reports processed logprobs."
-        },
-    )
-
-    # Parameters that control the forward pass
-    max_tokens_per_micro_batch: int | None = field(
-        default=None,
-        metadata={
-            "help": "Form micro-batches by a token budget instead of a number of rollouts: `per_device_train_batch_size` "
-            "rollouts per process make one optimizer step, in as many forward passes as this many tokens each allow."
-        },
-    )
-    sequence_layout: str = field(
-        default="auto",
-        metadata={
-            "help": "`tree`: prefixes that rollouts of a group share are computed once. `packed`: no padding. `padded`: one "
-            "row per rollout. `auto`: the first of these that gives the logprobs of each rollout run alone on this model, "
-            "tried at start.",
-            "choices": list(SEQUENCE_LAYOUTS),
-        },
-    )
-    activation_offloading: bool = field(
-        default=False, metadata={"help": "Keep activations in host memory until the backward pass. Needs a GPU."}
-    )
-
     @property
-    def loss_options(self) -> LossOptions:
-        """The options of the loss, checked."""
-        return LossOptions(**{option.name: getattr(self, option.name) for option in fields(LossOptions)})
+    def sequence_parallel_size(self) -> int:
+        """How many ranks share a sequence, as the options or the launcher say.
 
-    @property
-    def needs_inference_logprobs(self) -> bool:
-        """Whether a rollout without logprobs stops the run."""
-        return self.inference_logprobs == "require" and self.loss_options.needs_inference_logprobs
+        Raises:
+            `ValueError`: for tensor and context parallelism, and for what does not go together with sequence parallelism.
+        """
+        parallelism = self.parallelism_config
+        if parallelism is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
+            # What the launcher was told, as accelerate reads it.
+            parallelism = ParallelismConfig()
+        if parallelism is None:
+            return 1
+        size = parallelism.sp_size
+        if parallelism.non_data_parallel_size != size:
+            raise ValueError(
+                f"The parallelism configuration has {parallelism.tp_size} tensor-parallel and {parallelism.cp_size} context-parallel "
+                "ranks per replica. They would be dealt different rollouts and counted several times in the loss. Use data "
+                "parallelism, FSDP, DeepSpeed, or sequence parallelism (parallelism_config_sp_size)."
+            )
+        if size > 1:
+            _check_sequence_parallel(self, size, parallelism.data_parallel_size)
+        return size
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -287,35 +93,25 @@ class AtroposConfig(DataConfig, PublishConfig, WatchConfig, TrainingArguments):
         if choose_tracker(self):
             # transformers would upload it when the model is pushed.
             self.trackio_static_space_id = False
-        super().__post_init__()
-        check_watching(self)
-        if self.push_merged and not self.push_to_hub:
-            raise ValueError(
-                "push_merged is set and push_to_hub is not. Nothing is uploaded so. Set --push_to_hub, too."
-            )
-        # TRL takes booleans, too.
-        self.scale_rewards = {"True": "group", "False": "none"}.get(str(self.scale_rewards), self.scale_rewards)
-        self._check_choices()
-        check_publish(self)
-        check_data(self)
-        check_loss(self)
-        check_batch_size(self)
+        TrainingArguments.__post_init__(self)
+        for part in (DataOptions, PolicyOptions, StepOptions, WeightSyncOptions, ReportOptions):
+            part.__post_init__(self)
         if self.max_steps <= 0:
             raise ValueError(
                 f"max_steps is {self.max_steps}. The stream of rollouts has no end, so epochs do not exist here. Set "
                 "--max_steps to the number of optimizer steps."
             )
-        check_unsupported(self)
-        check_offloading(self)
-        if self.advantage_clipping is not None:
-            validate_clipping(self.advantage_clipping)
-            low, high = self.advantage_clipping
-            if not low <= 0 <= high:
-                warnings.warn(
-                    f"advantage_clipping is {self.advantage_clipping}, which leaves out 0: a rollout as good as its group's "
-                    "mean is pushed all the same. Bounds on both sides of 0 are meant, such as -5 5.",
-                    stacklevel=2,
-                )
+        check_declared(self, AtroposConfig)
+        if self.push_merged and not self.push_to_hub:
+            raise ValueError(
+                "push_merged is set and push_to_hub is not. Nothing is uploaded so. Set --push_to_hub, too."
+            )
+        _check_evaluation(self)
+        _check_waiting(self)
+        _check_token_budget(self)
+        _check_batch_size(self)
+        _check_unsupported(self)
+        _check_offloading(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Options as a dictionary, for logs and trackers: the API key is masked, as transformers does with tokens."""
@@ -331,15 +127,98 @@ class AtroposConfig(DataConfig, PublishConfig, WatchConfig, TrainingArguments):
 
     __repr__ = __str__
 
-    def _check_choices(self) -> None:
-        check_choices(
-            self,
-            {
-                "scale_rewards": SCALE_REWARDS,
-                "advantage_normalization": ADVANTAGE_NORMALIZATIONS,
-                "inference_logprobs": INFERENCE_LOGPROBS,
-                "ref_logprobs": REF_LOGPROBS,
-                "sequence_layout": SEQUENCE_LAYOUTS,
-            },
+
+def _check_evaluation(args: AtroposConfig) -> None:
+    """Refuse an evaluation that does not know when, or of what."""
+    has_evaluation = args.eval_path is not None or args.eval_log_dir is not None
+    if has_evaluation != (args.eval_strategy != "no"):
+        raise ValueError(
+            f"eval_strategy is {args.eval_strategy.value}, eval_path {args.eval_path} and eval_log_dir {args.eval_log_dir}. An "
+            "evaluation needs to know when and what. Set --eval_strategy steps and --eval_path or --eval_log_dir, or none of them."
         )
-        check_positive(self, ("max_length", "temperature"))
+
+
+def _check_waiting(args: AtroposConfig) -> None:
+    """Refuse to wait for a batch for longer than the other ranks wait for rank 0."""
+    if args.batch_timeout_s >= args.ddp_timeout:
+        raise ValueError(
+            f"batch_timeout_s ({args.batch_timeout_s}) is not below ddp_timeout ({args.ddp_timeout}). The other ranks wait in a "
+            "collective for the batch and would be killed first. Raise --ddp_timeout."
+        )
+
+
+def _check_token_budget(args: AtroposConfig) -> None:
+    """Refuse a token budget that a rollout does not fit into, or that something else would decide about."""
+    budget = args.max_tokens_per_micro_batch
+    if budget is None:
+        return
+    if budget < args.max_length:
+        raise ValueError(
+            f"max_tokens_per_micro_batch is {budget} and max_length is {args.max_length}. A rollout is trained whole, so "
+            "the longest must fit. Raise --max_tokens_per_micro_batch, or lower --max_length."
+        )
+    if args.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"max_tokens_per_micro_batch is {budget} and gradient_accumulation_steps is "
+            f"{args.gradient_accumulation_steps}. The token budget decides how many forward passes a step takes. Set "
+            "--gradient_accumulation_steps 1, and --per_device_train_batch_size to the rollouts of a step per process."
+        )
+
+
+def _check_unsupported(args: AtroposConfig) -> None:
+    """Refuse options of `TrainingArguments` that would be wrong here or would silently do nothing."""
+    for name, accepted, reason in (
+        ("ignore_data_skip", True, "a live stream cannot be replayed by skipping batches"),
+        ("logging_nan_inf_filter", False, "it would show a finite loss where there is none"),
+        ("auto_find_batch_size", False, "a batch that was fetched cannot be fetched again in another size"),
+        ("use_liger_kernel", False, "its fused loss leaves no logits at trained positions"),
+        ("label_smoothing_factor", 0.0, "the loss is not the cross entropy of transformers"),
+    ):
+        if getattr(args, name) != accepted:
+            raise ValueError(f"{name} is {getattr(args, name)}: {reason}. Leave --{name} at {accepted}.")
+
+
+def _check_offloading(args: AtroposConfig) -> None:
+    """Refuse to move activations from host memory to host memory."""
+    if args.activation_offloading and args.device.type == "cpu":
+        raise ValueError(
+            "activation_offloading is on and the trainer runs on a CPU. Activations are in host memory already. Leave "
+            "--activation_offloading out; --gradient_checkpointing true saves memory on a CPU."
+        )
+
+
+def _check_sequence_parallel(args: AtroposConfig, size: int, num_replicas: int) -> None:
+    if size * num_replicas != args.world_size:
+        raise ValueError(
+            f"parallelism_config_sp_size is {size} and parallelism_config_dp_shard_size {num_replicas}, there are "
+            f"{args.world_size} processes. Set the two so that their product is the number of processes."
+        )
+    for name, accepted, why in (
+        (
+            "per_device_train_batch_size",
+            (1,),
+            "ranks share one sequence at a time; --gradient_accumulation_steps takes more",
+        ),
+        ("max_tokens_per_micro_batch", (None,), "a micro-batch is one sequence"),
+        ("sequence_layout", ("auto", "padded"), "a row is one sequence"),
+    ):
+        if getattr(args, name) not in accepted:
+            raise ValueError(
+                f"{name} is {getattr(args, name)} and {size} ranks share each sequence (parallelism_config_sp_size): {why}. Set "
+                f"--{name} {accepted[-1]}, or leave it out."
+            )
+
+
+def _check_batch_size(args: AtroposConfig) -> None:
+    """Set `atropos_batch_size` if it is not given, and refuse one that is not what one optimizer step trains."""
+    num_data_ranks = args.world_size // args.sequence_parallel_size
+    step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_data_ranks
+    if args.atropos_batch_size is None:
+        args.atropos_batch_size = step_size
+    elif args.atropos_batch_size != step_size:
+        raise ValueError(
+            f"atropos_batch_size ({args.atropos_batch_size}) is not per_device_train_batch_size "
+            f"({args.per_device_train_batch_size}) x gradient_accumulation_steps "
+            f"({args.gradient_accumulation_steps}) x data-parallel processes ({num_data_ranks}) = {step_size}. One optimizer step "
+            "trains one batch of the API. Leave --atropos_batch_size out, or make them equal."
+        )

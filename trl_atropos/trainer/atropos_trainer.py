@@ -5,7 +5,7 @@
         training_step       one or several micro-batches
         compute_loss        model -> logprobs at trained positions -> weighted sum of the tokens' losses
         optimizer.step      only if every loss and every gradient is finite
-        on_step_end         PublishPolicyCallback -> PolicyPublisher -> vLLM server
+        on_step_end         PolicyPublisher -> vLLM servers
 
 Shape letters: B rollouts, T tokens, N trained tokens of a micro-batch, R its rollouts, U its scored positions.
 """
@@ -30,29 +30,28 @@ from transformers import (
 )
 from trl.models import get_act_offloading_ctx_manager
 
-from ..data.micro_batches import RolloutCollator
+from ..data.micro_batches import Dealer, RolloutCollator
 from ..distributed import is_distributed, run_on_main_process, without_gradient_sync
 from ..loss.losses import LossFunction, LossInputs, make_loss_function
 from ..loss.metrics import MetricAccumulator, mean_of
-from ..loss.options import AGGREGATIONS
-from ..loss.step import LossWatch, StepOptions, check_grad_norm, distillation_loss, prepare_step
-from ..policy.forward import PolicyForward, make_forward, prepare_policy, weighted_sft_loss
-from ..policy.load import eos_token_ids, use_sparse_embedding_gradient
+from ..loss.step import LossWatch, check_grad_norm, distillation_loss, prepare_step
+from ..loss.weighted_sft import weighted_sft_loss_of_model
+from ..policy.forward import PolicyForward, make_forward
+from ..policy.load import eos_token_ids, prepare_policy, use_sparse_embedding_gradient
 from ..policy.sequence_parallel import use_sequence_parallel
 from ..report.completions import make_completions_table
 from ..report.watching import Watching
 from ..weight_sync.base import WeightTransport
-from ..weight_sync.probe import LogprobProbe
-from ..weight_sync.session import WeightSync
+from ..weight_sync.publisher import WeightSync
+from ..wire.parse import WireLimits
 from .atropos_config import AtroposConfig
 from .base_trainer import HubUploads
-from .callbacks import PublishPolicyCallback, TrainedBatchCallback
+from .callbacks import StepCallback
 from .checkpoints import find_checkpoint
 from .evaluation import Evaluator
-from .preflight import ServerFacts, check_launch
-from .publishing import TrainerPublishing
-from .run_data import TrainerData
-from .servers import Connections, connect
+from .preflight import check_launch
+from .run_data import RunData
+from .servers import Connection, open_connection
 from .step_clock import StepClock
 
 
@@ -122,7 +121,15 @@ class AtroposTrainer(HubUploads):
         args = args or AtroposConfig(output_dir="atropos-output")
         # Before the adapter is created: its initial weights are random, and must be the same on every rank.
         set_seed(args.seed)
-        policy = prepare_policy(model, args, processing_class, peft_config)
+        self._needs_reference = args.beta != 0.0 and args.ref_logprobs == "recompute"
+        policy = prepare_policy(
+            model,
+            args,
+            processing_class,
+            peft_config,
+            needs_reference=self._needs_reference,
+            sequence_parallel_size=args.sequence_parallel_size,
+        )
         self._reference_model = policy.reference_model
         super().__init__(
             model=policy.model,
@@ -136,35 +143,28 @@ class AtroposTrainer(HubUploads):
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
         self.args: AtroposConfig = args
-        self.loss_function = make_loss_function(args.loss_options) if loss_fn is None else loss_fn
-        self._step_options = StepOptions(
-            args.advantage_normalization,
-            args.advantage_clipping,
-            aggregation=AGGREGATIONS[args.loss_type],
-            max_completion_length=args.max_completion_length or args.max_length,
-        )
+        self.loss_function = make_loss_function(args) if loss_fn is None else loss_fn
         self._forward: PolicyForward | None = None
         self._loss_watch = LossWatch()
         self._activation_offloading = (
             get_act_offloading_ctx_manager(self.model) if args.activation_offloading else nullcontext()
         )
         self._evaluator = Evaluator(args.eval_path, args.eval_log_dir, args.eval_max_tokens)
-        self._completions = make_completions_table(args, policy.processing_class)
+        self._completions = make_completions_table(args, args, args, policy.processing_class)
         self._weight_transport = weight_transport
-        self._connections: Connections | None = None
-        self._server_facts: ServerFacts | None = None
-        self._data: TrainerData | None = None
+        # Made at the first publish or at the start of train(), whichever comes first.
+        self._connection: Connection | None = None
+        # From the start of train() to its end.
+        self._data: RunData | None = None
         self._metrics = MetricAccumulator()
-        self._publishing: TrainerPublishing | None = None
         self._clock = StepClock()
         self._sequence_parallel = use_sequence_parallel(self.accelerator)
         self._data_group = self._sequence_parallel.data_group if self._sequence_parallel else None
         if self.accelerator.distributed_type == DistributedType.NO:
             use_sparse_embedding_gradient(self.model)
-        if args.data_path is None:
-            self.add_callback(PublishPolicyCallback(self.publish_policy, args.weight_sync_steps))
-        self.add_callback(TrainedBatchCallback(self._mark_trained))
-        self._watching = Watching(self, args)
+        publish = None if args.data_path is not None else self.publish_policy
+        self.add_callback(StepCallback(self._mark_trained, publish, args.weight_sync_steps))
+        self._watching = Watching(self, args, publishes=args.data_path is None)
 
     # Life of a run
 
@@ -184,57 +184,85 @@ class AtroposTrainer(HubUploads):
         """
         check_launch(self.accelerator)
         checkpoint, state = run_on_main_process(lambda: find_checkpoint(self.args.output_dir, resume_from_checkpoint))
-        if self.args.data_path is None:
-            self._connect()
+        # Another run may wrap the model in another way.
+        self._forward = None
         try:
-            self._data = TrainerData(
-                self.args,
-                is_main_process=self.is_world_process_zero(),
-                connections=self._connections,
-                resumes=bool(resume_from_checkpoint),
-                state=state,
-            )
-            if self._publishing is not None and state:
-                self._publishing.resume(state["policy_version"])
+            if self.args.data_path is None:
+                self._connect().publisher.begin_run(state.get("policy_version", 0))
+            self._data = self._open_data(state, resumes=bool(resume_from_checkpoint))
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             self._watching.close()
             if self._data is not None:
                 self._data.close()
-            if self._connections is not None:
-                self._connections.close()
+            if self._connection is not None:
+                self._connection.close()
 
-    def _connect(self) -> None:
-        """Reach the servers and check them; collective."""
-        self._server_facts = run_on_main_process(self._connect_main_process)
-        probe = LogprobProbe(self.processing_class, self._vocab_size)
-        self._publishing = TrainerPublishing(self.args, self._connections, probe, self._server_facts.dtype)
+    def _connect(self) -> Connection:
+        """Reach the servers and check them, unless that is done; collective."""
+        if self._connection is None:
+            self._connection = open_connection(self.args, self.model, self.processing_class, self._weight_transport)
+        return self._connection
 
-    def _connect_main_process(self) -> ServerFacts:
-        self._connections = connect(self.args, self.model, self.processing_class, self._weight_transport)
-        return self._connections.facts
+    def _open_data(self, state: dict[str, Any], *, resumes: bool) -> RunData:
+        """Open the source of batches; collective. Recorded data may end the run before `max_steps`."""
+        args, num_sharing = self.args, self.args.sequence_parallel_size
+        assert args.atropos_batch_size is not None, "set when the options were checked"
+        dealer = Dealer(
+            args.atropos_batch_size,
+            args.per_device_train_batch_size,
+            # Ranks that share sequences are dealt the same rollouts.
+            rank=args.process_index // num_sharing,
+            world_size=args.world_size // num_sharing,
+            max_tokens=args.max_tokens_per_micro_batch,
+            layout=lambda: self._get_forward().scorer.plan.layout,
+        )
+        data = RunData(
+            args,
+            self,
+            dealer,
+            WireLimits(
+                vocab_size=self._vocab_size, max_length=args.max_length, reads_teacher=args.distillation_coef > 0
+            ),
+            None if self._connection is None else self._connection.servers,
+            is_main_process=self.is_world_process_zero(),
+            resumes=resumes,
+            state=state,
+            eos_token_ids=eos_token_ids(
+                self.model, self.processing_class, is_required=args.mask_truncated_completions
+            ),
+        )
+        if data.num_offline_steps is not None:
+            args.max_steps = min(args.max_steps, data.num_offline_steps)
+        return data
 
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's micro-batches, straight from the source. Not prepared by accelerate: they are dealt already."""
         assert self._data is not None, "train() opens the data"
-        stream = self._data.make_stream(
-            vocab_size=self._vocab_size,
-            eos_token_ids=eos_token_ids(
-                self.model, self.processing_class, is_required=self.args.mask_truncated_completions
-            ),
-            policy_version=lambda: self.policy_version,
-            global_step=lambda: self.state.global_step,
-            layout=lambda: self._get_forward().scorer.plan.layout,
-        )
         # Collated in get_batch_samples: the layout is found out with the wrapped model, which does not exist yet.
         # A generator of its own: the loader draws from it at its start, which a resume must not do twice from the global one.
-        return DataLoader(stream, batch_size=None, collate_fn=list, generator=torch.Generator())
+        return DataLoader(self._data.stream, batch_size=None, collate_fn=list, generator=torch.Generator())
 
     def _mark_trained(self) -> None:
         if self._data is not None:
             self._data.mark_trained(self.state.global_step)
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done so far."""
+        return self.state.global_step
+
+    @property
+    def num_steps_left(self) -> int:
+        """Optimizer steps that are still to be made."""
+        return self.args.max_steps - self.state.global_step
+
+    @property
+    def policy_version(self) -> int:
+        """Number of the policy that was published last; 0, the starting checkpoint, before the first publish."""
+        return self._connection.publisher.policy_version if self._connection else 0
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._data is not None:
@@ -263,10 +291,12 @@ class AtroposTrainer(HubUploads):
             # Recorded data of which whole batches were refused is at its end before the last step.
             self.control.should_training_stop = True
             return [], torch.zeros((), device=device)
-        if self._publishing is not None:
-            self._publishing.sleep()
+        if self._connection is not None:
+            self._connection.publisher.sleep()
         micro_batches = [batch for item in items for batch in item]
-        num_trained_tokens, metrics = prepare_step(micro_batches, self._step_options, device, self._data_group)
+        num_trained_tokens, metrics = prepare_step(
+            micro_batches, self.args, self.args.max_length, device, self._data_group
+        )
         metrics["perf/has_layout_fallback"] = mean_of(bool(self._get_forward().scorer.plan.fallbacks))
         self._metrics.update({**(self._data.pop_metrics() if self._data else {}), **metrics})
         return items, torch.tensor(num_trained_tokens, device=device)
@@ -274,15 +304,23 @@ class AtroposTrainer(HubUploads):
     def _get_forward(self) -> PolicyForward:
         if self._forward is None:
             model = self.accelerator.unwrap_model(self.model)
-            models = (model, self.model_wrapped, self._reference_model)
-            self._forward = make_forward(self.args, *models, self.accelerator, self._sequence_parallel)
+            self._forward = make_forward(
+                model,
+                self.model_wrapped,
+                self._reference_model,
+                self.accelerator,
+                layout=self.args.sequence_layout,
+                max_length=self.args.max_length,
+                needs_reference=self._needs_reference,
+                sequence_parallel=self._sequence_parallel,
+            )
         return self._forward
 
     def _get_collator(self) -> RolloutCollator:
         return RolloutCollator(
             layout=self._get_forward().scorer.plan.layout,
             temperature=self.args.temperature,
-            applies_temperature=self._server_facts is None or self._server_facts.has_processed_logprobs,
+            applies_temperature=self._connection is None or self._connection.facts.has_processed_logprobs,
             pad_token_id=getattr(self.processing_class, "pad_token_id", None) or 0,
         )
 
@@ -379,8 +417,9 @@ class AtroposTrainer(HubUploads):
         optional = {"attention_mask": attention_mask, "position_ids": position_ids}
         given = {name: tensor for name, tensor in optional.items() if tensor is not None}
         head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
-        return weighted_sft_loss(
-            self.model_wrapped, head, {"input_ids": input_ids, **given}, advantages, loss_mask, self.args
+        inputs = {"input_ids": input_ids, **given}
+        return weighted_sft_loss_of_model(
+            self.model_wrapped, head, inputs, advantages, loss_mask, self.args, temperature=self.args.temperature
         )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -395,7 +434,7 @@ class AtroposTrainer(HubUploads):
     def publish_policy(self) -> None:
         """Publish the current weights. Collective: call it on every rank, after an optimizer step."""
         model = self.accelerator.unwrap_model(self.model)
-        self._record_publish(self._require_publishing().publish(model, self.state.global_step))
+        self._record_publish(self._connect().publisher.publish_step(model, self.state.global_step))
 
     def _record_publish(self, metrics: dict[str, float]) -> None:
         if not metrics:
@@ -407,42 +446,33 @@ class AtroposTrainer(HubUploads):
         """`with trainer.weight_sync(version) as sync: sync.push(model)`, on every rank: pauses the servers, takes a model or
         all (name, tensor) pairs, and ends with the servers resumed and the publish proven, or raises with them still
         paused. The trainer publishes by itself after its steps."""
-        return self._require_publishing().weight_sync(policy_version, self._record_publish)
-
-    def _require_publishing(self) -> TrainerPublishing:
-        if self._publishing is None:
-            self._connect()
-        assert self._publishing is not None
-        return self._publishing
+        return self._connect().publisher.weight_sync(policy_version, self._record_publish)
 
     # Evaluation and logging
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate `eval_path` and `eval_log_dir`; every rank gets the metrics (`metrics.EVALUATION_METRICS`)."""
-        client = None if self._connections is None else self._connections.vllm_clients[0]
+        """Evaluate `eval_path` and `eval_log_dir`; every rank gets the metrics (`report/metric_help.py`)."""
+        servers = None if self._connection is None else self._connection.servers
+        client = None if servers is None else servers.vllm_clients[0]
         metrics = run_on_main_process(lambda: self._evaluator(client))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics of the steps since the last log. Names and units: `metrics.METRICS`."""
+        """Add the metrics of the steps since the last log. Names and units: `report/metric_help.py`."""
         if "loss" in logs:
             logs = {**logs, **self._collect_metrics()}
             if self._completions is not None and self._data is not None:
-                self._completions.log(self._data.step_groups, self.state.global_step)
+                self._completions.log(self._data.stream.step_groups, self.state.global_step)
         super().log(logs, start_time)
 
     def _collect_metrics(self) -> dict[str, float]:
         self._metrics.update(self._clock.read(self.state.global_step))
         metrics = self._metrics.reduce(self._data_group, is_distributed(), self.args.device)
         metrics["policy_version"] = float(self.policy_version)
-        return {**metrics, **(self._data.total_metrics() if self._data else {})}
-
-    @property
-    def policy_version(self) -> int:
-        """Of the last publish; 0 before the first."""
-        return self._publishing.policy_version if self._publishing else 0
+        totals = self._data.stream.total_metrics() if self._data else {}
+        return {**metrics, **{name: float(value) for name, value in totals.items()}}
 
     @property
     def _vocab_size(self) -> int:

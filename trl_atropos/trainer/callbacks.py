@@ -1,4 +1,4 @@
-"""Trainer callbacks that the run needs: publish the policy, mark what is trained."""
+"""What happens at the start of a run and after each optimizer step."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class PublishPolicyCallback(TrainerCallback):
-    """Publishes once before the first batch and then every `weight_sync_steps` optimizer steps, the last included.
+class StepCallback(TrainerCallback):
+    """Publishes once before the first batch and then every `weight_sync_steps` optimizer steps, the last included; then says
+    that the batch of the step is trained.
 
     Args:
-        publish (`Callable[[], None]`):
-            Publishes the policy; called on every rank.
-        weight_sync_steps (`int`):
-            See `AtroposConfig`.
+        mark_trained (`Callable[[], None]`):
+            Called on every rank.
+        publish (`Callable[[], None]`, *optional*):
+            Publishes the policy; called on every rank. None: there are no servers.
+        weight_sync_steps (`int`, *optional*, defaults to `1`):
+            Optimizer steps from one publish to the next.
     """
 
-    def __init__(self, publish: Callable[[], None], weight_sync_steps: int):
+    def __init__(
+        self,
+        mark_trained: Callable[[], None],
+        publish: Callable[[], None] | None = None,
+        weight_sync_steps: int = 1,
+    ):
+        self.mark_trained = mark_trained
         self.publish = publish
         self.weight_sync_steps = weight_sync_steps
 
@@ -26,29 +35,14 @@ class PublishPolicyCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Publish the starting policy."""
-        self.publish()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Publish where it is due."""
-        if state.global_step % self.weight_sync_steps == 0 or control.should_training_stop:
+        if self.publish is not None:
             self.publish()
 
-
-class TrainedBatchCallback(TrainerCallback):
-    """Says after each optimizer step that its batch is trained.
-
-    Args:
-        mark_trained (`Callable[[], None]`):
-            Called on every rank.
-    """
-
-    def __init__(self, mark_trained: Callable[[], None]):
-        self.mark_trained = mark_trained
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Mark the batch of the step."""
+        """Publish where it is due, then mark the batch."""
+        is_due = state.global_step % self.weight_sync_steps == 0 or control.should_training_stop
+        if self.publish is not None and is_due:
+            self.publish()
         self.mark_trained()

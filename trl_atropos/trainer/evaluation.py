@@ -116,7 +116,7 @@ def evaluate_prompts(
             Longest completion, in tokens.
 
     Returns:
-        `dict[str, float]`: `eval_` before the names of `metrics.EVALUATION_METRICS`, and `eval_<env>/` for the prompts of
+        `dict[str, float]`: `eval_` before the names of `report/metric_help.py`, and `eval_<env>/` for the prompts of
         each `env`. Without the matches where no prompt has an answer.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.hf_argparser import DataClass
 from trl import TrlParser
 
-from ..data.options import DataConfig, check_source
+from ..data.options import DataOptions, check_source
 from ..errors import PreflightError, did_you_mean
 from .seed_options import translate_seed_options
 from .yaml_file import read_yaml
@@ -80,7 +80,7 @@ class AtroposParser(TrlParser):
             flags = [text for text in unknown if text.startswith("-")]
             self._refuse("The command line", (flags or unknown)[0].split("=")[0], prefix="--")
         for args_of_class in parsed:
-            if isinstance(args_of_class, DataConfig):
+            if isinstance(args_of_class, DataOptions):
                 # Before a model is loaded for nothing.
                 check_source(args_of_class)
         return tuple(parsed)

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.environment_metrics import EnvironmentMetrics
+from ..data.micro_batches import Dealer
 from ..data.policy_versions import PolicyVersionLookup
+from ..data.prepare import BatchPreparer, Progress
 from ..data.quarantine import Quarantine
-from ..data.sources import ApiBatches, ApiPatience, offline_batches, replayed_batches
-from ..data.stream import BatchPreparer, PreparedBatch, RolloutStream, StreamSettings
+from ..data.sources import ApiBatches, FetchedBatch, offline_batches, replayed_batches
+from ..data.steps import StepMaker
+from ..data.stream import RolloutStream
 from ..distributed import run_on_main_process
 from ..loss.metrics import Metric, mean_of
-from ..types import RolloutGroup
 from ..wire.journal import Journal, segments
 from ..wire.parse import WireLimits
 from ..wire.recorded import OfflineData
 from .atropos_config import AtroposConfig
 from .checkpoints import STATE_KEY, forget_checkpoint
-from .config_checks import sequence_parallel_size
+from .servers import Servers
 
 
 if TYPE_CHECKING:
     from transformers import TrainerState
-
-    from .servers import Connections
 
 
 logger = logging.getLogger(__name__)
@@ -36,24 +35,34 @@ JOURNAL_NAME = "journal"
 QUARANTINE_NAME = "quarantine.jsonl"
 
 
-class TrainerData:
-    """Opens the source of batches and keeps count of what was trained.
+class RunData:
+    """Hands out the micro-batches of this rank and keeps count of what was trained. The same calls on every rank.
 
     Args:
         args ([`AtroposConfig`]):
-            Options of the run. `max_steps` is lowered to what recorded data makes.
+            Options of the run.
+        progress ([`~data.prepare.Progress`]):
+            Of the trainer.
+        dealer ([`~data.micro_batches.Dealer`]):
+            Cuts the rollouts of a step into micro-batches.
+        limits ([`~wire.parse.WireLimits`]):
+            Vocabulary and length of the model.
+        servers ([`~trainer.servers.Servers`], *optional*):
+            On rank 0 of a live run.
         is_main_process (`bool`):
             Whether this is rank 0.
-        connections ([`~trainer.servers.Connections`], *optional*):
-            On rank 0 of a live run.
         resumes (`bool`):
             Whether an earlier run in `output_dir` is continued. If not, its journal is moved aside.
         state (`dict`):
             What the checkpoint says (`before_save`); empty at step 0.
+        eos_token_ids (`frozenset[int]`, *optional*):
+            Tokens that end a completion, if they are known.
 
     Attributes:
+        stream ([`~data.stream.RolloutStream`]):
+            The micro-batches.
         num_offline_steps (`int`, *optional*):
-            Batches of recorded data, over all passes. None for a live run.
+            Optimizer steps that recorded data makes, over all passes. None for a live run.
 
     Raises:
         [`TrlAtroposError`]: on every rank, if journal or data cannot be opened.
@@ -62,193 +71,183 @@ class TrainerData:
     def __init__(
         self,
         args: AtroposConfig,
+        progress: Progress,
+        dealer: Dealer,
+        limits: WireLimits,
+        servers: Servers | None,
         *,
         is_main_process: bool,
-        connections: Connections | None,
         resumes: bool,
         state: dict[str, Any],
-    ):
-        self.args = args
-        self.stream: RolloutStream | None = None
-        self._is_main_process = is_main_process
-        self._connections = connections
-        self._state = state
-        self._journal: Journal | None = None
-        self._offline: OfflineData | None = None
-        self._quarantine: Quarantine | None = None
-        self._api_batches: ApiBatches | None = None
-        self.num_offline_steps: int | None = run_on_main_process(lambda: self._open(resumes))
-        if self.num_offline_steps is not None:
-            args.max_steps = min(args.max_steps, self.num_offline_steps)
-
-    @property
-    def next_batch(self) -> int:
-        """Number of the first batch that was not handed out."""
-        return self._state.get("next_batch", 0) if self.stream is None else self.stream.next_batch
-
-    @property
-    def step_groups(self) -> tuple[RolloutGroup, ...]:
-        """On rank 0, the groups of the step that was handed out last."""
-        return () if self.stream is None else self.stream.step_groups
-
-    def make_stream(
-        self,
-        *,
-        vocab_size: int,
         eos_token_ids: frozenset[int] | None,
-        policy_version: Callable[[], int],
-        global_step: Callable[[], int],
-        layout: Callable[[], str],
-    ) -> RolloutStream:
-        """Make the stream of this rank's micro-batches.
+    ):
+        self._main: _MainProcessData | None = None
 
-        Args:
-            vocab_size (`int`):
-                Rows of the model's embedding.
-            eos_token_ids (`frozenset[int]`, *optional*):
-                Tokens that end a completion, if they are known.
-            policy_version (`Callable[[], int]`):
-                Version of the trainer's policy.
-            global_step (`Callable[[], int]`):
-                Optimizer steps done so far.
-            layout (`Callable[[], str]`):
-                See [`~data.stream.RolloutStream`].
-        """
-        args, connections = self.args, self._connections
-        lookup: PolicyVersionLookup | None = None
-        if connections is not None and connections.facts.knows_policy_versions:
-            lookup = connections.get_policy_versions
-        limits = WireLimits(
-            vocab_size=vocab_size, max_length=args.max_length, reads_teacher=args.distillation_coef > 0
-        )
-        prepare = BatchPreparer(limits, policy_version, lookup, self._journal)
+        def open_main() -> int | None:
+            source = _open_source(args, servers, progress, resumes=resumes, first=state.get("next_batch", 0))
+            self._main = _MainProcessData(args, source, state)
+            return source.num_steps
 
-        def open_batches() -> Iterator[PreparedBatch]:
-            if self._offline is not None:
-                assert self.num_offline_steps is not None
-                return prepare(offline_batches(self._offline, self.next_batch, self.num_offline_steps))
-            assert connections is not None and self._journal is not None
+        def open_steps() -> StepMaker:
+            main = self._require_main()
+            source = main.source
+            prepare = BatchPreparer(limits, progress, source.lookup, source.journal)
+            return StepMaker(
+                prepare(source.open()),
+                dealer,
+                progress,
+                args,
+                args,
+                quarantine=main.quarantine,
+                journal=source.journal,
+                eos_token_ids=eos_token_ids,
+                next_batch=state.get("next_batch", 0),
+            )
 
-            def register() -> None:
-                connections.register(args, starting_step=global_step())
-
-            # After the first publish: the first request for a batch lets environments begin.
-            register()
-            patience = ApiPatience(args.batch_timeout_s, args.refresh_interval, args.api_timeout_s)
-            self._api_batches = ApiBatches(connections.atropos_client, self._journal, patience, register)
-            return prepare(itertools.chain(replayed_batches(self._journal, self.next_batch), iter(self._api_batches)))
-
+        self.num_offline_steps = run_on_main_process(open_main)
         self.stream = RolloutStream(
-            _stream_settings(args, eos_token_ids),
-            open_batches if self._is_main_process else None,
-            self._quarantine,
-            policy_version,
-            lambda: args.max_steps - global_step(),
-            layout,
-            EnvironmentMetrics(args.env_names),
-            self._mark_dropped,
+            dealer,
+            progress,
+            open_steps if is_main_process else None,
+            num_batches_ahead=args.num_batches_ahead,
+            state=state,
         )
-        for name in ("next_batch", "num_tokens", "num_rollouts_trained", "num_rollouts_dropped"):
-            setattr(self.stream, name, self._state.get(name, 0))
-        return self.stream
 
     def mark_trained(self, step: int) -> None:
         """Note that an optimizer step trained the batch that was handed out last."""
-        if self._journal is not None and self.stream is not None:
-            self._journal.mark("trained", self.stream.next_batch - 1, step=step)
+        if self._main is not None and self._main.source.journal is not None:
+            self._main.source.journal.mark("trained", self.stream.next_batch - 1, step=step)
 
     def before_save(self, state: TrainerState, policy_version: int) -> None:
-        """Put what a checkpoint must say of the data into the state that is about to be saved; acts on rank 0.
+        """Put what a checkpoint must say of the data into the state that is about to be saved, as its last file.
 
-        Args:
-            state (`TrainerState`):
-                Saved with the checkpoint, as its last file.
-            policy_version (`int`):
-                Of the last publish.
+        `policy_version` is that of the last publish.
         """
-        if not self._is_main_process:
+        if self._main is None:
             return
-        assert self.stream is not None and self._quarantine is not None
-        forget_checkpoint(self.args.output_dir, state.global_step)
+        forget_checkpoint(self._main.args.output_dir, state.global_step)
         state.stateful_callbacks[STATE_KEY] = {
-            "next_batch": self.stream.next_batch,
             "policy_version": policy_version,
-            "num_tokens": self.stream.num_tokens,
-            "num_rollouts_trained": self.stream.num_rollouts_trained,
-            "num_rollouts_dropped": self.stream.num_rollouts_dropped,
-            "num_quarantined": self._quarantine.num_groups,
-            "rejected_fractions": list(self._quarantine.fractions),
+            **self.stream.state_dict(),
+            **self._main.state_dict(),
         }
 
     def after_save(self) -> None:
         """The checkpoint is whole: a resume needs no batch before it."""
-        if self._journal is not None:
-            self._journal.release(self.next_batch)
+        if self._main is not None and self._main.source.journal is not None:
+            self._main.source.journal.release(self.stream.next_batch)
 
     def pop_metrics(self) -> dict[str, Metric]:
         """Return what is known of the data since the last step; empty on the other ranks."""
-        if self.stream is None or not self._is_main_process:
-            return {}
-        assert self._quarantine is not None
-        metrics = self.stream.pop_metrics()
-        metrics["data/num_quarantined"] = mean_of(float(self._quarantine.num_groups))
-        if self._api_batches is not None:
-            metrics["data/num_api_restarts"] = mean_of(float(self._api_batches.num_restarts))
-            maybe_lost = self._api_batches.num_batches_maybe_lost + self._api_batches.num_batches_lost
-            metrics["data/num_batches_maybe_lost"] = mean_of(float(maybe_lost))
-        return metrics
-
-    def total_metrics(self) -> dict[str, float]:
-        """Totals since the start of the run."""
-        if self.stream is None:
-            return {}
-        return {
-            "num_tokens": float(self.stream.num_tokens),
-            "num_rollouts_trained": float(self.stream.num_rollouts_trained),
-            "num_rollouts_dropped": float(self.stream.num_rollouts_dropped),
-        }
+        return {} if self._main is None else {**self.stream.pop_metrics(), **self._main.metrics()}
 
     def close(self) -> None:
-        """Fetch nothing more."""
-        if self._api_batches is not None:
-            self._api_batches.stop()
-        if self._journal is not None and self._journal.next_batch > self.next_batch:
-            logger.warning(
-                f"{self._journal.next_batch - self.next_batch} batches were fetched and not trained. They are in "
-                f"{self._journal.directory} and are trained first by a run that resumes (`resume_from_checkpoint=True`)."
-            )
+        """Fetch nothing more, and say what was fetched and not trained."""
+        if self._main is not None:
+            self._main.source.close(self.stream.next_batch)
 
-    def _open(self, resumes: bool) -> int | None:
-        """Open everything on rank 0; returns how many optimizer steps recorded data makes."""
-        args = self.args
-        output_dir = Path(args.output_dir)
-        if not resumes:
-            _move_aside(output_dir)
-        self._quarantine = Quarantine(output_dir / QUARANTINE_NAME, args.max_dropped_fraction)
-        self._quarantine.num_groups = self._state.get("num_quarantined", 0)
-        self._quarantine.fractions.extend(self._state.get("rejected_fractions", []))
-        assert args.atropos_batch_size is not None
-        if args.data_path is not None:
-            self._offline = OfflineData(args.data_path, args.atropos_batch_size)
-            summary = self._offline.summarize()
-            logger.info(
-                f"{args.data_path}: {summary.num_groups} groups, {summary.num_rollouts} rollouts, {summary.num_batches} "
-                "optimizer steps a pass."
-            )
-            return int(summary.num_batches * args.num_train_epochs)
-        self._journal = Journal(
-            output_dir / JOURNAL_NAME, segment_bytes=args.journal_segment_bytes, max_bytes=args.journal_max_bytes
+    def _require_main(self) -> _MainProcessData:
+        assert self._main is not None, "only rank 0 has a source"
+        return self._main
+
+
+class _MainProcessData:
+    """What rank 0 alone has: where batches come from, and the quarantine of those that were refused."""
+
+    def __init__(self, args: AtroposConfig, source: _LiveSource | _RecordedSource, state: dict[str, Any]):
+        self.args = args
+        self.source = source
+        self.quarantine = Quarantine(Path(args.output_dir) / QUARANTINE_NAME, args.max_dropped_fraction)
+        self.quarantine.load_state_dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.quarantine.state_dict()
+
+    def metrics(self) -> dict[str, Metric]:
+        return {"data/num_quarantined": mean_of(float(self.quarantine.num_groups)), **self.source.metrics()}
+
+
+class _RecordedSource:
+    """Recorded data, pass after pass, from the batch `first` on."""
+
+    journal = None
+    lookup = None
+
+    def __init__(self, args: AtroposConfig, data_path: str, *, first: int):
+        assert args.atropos_batch_size is not None, "set when the options were checked"
+        self._data = OfflineData(data_path, args.atropos_batch_size)
+        self._first = first
+        summary = self._data.summarize()
+        logger.info(
+            f"{data_path}: {summary.num_groups} groups, {summary.num_rollouts} rollouts, {summary.num_batches} "
+            "optimizer steps a pass."
+        )
+        self.num_steps = int(summary.num_batches * args.num_train_epochs)
+
+    def open(self) -> Iterator[FetchedBatch]:
+        return offline_batches(self._data, self._first, self.num_steps)
+
+    def metrics(self) -> dict[str, Metric]:
+        return {}
+
+    def close(self, next_batch: int) -> None:
+        """There is nothing to stop."""
+
+
+class _LiveSource:
+    """The Atropos API, after the batches of the journal from `first` on that an earlier run did not train."""
+
+    num_steps = None
+
+    def __init__(self, args: AtroposConfig, servers: Servers, progress: Progress, *, first: int):
+        self.journal = Journal(
+            Path(args.output_dir) / JOURNAL_NAME,
+            segment_bytes=args.journal_segment_bytes,
+            max_bytes=args.journal_max_bytes,
         )
         # Somebody may have deleted the journal since: its batches must not get the numbers of trained ones.
-        self._journal.next_batch = max(self._journal.next_batch, self.next_batch)
-        num_replayed = self._journal.next_batch - self.next_batch
+        self.journal.next_batch = max(self.journal.next_batch, first)
+        num_replayed = self.journal.next_batch - first
         if num_replayed:
             logger.info(f"{num_replayed} batches of the journal were not trained yet and come first.")
-        return None
+        self._first = first
+        self._register = lambda: servers.register(args, starting_step=progress.global_step)
+        self._api = ApiBatches(servers.atropos_client, self.journal, args, self._register)
+        self.lookup: PolicyVersionLookup | None = None
+        if servers.facts.knows_policy_versions:
+            self.lookup = servers.get_policy_versions
 
-    def _mark_dropped(self, batch: int, groups: list[int]) -> None:
-        if self._journal is not None:
-            self._journal.mark("dropped", batch, groups=groups, reason="stale")
+    def open(self) -> Iterator[FetchedBatch]:
+        """Register with the API. After the first publish: the first request for a batch lets environments begin."""
+        self._register()
+        return itertools.chain(replayed_batches(self.journal, self._first), iter(self._api))
+
+    def metrics(self) -> dict[str, Metric]:
+        maybe_lost = self._api.num_batches_maybe_lost + self._api.num_batches_lost
+        return {
+            "data/num_api_restarts": mean_of(float(self._api.num_restarts)),
+            "data/num_batches_maybe_lost": mean_of(float(maybe_lost)),
+        }
+
+    def close(self, next_batch: int) -> None:
+        self._api.stop()
+        num_left = self.journal.next_batch - next_batch
+        if num_left > 0:
+            logger.warning(
+                f"{num_left} batches were fetched and not trained. They are in {self.journal.directory} and are trained first "
+                "by a run that resumes (`resume_from_checkpoint=True`)."
+            )
+
+
+def _open_source(
+    args: AtroposConfig, servers: Servers | None, progress: Progress, *, resumes: bool, first: int
+) -> _LiveSource | _RecordedSource:
+    if not resumes:
+        _move_aside(Path(args.output_dir))
+    if args.data_path is not None:
+        return _RecordedSource(args, args.data_path, first=first)
+    assert servers is not None, "a live run is connected first"
+    return _LiveSource(args, servers, progress, first=first)
 
 
 def _move_aside(output_dir: Path) -> None:
@@ -264,26 +263,4 @@ def _move_aside(output_dir: Path) -> None:
     logger.warning(
         f"{output_dir} holds the journal of an earlier run, which is now {JOURNAL_NAME}-{number}. To continue that run instead, "
         "resume (`resume_from_checkpoint=True`); to train its rollouts again, give it with --data_path."
-    )
-
-
-def _stream_settings(args: AtroposConfig, eos_token_ids: frozenset[int] | None) -> StreamSettings:
-    assert args.atropos_batch_size is not None
-    required = ["inference_logprobs"] if args.needs_inference_logprobs else []
-    required += ["ref_logprobs"] if args.ref_logprobs == "require" else []
-    num_sharing = sequence_parallel_size(args)
-    return StreamSettings(
-        batch_size=args.atropos_batch_size,
-        micro_batch_size=args.per_device_train_batch_size,
-        # Ranks that share sequences are dealt the same rollouts.
-        rank=args.process_index // num_sharing,
-        world_size=args.world_size // num_sharing,
-        scale_rewards=args.scale_rewards,
-        required_logprobs=tuple(required),
-        max_tokens_per_micro_batch=args.max_tokens_per_micro_batch,
-        eos_token_ids=eos_token_ids,
-        mask_truncated_completions=args.mask_truncated_completions,
-        max_staleness=args.max_staleness,
-        stale_rollouts=args.stale_rollouts,
-        num_prefetched_batches=0 if args.max_staleness == 0 else args.num_prefetched_batches,
     )

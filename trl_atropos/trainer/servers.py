@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..data.options import check_source
+from ..distributed import run_on_main_process
 from ..errors import PreflightError, VLLMServerUnreachable, WeightSyncTimeout
 from ..weight_sync.adapter_publisher import AdapterPublisher
 from ..weight_sync.base import WeightTransport
 from ..weight_sync.client import AtroposVLLMClient
-from ..weight_sync.failures import FailurePolicy
-from ..weight_sync.publisher import PolicyPublisher, PublishOptions
-from ..weight_sync.server_link import LinkOptions, ServerLink
+from ..weight_sync.probe import LogprobProbe
+from ..weight_sync.publisher import PolicyPublisher
+from ..weight_sync.server_group import ServerGroup
+from ..weight_sync.server_link import ServerLink
+from ..weight_sync.session import vocab_size_of
 from ..weight_sync.transports.choose import make_transport
 from ..wire.client import AtroposClient, Registration
 from .atropos_config import AtroposConfig
@@ -33,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Connections:
+class Servers:
     """Clients of the Atropos API and of the vLLM server, checked against the model and each other.
 
     Args:
@@ -41,18 +44,18 @@ class Connections:
             The API.
         vllm_clients (`list[`[`~weight_sync.client.AtroposVLLMClient`]`]`):
             The servers that environments query.
-        publisher ([`~weight_sync.publisher.PolicyPublisher`]):
-            Keeps them on the newest policy.
-        adapter_publisher ([`~weight_sync.adapter_publisher.AdapterPublisher`]):
-            The same by adapters.
+        group ([`~weight_sync.server_group.ServerGroup`]):
+            Takes the steps of a publish with all of them.
+        adapters ([`~weight_sync.adapter_publisher.AdapterPublisher`]):
+            Publishes adapters to them.
         facts ([`~trainer.preflight.ServerFacts`]):
             What they reported.
     """
 
     atropos_client: AtroposClient
     vllm_clients: list[AtroposVLLMClient]
-    publisher: PolicyPublisher
-    adapter_publisher: AdapterPublisher
+    group: ServerGroup
+    adapters: AdapterPublisher
     facts: ServerFacts
 
     def register(self, args: AtroposConfig, *, starting_step: int) -> None:
@@ -96,8 +99,58 @@ class Connections:
 
     def close(self) -> None:
         """Close transport and clients. The server keeps the policy that it has."""
-        self.publisher.close()
+        self.group.close()
         self.atropos_client.close()
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What every rank has of the servers.
+
+    Args:
+        publisher ([`~weight_sync.publisher.PolicyPublisher`]):
+            Keeps them on the newest policy.
+        facts ([`~trainer.preflight.ServerFacts`]):
+            What they have in common.
+        servers ([`Servers`], *optional*):
+            Their clients, on rank 0.
+    """
+
+    publisher: PolicyPublisher
+    facts: ServerFacts
+    servers: Servers | None
+
+    def close(self) -> None:
+        """Release transports and sessions. The servers keep the policy that they have; the next publish connects again."""
+        if self.servers is not None:
+            self.servers.close()
+
+
+def open_connection(
+    args: AtroposConfig,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    transport: WeightTransport | None = None,
+) -> Connection:
+    """Reach the servers on rank 0 and check that they fit the run; a collective call. See [`connect`]."""
+    servers: Servers | None = None
+
+    def connect_main_process() -> ServerFacts:
+        nonlocal servers
+        servers = connect(args, model, tokenizer, transport)
+        return servers.facts
+
+    facts = run_on_main_process(connect_main_process)
+    probe = LogprobProbe(tokenizer, vocab_size_of(model))
+    publisher = PolicyPublisher(
+        args,
+        facts.dtype,
+        None if servers is None else servers.group,
+        None if servers is None else servers.adapters,
+        make_probe=lambda model: probe,
+        on_main=run_on_main_process,
+    )
+    return Connection(publisher, facts, servers)
 
 
 def connect(
@@ -105,7 +158,7 @@ def connect(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
     transport: WeightTransport | None = None,
-) -> Connections:
+) -> Servers:
     """Reach both servers and check that they fit the run.
 
     Args:
@@ -143,35 +196,19 @@ def connect(
             "Name one server in --vllm_server_base_url, or leave weight_transport out.",
         )
     links = [
-        ServerLink(
-            client,
-            transport or _make_transport(args, client, server.backend),
-            server.dtype,
-            LinkOptions(
-                args.logprob_probe_tolerance,
-                args.logprob_probe_interval,
-                args.vllm_keep_kv_cache,
-                args.vllm_enable_sleep_mode,
-            ),
-        )
+        ServerLink(client, transport or _make_transport(args, client, server.backend), server.dtype, args)
         for client, server in zip(clients, facts, strict=True)
     ]
-    options = PublishOptions(
-        sends_everything=args.weight_sync_mode == "full",
-        full_interval=args.weight_sync_full_interval,
-        failure_policy=FailurePolicy(args.on_publish_failure, args.max_publish_retries),
-        server_timeout_s=args.vllm_server_timeout,
-    )
 
     def check_server(link: ServerLink) -> None:
         inspect_server(link.client, model.config, args.max_length)
 
     directory = Path(args.weight_sync_adapter_dir or Path(args.output_dir) / "adapters")
-    return Connections(
+    return Servers(
         atropos_client,
         clients,
-        PolicyPublisher(links, options, check_server),
-        AdapterPublisher(links, directory, options),
+        ServerGroup(links, args, check_server),
+        AdapterPublisher(links, directory, args),
         _agreed(facts),
     )
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import PreflightError
+from .delivered import Delivered
+from .failures import run_step
+from .options import WeightSyncOptions
 from .probe import ProbeReference
-from .publisher import Delivered, PublishOptions
 from .report import PublishReport
 from .server_link import UNPUBLISHED, ServerLink
 from .transports.adapter_files import AdapterTransfer, SavedAdapter, check_server, routed_adapter
@@ -25,13 +27,13 @@ class AdapterPublisher:
             The servers. Their transports are not used.
         directory (`Path`):
             See [`~weight_sync.transports.adapter_files.AdapterTransfer`].
-        options (`PublishOptions`, *optional*):
+        options ([`~weight_sync.options.WeightSyncOptions`], *optional*):
             What happens on a failure.
     """
 
-    def __init__(self, links: Sequence[ServerLink], directory: Path, options: PublishOptions | None = None):
+    def __init__(self, links: Sequence[ServerLink], directory: Path, options: WeightSyncOptions | None = None):
         self.links = list(links)
-        self.options = options or PublishOptions()
+        self.options = options or WeightSyncOptions()
         self._transfer = AdapterTransfer([link.client for link in self.links], directory)
 
     def check(self, model: nn.Module) -> None:
@@ -71,8 +73,8 @@ class AdapterPublisher:
         start = time.perf_counter()
         saved = self._transfer.save(adapter, policy_version)
         delivered = Delivered(reference)
-        outcome = self.options.failure_policy.run(
-            self.links, lambda link: self._deliver(link, saved, delivered), policy_version
+        outcome = run_step(
+            self.links, lambda link: self._deliver(link, saved, delivered), policy_version, self.options
         )
         return delivered.report(
             policy_version=policy_version,
@@ -90,10 +92,10 @@ class AdapterPublisher:
     def _deliver(self, link: ServerLink, saved: SavedAdapter, delivered: Delivered) -> None:
         expected = delivered.expect() if link.needs_probe else None
         if link.version is None:
-            link.client.wait_until_healthy(self.options.server_timeout_s)
+            link.client.wait_until_healthy(self.options.vllm_server_timeout)
         else:
             link.check_version()
-        if link.options.sleeps:
+        if link.options.vllm_enable_sleep_mode:
             link.client.wake_up()
         link.phase_s = self._transfer.load(link.client, saved)
         link.phase_s["transfer"] = link.phase_s["load"]

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import WeightSyncError
 from .base import PolicyLayout, TensorSpec, WeightTransport
-from .client import AtroposVLLMClient
+from .control import VLLMControl
 from .server_link import ServerLink
 from .weights.staging import StagedPolicy
 
@@ -51,7 +51,7 @@ class AsyncGRPOWeightTransfer:
 
     def __init__(
         self,
-        client: AtroposVLLMClient,
+        client: VLLMControl,
         transport: WeightTransport,
         specs: Sequence[TensorSpec],
         policy_version: int = 0,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from .client import AtroposVLLMClient
+    from .control import VLLMControl
 
 
 ALIGNMENT_BYTES = 64
@@ -149,7 +149,7 @@ class WeightTransport(Protocol):
     `/init_weight_transfer_engine` and `/update_weights`.
     """
 
-    def open(self, client: AtroposVLLMClient, layout: PolicyLayout) -> torch.Tensor:
+    def open(self, client: VLLMControl, layout: PolicyLayout) -> torch.Tensor:
         """Connect to every worker. May be called again after a failure: then it replaces what was open.
 
         Returns:

@@ -9,73 +9,64 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ..errors import PublishConflictError, WeightSyncError
+from .options import WeightSyncOptions
 from .server_link import ServerLink
 
 
 logger = logging.getLogger(__name__)
-
-FAILURE_POLICIES = ("retry", "pause", "abort")
 
 RETRY_INTERVAL_S = 1.0
 PAUSED_INTERVAL_S = 15.0
 """How often a run that was paused by a failure tries again."""
 
 
-@dataclass(frozen=True)
-class FailurePolicy:
-    """What happens when a step of a publish fails.
+def run_step(
+    links: Sequence[ServerLink], step: Callable[[ServerLink], None], version: int, options: WeightSyncOptions
+) -> Outcome:
+    """Take a step with every server, side by side, and again with those that failed, as `on_publish_failure` says.
 
     Args:
-        action (`str`, *optional*, defaults to `"retry"`):
-            `"retry"`: wait for the server, connect again and send everything, up to `max_retries` times; then raise.
-            `"pause"`: the same without a limit, so that somebody can mend the server while training waits. `"abort"`:
-            raise at once.
-        max_retries (`int`, *optional*, defaults to `3`):
-            For `"retry"`.
+        links (`Sequence[ServerLink]`):
+            The servers. Those that failed are reset before the step is taken again.
+        step (`Callable[[ServerLink], None]`):
+            Opens the link if it is closed.
+        version (`int`):
+            Number of the policy that is published; for the messages.
+        options ([`~weight_sync.options.WeightSyncOptions`]):
+            What happens on a failure.
+
+    Raises:
+        [`WeightSyncError`]: of the first server that failed for good.
     """
+    pending = list(links)
+    outcome = Outcome()
+    while True:
+        failures = _take(pending, step, version)
+        if not failures:
+            return outcome
+        outcome.num_failures += len(failures)
+        _raise_if_final(list(failures.values()), outcome.num_rounds, options)
+        for link, failure in failures.items():
+            logger.warning(
+                f"{failure}\nIt is given everything again (--on_publish_failure {options.on_publish_failure})."
+            )
+            link.reset()
+        time.sleep(PAUSED_INTERVAL_S if options.on_publish_failure == "pause" else RETRY_INTERVAL_S)
+        pending = list(failures)
+        outcome.num_rounds += 1
+        outcome.num_retries += len(pending)
 
-    action: str = "retry"
-    max_retries: int = 3
 
-    def run(self, links: Sequence[ServerLink], step: Callable[[ServerLink], None], version: int) -> Outcome:
-        """Take a step with every server, side by side, and again with those that failed.
-
-        Args:
-            links (`Sequence[ServerLink]`):
-                The servers. Those that failed are reset before the step is taken again.
-            step (`Callable[[ServerLink], None]`):
-                Opens the link if it is closed.
-            version (`int`):
-                What is published; for the messages.
-
-        Raises:
-            [`WeightSyncError`]: of the first server that failed for good.
-        """
-        pending = list(links)
-        outcome = Outcome()
-        while True:
-            failures = _take(pending, step, version)
-            if not failures:
-                return outcome
-            outcome.num_failures += len(failures)
-            self._raise_if_final(list(failures.values()), outcome.num_rounds)
-            for link, failure in failures.items():
-                logger.warning(f"{failure}\nIt is given everything again (--on_publish_failure {self.action}).")
-                link.reset()
-            time.sleep(PAUSED_INTERVAL_S if self.action == "pause" else RETRY_INTERVAL_S)
-            pending = list(failures)
-            outcome.num_rounds += 1
-            outcome.num_retries += len(pending)
-
-    def _raise_if_final(self, failures: Sequence[WeightSyncError], num_rounds: int) -> None:
-        conflicts = [failure for failure in failures if isinstance(failure, PublishConflictError)]
-        is_exhausted = self.action == "retry" and num_rounds >= self.max_retries
-        if not (conflicts or is_exhausted or self.action == "abort"):
-            return
-        first, *others = conflicts or failures
-        for other in others:
-            logger.error(str(other))
-        raise first
+def _raise_if_final(failures: Sequence[WeightSyncError], num_rounds: int, options: WeightSyncOptions) -> None:
+    action = options.on_publish_failure
+    conflicts = [failure for failure in failures if isinstance(failure, PublishConflictError)]
+    is_exhausted = action == "retry" and num_rounds >= options.max_publish_retries
+    if not (conflicts or is_exhausted or action == "abort"):
+        return
+    first, *others = conflicts or failures
+    for other in others:
+        logger.error(str(other))
+    raise first
 
 
 @dataclass

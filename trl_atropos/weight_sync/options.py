@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..trainer.config_checks import check_choices, check_positive
-from .failures import FAILURE_POLICIES
+from ..options import PositiveFloat, PositiveInt, check_declared
 
 
+FAILURE_POLICIES = ("retry", "pause", "abort")
 WEIGHT_SYNC_MODES = ("auto", "full", "merged", "adapter")
 
 
 @dataclass
-class PublishConfig:
+class WeightSyncOptions:
     """The part of [`AtroposConfig`] that concerns inference servers."""
 
     vllm_server_base_url: str = field(
@@ -22,7 +22,7 @@ class PublishConfig:
             "newest policy."
         },
     )
-    vllm_server_timeout: float = field(
+    vllm_server_timeout: PositiveFloat = field(
         default=240.0,
         metadata={"help": "Seconds to wait for a vLLM server to be healthy, at start and after a failed publish."},
     )
@@ -56,7 +56,7 @@ class PublishConfig:
             "moment a batch is complete until the next publish."
         },
     )
-    weight_sync_steps: int = field(default=1, metadata={"help": "Publish the policy every X optimizer steps."})
+    weight_sync_steps: PositiveInt = field(default=1, metadata={"help": "Publish the policy every X optimizer steps."})
     weight_sync_mode: str = field(
         default="auto",
         metadata={
@@ -77,10 +77,10 @@ class PublishConfig:
             "`adapters` in `output_dir`."
         },
     )
-    weight_sync_timeout: float = field(
+    weight_sync_timeout: PositiveFloat = field(
         default=300.0, metadata={"help": "Deadline in seconds of every single phase of a publish."}
     )
-    weight_sync_warn_fraction: float = field(
+    weight_sync_warn_fraction: PositiveFloat = field(
         default=0.5, metadata={"help": "Warn if publishing takes more than this share of the time of a step."}
     )
     on_publish_failure: str = field(
@@ -93,7 +93,7 @@ class PublishConfig:
         },
     )
     max_publish_retries: int = field(default=3, metadata={"help": "For `--on_publish_failure retry`."})
-    logprob_probe_interval: int = field(
+    logprob_probe_interval: PositiveInt = field(
         default=10,
         metadata={
             "help": "Compare the logprobs of trainer and server on the first publish to a server, and then on every X-th. In "
@@ -101,7 +101,7 @@ class PublishConfig:
             "where they report none (`nccl`, a transport of your own), logprobs are compared every time. 1: always."
         },
     )
-    logprob_probe_tolerance: float = field(
+    logprob_probe_tolerance: PositiveFloat = field(
         default=4.0,
         metadata={
             "help": "Largest accepted mean absolute difference between trainer and server logprobs of the probe after a "
@@ -114,43 +114,28 @@ class PublishConfig:
         """The servers, one URL each."""
         return [url.strip() for url in self.vllm_server_base_url.split(",")]
 
-
-def check_publish(args: PublishConfig) -> None:
-    """Refuse options of the publish that contradict each other.
-
-    Raises:
-        `ValueError`: naming them.
-    """
-    check_choices(args, {"weight_sync_mode": WEIGHT_SYNC_MODES, "on_publish_failure": FAILURE_POLICIES})
-    check_positive(
-        args,
-        (
-            "weight_sync_steps",
-            "logprob_probe_interval",
-            "vllm_server_timeout",
-            "weight_sync_timeout",
-            "weight_sync_warn_fraction",
-            "logprob_probe_tolerance",
-        ),
-    )
-    if args.weight_sync_full_interval is not None and args.weight_sync_full_interval < 1:
-        raise ValueError(f"weight_sync_full_interval is {args.weight_sync_full_interval}, it must be 1 or more.")
-    if not 0 <= args.vllm_group_port < 65536:
-        raise ValueError(f"vllm_group_port is {args.vllm_group_port}. A port lies in 1..65535; 0 takes a free one.")
-    if args.max_publish_retries < 0:
-        raise ValueError(
-            f"max_publish_retries is {args.max_publish_retries}. Set 0 or more, or --on_publish_failure abort."
-        )
-    urls = args.vllm_server_base_urls
-    if len(set(urls)) != len(urls) or "" in urls:
-        raise ValueError(f"vllm_server_base_url is {args.vllm_server_base_url!r}. Each server must be named once.")
-    if args.vllm_enable_sleep_mode and args.weight_sync_steps != 1:
-        raise ValueError(
-            f"vllm_enable_sleep_mode is on and weight_sync_steps is {args.weight_sync_steps}. A publish wakes the server, "
-            "which then sleeps through every step without one. Set --weight_sync_steps 1."
-        )
-    if args.vllm_enable_sleep_mode and len(urls) > 1:
-        raise ValueError(
-            f"vllm_enable_sleep_mode is on and there are {len(urls)} servers. It is for the one that shares the trainer's "
-            "GPU. Leave it off, or name one server."
-        )
+    def __post_init__(self) -> None:
+        check_declared(self, WeightSyncOptions)
+        if self.weight_sync_full_interval is not None and self.weight_sync_full_interval < 1:
+            raise ValueError(f"weight_sync_full_interval is {self.weight_sync_full_interval}, it must be 1 or more.")
+        if not 0 <= self.vllm_group_port < 65536:
+            raise ValueError(
+                f"vllm_group_port is {self.vllm_group_port}. A port lies in 1..65535; 0 takes a free one."
+            )
+        if self.max_publish_retries < 0:
+            raise ValueError(
+                f"max_publish_retries is {self.max_publish_retries}. Set 0 or more, or --on_publish_failure abort."
+            )
+        urls = self.vllm_server_base_urls
+        if len(set(urls)) != len(urls) or "" in urls:
+            raise ValueError(f"vllm_server_base_url is {self.vllm_server_base_url!r}. Each server must be named once.")
+        if self.vllm_enable_sleep_mode and self.weight_sync_steps != 1:
+            raise ValueError(
+                f"vllm_enable_sleep_mode is on and weight_sync_steps is {self.weight_sync_steps}. A publish wakes the server, "
+                "which then sleeps through every step without one. Set --weight_sync_steps 1."
+            )
+        if self.vllm_enable_sleep_mode and len(urls) > 1:
+            raise ValueError(
+                f"vllm_enable_sleep_mode is on and there are {len(urls)} servers. It is for the one that shares the trainer's "
+                "GPU. Leave it off, or name one server."
+            )

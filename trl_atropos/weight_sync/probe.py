@@ -15,7 +15,7 @@ from ..types import IGNORE_INDEX
 
 
 if TYPE_CHECKING:
-    from .client import AtroposVLLMClient
+    from .control import VLLMControl
 
 
 PROBE_TEXTS = ("Water boils at 100 degrees: def f(n): return n if n < 2 else f(n - 1) + f(n - 2)",)
@@ -64,9 +64,7 @@ class ProbeReference:
     rounding_noise: Callable[[], float]
 
 
-def check_probe(
-    reference: ProbeReference, client: AtroposVLLMClient, dtype: torch.dtype, tolerance: float
-) -> ProbeResult:
+def check_probe(reference: ProbeReference, client: VLLMControl, dtype: torch.dtype, tolerance: float) -> ProbeResult:
     """Score the sequences on the server, which must not be paused, and compare.
 
     Args:

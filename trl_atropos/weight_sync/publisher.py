@@ -1,262 +1,368 @@
-"""Keeps servers on the newest policy.
+"""Keeps the servers of a run on the newest policy: when, in which mode, under which version.
 
-    plan      connect to servers that are new or were restarted; which tensors
-    stage     gather, merge, cast, copy          every server serves version v
-    deliver   per server: pause, transfer, finish, resume, verify (`server_link`)
+    push      PolicyWeights -> plan on rank 0 -> stage, collective if the policy is sharded
+    deliver   rank 0: every server is given what is staged, or the adapter, and proves it
 
-Only `stage` is collective, if the policy is sharded over ranks. What was staged stays staged, so that a server that fails
-in `deliver` can be given everything again without the other ranks.
+Only rank 0 talks to servers. `on_main` calls a function there and gives every rank its value, or its error; in a single
+process it is a plain call.
 """
 
 from __future__ import annotations
 
-import threading
+import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
-from .base import PolicyLayout, TensorSpec, WeightSource
-from .failures import FailurePolicy, Outcome
-from .probe import ProbeReference, ProbeResult
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..errors import PreflightError, WeightSyncError
+from .adapter_publisher import AdapterPublisher
+from .base import WeightSource
+from .options import WeightSyncOptions
+from .probe import LogprobProbe, ProbeReference
 from .report import PublishReport
-from .server_link import ServerLink
-from .weights.staging import StagedPolicy, StageReport
+from .server_group import ServerGroup
+from .weights.adapter import take_adapter
+from .weights.gathering import is_sharded
+from .weights.named_tensors import NamedTensors
+from .weights.source import PolicyWeights
 
 
-@dataclass(frozen=True)
-class PublishOptions:
-    """How a policy is published.
+logger = logging.getLogger(__name__)
 
-    Args:
-        sends_everything (`bool`, *optional*, defaults to `False`):
-            Whether every publish carries every tensor, also those that training cannot change.
-        full_interval (`int`, *optional*):
-            Every how many publishes everything is sent anyway. None: only to a server that is new or was restarted.
-        failure_policy (`FailurePolicy`, *optional*):
-            What happens on a failure.
-        server_timeout_s (`float`, *optional*, defaults to `240.0`):
-            How long to wait for a server to be healthy again, in seconds.
+T = TypeVar("T")
+
+Policy = nn.Module | Iterable[tuple[str, torch.Tensor]]
+"""The unwrapped model, or all of its tensors under the server's names."""
+
+
+class OnMain(Protocol):
+    """Calls a function on rank 0 and gives every rank its value or its error."""
+
+    def __call__(self, function: Callable[[], T], /) -> T:
+        """Call it on rank 0, and give every rank its value or its error."""
+        ...
+
+
+def call(function: Callable[[], T]) -> T:
+    """`OnMain` of a single process."""
+    return function()
+
+
+class WeightSync:
+    """Takes the policy inside `with ... weight_sync(version) as sync`.
+
+    Attributes:
+        report (`PublishReport`, *optional*):
+            What the publish did; None until the `with` block has ended.
     """
 
-    sends_everything: bool = False
-    full_interval: int | None = None
-    failure_policy: FailurePolicy = field(default_factory=FailurePolicy)
-    server_timeout_s: float = 240.0
+    def __init__(self, publisher: PolicyPublisher, policy_version: int):
+        self.report: PublishReport | None = None
+        self._publisher = publisher
+        self._policy_version = policy_version
+        self._is_pushed = False
+
+    def push(self, policy: Policy | WeightSource) -> None:
+        """Stage a policy. A second push replaces the first. On several ranks: call it on each of them.
+
+        Args:
+            policy (`nn.Module`, `Iterable[tuple[str, torch.Tensor]]` or `WeightSource`):
+                The unwrapped model, or all of its tensors under the server's names, or a source of your own. Only a model
+                can be compared with what the server answers; for others, names, counts, bytes and version are checked.
+
+        Raises:
+            [`WeightSyncError`]: if a server cannot be connected.
+            [`PreflightError`]: if the model cannot be published.
+        """
+        self._publisher.push(policy, self._policy_version)
+        self._is_pushed = True
+
+    def deliver(self) -> None:
+        """Bring what was pushed onto the servers; the `with` block does it at its end."""
+        if not self._is_pushed:
+            raise WeightSyncError(
+                f"Nothing was pushed as policy version {self._policy_version}.",
+                "The server is paused and holds the previous policy.",
+                "Call sync.push(model) inside the `with` block, or client.resume().",
+            )
+        self.report = self._publisher.deliver(self._policy_version)
 
 
 class PolicyPublisher:
-    """Keeps one or several servers on the newest policy and proves it after every publish.
+    """Publishes the policies of one trainer. One on every rank; every method is collective.
 
     Args:
-        links (`Sequence[ServerLink]`):
-            The servers.
-        options (`PublishOptions`, *optional*):
-            What is sent, and what happens on a failure.
-        check_server (`Callable[[ServerLink], None]`, *optional*):
-            Called before a server is connected; raises `PreflightError` if it is not the one that is wanted.
+        options ([`~weight_sync.options.WeightSyncOptions`]):
+            How often, in which mode, and when to warn.
+        dtype (`torch.dtype`):
+            The servers'.
+        servers ([`~weight_sync.server_group.ServerGroup`], *optional*):
+            On rank 0; None on the others.
+        adapters ([`~weight_sync.adapter_publisher.AdapterPublisher`], *optional*):
+            On rank 0, for the modes `adapter` and `auto`.
+        make_probe (`Callable[[nn.Module], LogprobProbe]`, *optional*):
+            Gives the sequences that prove the publish of a model. Without it, versions and checksums do.
+        on_main (`OnMain`, *optional*):
+            For several ranks.
+
+    Attributes:
+        policy_version (`int`):
+            Number of the policy that the servers hold; 0, the starting checkpoint, before the first publish.
     """
 
     def __init__(
         self,
-        links: Sequence[ServerLink],
-        options: PublishOptions | None = None,
-        check_server: Callable[[ServerLink], None] | None = None,
+        options: WeightSyncOptions,
+        dtype: torch.dtype,
+        servers: ServerGroup | None,
+        adapters: AdapterPublisher | None = None,
+        *,
+        make_probe: Callable[[nn.Module], LogprobProbe] | None = None,
+        on_main: OnMain = call,
     ):
-        self.links = list(links)
-        self.options = options or PublishOptions()
-        self.check_server = check_server
-        self._staged: StagedPolicy | None = None
-        self._specs: tuple[TensorSpec, ...] = ()
-        self._phase_s: dict[str, float] = {}
-        self._swallowed_fraction: float | None = None
-        self._num_publishes = 0
-        self._connecting = Outcome()
-        self._start = 0.0
+        self.policy_version = 0
+        self._options = options
+        self._dtype = dtype
+        self._servers = servers
+        self._adapters = adapters
+        self._make_probe = make_probe
+        self._on_main = on_main
+        # "full", "merged" or "adapter", found out at the first publish.
+        self._mode: str | None = None
+        self._reference: Callable[[], ProbeReference] | None = None
+        self._last_end: float | None = None
+        self._has_warned = False
 
-    def plan(self, manifest: Sequence[TensorSpec], policy_version: int) -> tuple[TensorSpec, ...]:
-        """Connect to the servers that need it and say what is to be staged.
+    # The trainer's publishes
+
+    def publish_step(self, model: nn.Module, global_step: int) -> dict[str, float]:
+        """Publish the current weights under the next version, in the mode of the run, and prove it.
 
         Args:
-            manifest (`Sequence[TensorSpec]`):
-                All tensors of the policy.
-            policy_version (`int`):
-                Number of the policy.
+            model (`nn.Module`):
+                The unwrapped policy.
+            global_step (`int`):
+                Optimizer steps done so far.
 
         Returns:
-            `tuple[TensorSpec, ...]`: everything at the first time, afterwards what training can have changed.
+            `dict[str, float]`: metrics; empty at the first publish of a run, which belongs to no step.
         """
-        self._start = time.perf_counter()
-        is_new = self._staged is None or self._staged.layout.specs != tuple(manifest)
-        if is_new:
-            self._staged = StagedPolicy(PolicyLayout(manifest))
-            for link in self.links:
-                link.forget()
-        self._connecting = self.options.failure_policy.run(self.links, self._connect, policy_version)
-        trained = tuple(spec for spec in manifest if spec.is_trained)
-        interval = self.options.full_interval
-        is_due = interval is not None and self._num_publishes % interval == 0
-        self._num_publishes += 1
-        sends_everything = is_new or is_due or self.options.sends_everything or not trained
-        self._specs = tuple(manifest) if sends_everything else trained
-        return self._specs
+        version = self._next_version(global_step)
+        if self._mode == "adapter":
+            return self._account(self._publish_adapter(model, version))
+        if self._mode is None:
+            return self._account(self._publish_first(model, version))
+        return self._account(self.publish(model, version))
 
-    def pause(self, policy_version: int) -> None:
-        """Freeze every server. The next `deliver` does not pause them again."""
+    def begin_run(self, policy_version: int) -> None:
+        """The next publish belongs to no step: it brings the servers to where a run begins.
 
-        def pause(link: ServerLink) -> None:
-            link.phase_s = {}
-            link.pause()
+        `policy_version` is 0, or that under which the checkpoint was saved from which the run goes on.
+        """
+        self.policy_version = policy_version
+        self._last_end = None
 
-        self._start = time.perf_counter()
-        self.options.failure_policy.run(self.links, pause, policy_version)
+    def sleep(self) -> None:
+        """Have the servers give their device memory back until the next publish, if `vllm_enable_sleep_mode`."""
+        if self._options.vllm_enable_sleep_mode:
+            self._on_main(lambda: self._require_servers().sleep())
 
-    def stage(self, source: WeightSource, specs: Sequence[TensorSpec]) -> None:
-        """Gather, merge, cast and copy. The servers keep serving."""
-        assert self._staged is not None, "plan() comes first"
-        report = self._staged.stage(source, specs, [link.require_memory() for link in self.links])
-        self._swallowed_fraction = report.swallowed_fraction
-        self._phase_s = _stage_phases(source, report)
+    # One publish of merged weights
 
-    def deliver(self, policy_version: int, reference: Callable[[], ProbeReference] | None) -> PublishReport:
-        """Bring what is staged onto every server under a version, and prove it.
+    def publish(self, policy: Policy | WeightSource, version: int) -> PublishReport:
+        """Publish a whole policy under a version, and prove it."""
+        self.push(policy, version)
+        return self.deliver(version)
+
+    def push(self, policy: Policy | WeightSource, version: int) -> None:
+        """Stage a policy while the servers serve the previous one: a model, pairs of name and tensor, or a `WeightSource`."""
+        self._reference = None
+        if isinstance(policy, nn.Module):
+            self._plan_and_stage(PolicyWeights(policy, self._dtype), version)
+            if self._make_probe is not None:
+                # After the staging, which knows whether a server was restarted.
+                self._reference = self._make_reference(policy, self._make_probe(policy))
+        elif isinstance(policy, Iterable):
+            self._plan_and_stage(NamedTensors(policy, self._dtype), version)
+        else:
+            self._plan_and_stage(policy, version)
+
+    def deliver(self, version: int) -> PublishReport:
+        """Bring what was pushed onto every server."""
+        return self._on_main(lambda: self._require_servers().deliver(version, self._reference))
+
+    @contextmanager
+    def weight_sync(
+        self, policy_version: int, record: Callable[[dict[str, float]], None] | None = None
+    ) -> Iterator[WeightSync]:
+        """Pause the servers, let the caller push, deliver. Whole weights follow from then on, also if adapters were published.
 
         Args:
             policy_version (`int`):
-                Number of this policy.
-            reference (`Callable[[], ProbeReference]`, *optional*):
-                Computes what the servers must answer; called at most once, before they are paused.
+                Number of the policy.
+            record (`Callable[[dict[str, float]], None]`, *optional*):
+                Takes the metrics, as `publish_step` returns them.
         """
-        delivered = Delivered(reference)
-        outcome = self.options.failure_policy.run(
-            self.links, lambda link: self._deliver(link, policy_version, delivered), policy_version
+        if self._mode == "adapter":
+            self._on_main(lambda: self._require_adapters().withdraw())
+            self._mode = "merged"
+        sync = WeightSync(self, policy_version)
+        self._on_main(lambda: self._require_servers().pause(policy_version))
+        try:
+            yield sync
+        except BaseException:
+            logger.error(
+                "The `with weight_sync` block ended with an error. The server is paused and holds the previous policy; "
+                "client.resume() lets it go on with that."
+            )
+            raise
+        sync.deliver()
+        assert sync.report is not None
+        metrics = self._account(sync.report)
+        if record is not None:
+            record(metrics)
+
+    def _plan_and_stage(self, source: WeightSource, version: int) -> None:
+        manifest = source.manifest()
+
+        def plan() -> list[int]:
+            planned = {spec.name for spec in self._require_servers().plan(manifest, version)}
+            return [index for index, spec in enumerate(manifest) if spec.name in planned]
+
+        specs = [manifest[index] for index in self._on_main(plan)]
+        failures: list[BaseException] = []
+        if self._servers is not None:
+            try:
+                self._servers.stage(source, specs)
+            except BaseException as exc:
+                # Raised below, on every rank.
+                failures.append(exc)
+        elif source.is_collective:
+            for _ in source.tensors(specs):
+                pass
+
+        def check() -> None:
+            if failures:
+                raise failures[0]
+
+        self._on_main(check)
+
+    def _make_reference(self, model: nn.Module, probe: LogprobProbe) -> Callable[[], ProbeReference] | None:
+        """What computes the answers that servers must give; for a sharded model, a collective that is done here if needed."""
+        if not is_sharded(model):
+            return lambda: probe.reference(model, self._dtype)
+        if not self._on_main(lambda: self._require_servers().needs_probe):
+            return None
+        # Every rank takes part in the forward pass, so it cannot wait for the server.
+        reference = probe.reference(model, self._dtype, is_collective=True)
+        return lambda: reference
+
+    # Modes
+
+    def _publish_first(self, model: nn.Module, version: int) -> PublishReport:
+        """Publish in the mode that the options ask for, or in each that is possible to find out which is cheaper."""
+        requested = self._options.weight_sync_mode
+        if requested in ("adapter", "auto"):
+            obstacle = self._on_main(lambda: self._adapter_obstacle(model))
+            if obstacle is None and requested == "adapter":
+                self._mode = "adapter"
+                return self._publish_adapter(model, version)
+            if obstacle is None:
+                return self._publish_cheapest(model, version)
+            if requested == "adapter":
+                raise obstacle
+            if isinstance(model, PeftModel):
+                logger.info(f"weight_sync_mode auto: merged weights are published. {obstacle.what} {obstacle.why}")
+        self._mode = "full" if requested == "full" else "merged"
+        return self.publish(model, version)
+
+    def _adapter_obstacle(self, model: nn.Module) -> PreflightError | None:
+        try:
+            self._require_adapters().check(model)
+        except PreflightError as exc:
+            return exc
+        return None
+
+    def _publish_adapter(self, model: nn.Module, version: int) -> PublishReport:
+        assert isinstance(model, PeftModel), "checked at the first publish"
+        adapter = take_adapter(model, self._dtype)
+        reference = None if self._make_probe is None else self._make_reference(model, self._make_probe(model))
+        return self._on_main(lambda: self._require_adapters().deliver(adapter, version, reference))
+
+    def _publish_cheapest(self, model: nn.Module, version: int) -> PublishReport:
+        """Staging merged weights is a lower bound of what publishing them costs; an adapter that takes less is cheaper."""
+        self.push(model, version)
+        reference = self._reference
+        # The first one warms the server up.
+        self._publish_adapter(model, version)
+        report = self._publish_adapter(model, version)
+        # Of rank 0: the report is the same on every rank.
+        adapter_s = report.total_s - report.phase_s["verify"]
+        stage_s = self._on_main(lambda: self._require_servers().stage_s)
+        self._mode = "adapter" if adapter_s <= stage_s else "merged"
+        logger.info(
+            f"weight_sync_mode auto: {self._mode}. Publishing the adapter takes {adapter_s:.3f} s, staging the merged weights "
+            f"alone {stage_s:.3f} s."
         )
-        assert self._staged is not None
-        return delivered.report(
-            policy_version=policy_version,
-            mode="full" if len(self._specs) == len(self._staged.layout.specs) else "merged",
-            total_s=time.perf_counter() - self._start,
-            phase_s=self._phase_s,
-            outcome=outcome + self._connecting,
-            swallowed_fraction=self._swallowed_fraction,
-        )
-
-    @property
-    def needs_probe(self) -> bool:
-        """Whether logprobs will be compared on any server at the next publish."""
-        return any(link.needs_probe for link in self.links)
-
-    @property
-    def stage_s(self) -> float:
-        """Seconds that the last `stage` took: less than any publish of these weights."""
-        return sum(self._phase_s.values())
-
-    def sleep(self) -> None:
-        """Have every server give its device memory back until the next publish."""
-        for link in self.links:
-            link.sleep()
-
-    def release(self) -> None:
-        """Release the transports and the staged policy; the next publish begins anew."""
-        self._staged = None
-        for link in self.links:
-            link.forget()
+        if self._mode == "adapter":
+            self._on_main(lambda: self._require_servers().release())
+            return report
+        self._on_main(lambda: self._require_adapters().withdraw())
+        self._reference = reference
+        return self.deliver(version)
 
     def close(self) -> None:
-        """Release the transports. The servers keep the policy that they have."""
-        for link in self.links:
-            link.close()
+        """Release the transports. The servers keep the policy that they have; the next publish connects again."""
+        if self._servers is not None:
+            self._servers.close()
 
-    def _connect(self, link: ServerLink) -> None:
-        assert self._staged is not None
-        if link.is_open:
-            link.check_version()
-        if not link.is_open:
-            link.client.wait_until_healthy(self.options.server_timeout_s)
-            if self.check_server is not None:
-                self.check_server(link)
-            link.open(self._staged.layout)
+    # Versions and the report
 
-    def _deliver(self, link: ServerLink, version: int, delivered: Delivered) -> None:
-        assert self._staged is not None
-        if not link.is_open:
-            self._connect(link)
-        # Before the pause: beside the loading, the two would share the memory bandwidth of a CPU.
-        expected = delivered.expect() if link.needs_probe else None
-        if not link.is_paused:
-            link.phase_s = {}
-            link.pause()
-        # A server that holds nothing of this trainer is given what was staged before, too.
-        transferred = link.transfer(self._staged.layout.specs if link.version is None else self._specs)
-        link.finish(version)
-        link.resume()
-        probe = link.verify(version, expected)
-        delivered.add(link.phase_s, transferred.num_bytes, probe)
+    def _next_version(self, global_step: int) -> int:
+        if self._last_end is None and global_step % self._options.weight_sync_steps == 0:
+            # 0 at the start; after a resume, the policy that the servers held when the checkpoint was saved.
+            return self.policy_version
+        return self.policy_version + 1
 
+    def _account(self, report: PublishReport) -> dict[str, float]:
+        """Take note of a publish. Returns its metrics, or nothing at the first one, which belongs to no step."""
+        self.policy_version = report.policy_version
+        now = time.perf_counter()
+        last_end, self._last_end = self._last_end, now
+        if last_end is None:
+            difference = (
+                "" if report.probe is None else f", mean |logprob difference| {report.probe.mean_abs_diff:.4f}"
+            )
+            logger.info(
+                f"Published policy version {report.policy_version} ({report.mode}) in {report.total_s:.2f} s: "
+                f"{report.num_bytes / 1e6:.0f} MB{difference}"
+            )
+            return {}
+        fraction = report.total_s / (now - last_end)
+        self._warn_if_large(fraction, report)
+        return {**report.metrics(), "perf/weight_sync_fraction": fraction}
 
-class Delivered:
-    """The slowest phases, the most bytes and all probes of the servers of one publish.
-
-    Args:
-        reference (`Callable[[], ProbeReference]`, *optional*):
-            Computes what the servers must answer.
-    """
-
-    def __init__(self, reference: Callable[[], ProbeReference] | None) -> None:
-        self._reference = reference
-        self._expected: ProbeReference | None = None
-        self.phase_s: dict[str, float] = {}
-        self.num_bytes = 0
-        self.probes: list[ProbeResult] = []
-        self.reference_s = 0.0
-        self._lock = threading.Lock()
-
-    def expect(self) -> ProbeReference | None:
-        """What the servers must answer, computed for the first one that asks; the time counts as verification."""
-        with self._lock:
-            if self._expected is None and self._reference is not None:
-                start = time.perf_counter()
-                self._expected = self._reference()
-                self.reference_s = time.perf_counter() - start
-            return self._expected
-
-    def add(self, phase_s: dict[str, float], num_bytes: int, probe: ProbeResult | None) -> None:
-        """Take what one server took."""
-        with self._lock:
-            for name, value in phase_s.items():
-                self.phase_s[name] = max(self.phase_s.get(name, 0.0), value)
-            self.num_bytes = max(self.num_bytes, num_bytes)
-            if probe is not None:
-                self.probes.append(probe)
-
-    def report(
-        self,
-        *,
-        policy_version: int,
-        mode: str,
-        total_s: float,
-        phase_s: dict[str, float],
-        outcome: Outcome,
-        **more: Any,
-    ) -> PublishReport:
-        """Sum it up; `phase_s` holds the phases before the servers'."""
-        phase_s = {**phase_s, **self.phase_s}
-        phase_s["verify"] = phase_s.get("verify", 0.0) + self.reference_s
-        return PublishReport(
-            policy_version=policy_version,
-            mode=mode,
-            num_bytes=self.num_bytes,
-            total_s=total_s,
-            phase_s=phase_s,
-            probe=max(self.probes, key=lambda probe: probe.mean_abs_diff, default=None),
-            num_retries=outcome.num_retries,
-            num_failures=outcome.num_failures,
-            **more,
+    def _warn_if_large(self, fraction: float, report: PublishReport) -> None:
+        if fraction <= self._options.weight_sync_warn_fraction or self._has_warned:
+            return
+        self._has_warned = True
+        slowest = sorted(report.phase_s.items(), key=lambda item: -item[1])[:3]
+        logger.warning(
+            f"Publishing takes {fraction:.0%} of the time of a step ({report.total_s:.2f} s, of which "
+            + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in slowest)
+            + "). Publish less often (--weight_sync_steps), train with LoRA and publish the adapter "
+            "(--weight_sync_mode adapter), or set --weight_sync_warn_fraction. Said once."
         )
 
+    def _require_servers(self) -> ServerGroup:
+        assert self._servers is not None, "only rank 0 has servers"
+        return self._servers
 
-def _stage_phases(source: WeightSource, report: StageReport) -> dict[str, float]:
-    gather_s = getattr(source, "gather_s", 0.0)
-    merge_s = getattr(source, "merge_s", 0.0)
-    # What is left of the source's time is the walk over the model.
-    return {"gather": gather_s, "merge": merge_s, "stage": report.copy_s + report.source_s - gather_s - merge_s}
+    def _require_adapters(self) -> AdapterPublisher:
+        assert self._adapters is not None, "only rank 0 of a trainer publishes adapters"
+        return self._adapters

@@ -57,7 +57,7 @@ class PublishReport:
         return sum(self.phase_s.get(phase, 0.0) for phase in PAUSED_PHASES)
 
     def metrics(self) -> dict[str, float]:
-        """The report under the names of `metrics.METRICS`."""
+        """The report under the names of `report/metric_help.py`."""
         values = {
             "perf/weight_sync_s": self.total_s,
             "perf/weight_sync_gather_s": self.phase_s.get("gather", 0.0),

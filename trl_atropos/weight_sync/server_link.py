@@ -16,18 +16,18 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import PublishConflictError, VLLMServerError, WeightSyncError, WeightSyncTimeout
 from .base import PolicyLayout, TensorSpec, TransferReport, WeightTransport
+from .options import WeightSyncOptions
 from .probe import ProbeReference, ProbeResult, check_probe
 
 
 if TYPE_CHECKING:
-    from .client import AtroposVLLMClient
+    from .control import VLLMControl
 
 
 logger = logging.getLogger(__name__)
@@ -48,29 +48,6 @@ SERVER_STATES = {
 }
 
 
-@dataclass
-class LinkOptions:
-    """How one server is treated.
-
-    Args:
-        probe_tolerance (`float`, *optional*, defaults to `4.0`):
-            Largest accepted mean absolute difference of logprobs, as a multiple of what rounding to the server's dtype
-            makes.
-        probe_interval (`int`, *optional*, defaults to `1`):
-            Logprobs are compared on the first publish to a server and then on every X-th.
-        keep_kv_cache (`bool`, *optional*, defaults to `False`):
-            Whether requests in flight go on with the keys and values of the previous policy instead of computing them
-            again.
-        sleeps (`bool`, *optional*, defaults to `False`):
-            Whether the server gives its memory back between a batch and the next publish.
-    """
-
-    probe_tolerance: float = 4.0
-    probe_interval: int = 1
-    keep_kv_cache: bool = False
-    sleeps: bool = False
-
-
 class ServerLink:
     """Brings staged policies onto one server.
 
@@ -81,7 +58,7 @@ class ServerLink:
             Mover of the bytes.
         dtype (`torch.dtype`):
             The server's dtype.
-        options (`LinkOptions`, *optional*):
+        options ([`~weight_sync.options.WeightSyncOptions`], *optional*):
             How the server is treated.
 
     Attributes:
@@ -99,15 +76,15 @@ class ServerLink:
 
     def __init__(
         self,
-        client: AtroposVLLMClient,
+        client: VLLMControl,
         transport: WeightTransport,
         dtype: torch.dtype,
-        options: LinkOptions | None = None,
+        options: WeightSyncOptions | None = None,
     ):
         self.client = client
         self.transport = transport
         self.dtype = dtype
-        self.options = options or LinkOptions()
+        self.options = options or WeightSyncOptions()
         self.state = "idle"
         self.phase_s: dict[str, float] = {}
         self.memory: torch.Tensor | None = None
@@ -177,18 +154,18 @@ class ServerLink:
         """
         if self._num_unprobed is None or not self._has_checksums:
             return True
-        return self._num_unprobed + 1 >= self.options.probe_interval
+        return self._num_unprobed + 1 >= self.options.logprob_probe_interval
 
     # Phases, in this order
 
     def pause(self) -> None:
         """Freeze generation."""
         with self._phase("pause", "paused"):
-            if self.options.sleeps:
+            if self.options.vllm_enable_sleep_mode:
                 # Only the weights: what the publish replaces. vLLM resumes by itself once everything is awake; if the
                 # cache was awake already, the pause below ends that.
                 self.client.wake_up(["weights"])
-            self.client.pause(clear_cache=not self.options.keep_kv_cache)
+            self.client.pause(clear_cache=not self.options.vllm_keep_kv_cache)
         self.is_paused = True
 
     def transfer(self, specs: Sequence[TensorSpec]) -> TransferReport:
@@ -211,7 +188,7 @@ class ServerLink:
         """Let the waiting requests run."""
         self.is_paused = False
         with self._phase("resume", "resuming"):
-            if self.options.sleeps:
+            if self.options.vllm_enable_sleep_mode:
                 self.client.wake_up(["kv_cache"])
             self.client.resume()
 
@@ -233,7 +210,7 @@ class ServerLink:
                 raise self._other_trainer(reported, version)
             result = None
             if expected is not None:
-                result = check_probe(expected, self.client, self.dtype, self.options.probe_tolerance)
+                result = check_probe(expected, self.client, self.dtype, self.options.logprob_probe_tolerance)
                 self._num_unprobed = 0
             elif self._num_unprobed is not None:
                 self._num_unprobed += 1

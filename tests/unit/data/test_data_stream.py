@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import streams
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_atropos.data.micro_batches import MicroBatch
-from trl_atropos.data.quarantine import Quarantine
 from trl_atropos.data.sources import FetchedBatch
-from trl_atropos.data.stream import BatchPreparer, RolloutStream, StreamSettings, with_advantages
+from trl_atropos.data.steps import with_advantages
+from trl_atropos.data.stream import RolloutStream
 from trl_atropos.errors import AtroposProtocolError
-from trl_atropos.loss.metrics import METRICS, MetricAccumulator
+from trl_atropos.loss.metrics import MetricAccumulator
+from trl_atropos.report.metric_help import METRICS
 from trl_atropos.types import Rollout, RolloutGroup
-from trl_atropos.wire.parse import WireLimits
+from trl_atropos.wire.journal import Journal
 from trl_atropos.wire.rollout_key import rollout_key
-
-
-SETTINGS = StreamSettings(
-    batch_size=4,
-    micro_batch_size=2,
-    rank=0,
-    world_size=1,
-    scale_rewards="none",
-    required_logprobs=(),
-)
-LIMITS = WireLimits(vocab_size=100, max_length=32)
 
 
 def rollout(length: int = 4, reward: float = 0.0, first_id: int = 10, **fields: Any) -> Rollout:
@@ -55,35 +45,17 @@ def wire_group(lengths: list[int], first_id: int = 10, **fields: Any) -> dict[st
     }
 
 
-def make_stream(
-    batches: list[list[dict]],
-    lookup: Any = None,
-    policy_version: int | Callable[[], int] = 0,
-    layout: Callable[[], str] = lambda: "padded",
-    fractions: float = 0.0,
-    num_steps: int = 10,
-    on_drop: Any = None,
-    **changes: Any,
-) -> RolloutStream:
-    """The stream over batches that have arrived. Refused groups go nowhere: the first one ends the run."""
-    get_version = policy_version if callable(policy_version) else lambda: policy_version
-    prepare = BatchPreparer(LIMITS, get_version, lookup)
-    fetched = (FetchedBatch(number, raw_groups) for number, raw_groups in enumerate(batches))
-    return RolloutStream(
-        replace(SETTINGS, **changes),
-        lambda: prepare(fetched),
-        Quarantine(os.devnull, fractions),
-        get_version,
-        lambda: num_steps,
-        layout,
-        on_drop=on_drop,
+def make_stream(batches: Iterable[list[dict]], **options: Any) -> RolloutStream:
+    """The stream over batches that have arrived."""
+    return streams.make_stream(
+        lambda: (FetchedBatch(number, raw_groups) for number, raw_groups in enumerate(batches)), **options
     )
 
 
 def take_step(stream: RolloutStream) -> list[MicroBatch]:
     """This rank's micro-batches of the first step, without a token budget: each is an item of the stream."""
-    settings = stream.settings
-    per_rank = settings.batch_size // settings.micro_batch_size // settings.world_size
+    dealer = stream.dealer
+    per_rank = dealer.batch_size // dealer.micro_batch_size // dealer.world_size
     iterator = iter(stream)
     items = [next(iterator) for _ in range(per_rank)]
     assert [len(item) for item in items] == [1] * per_rank
@@ -253,7 +225,7 @@ class TestMetrics:
         stream = make_stream([[wire_group([2, 4]), tied]])
         take_step(stream)
         metrics = reported(stream)
-        assert metrics.keys() <= METRICS.keys()
+        assert {name for name in metrics if not name.startswith("env/")} <= METRICS.keys()
         assert metrics["reward"] == 1.25
         assert metrics["reward_std"] == pytest.approx(math.sqrt(0.5) / 2)
         assert metrics["frac_reward_zero_std"] == 0.5
@@ -395,15 +367,15 @@ class TestStaleness:
     def stream(self, groups: list[dict], table: dict[int, int], **changes: Any) -> RolloutStream:
         return make_stream([groups], lookup=self.lookup_by_first_id(table, groups), policy_version=6, **changes)
 
-    def test_groups_above_the_limit_are_dropped_whole_and_reported_with_their_lengths(self):
+    def test_groups_above_the_limit_are_dropped_whole_and_reported_with_their_lengths(self, tmp_path: Path):
         groups = [wire_group([3, 4]), wire_group([6, 8], first_id=40)]
-        noted = []
-        stream = self.stream(
-            groups, {10: 5, 40: 3}, max_staleness=2, on_drop=lambda batch, dropped: noted.append((batch, dropped))
-        )
+        journal = Journal(tmp_path / "journal")
+        stream = self.stream(groups, {10: 5, 40: 3}, max_staleness=2, journal=journal)
         dealt = take_step(stream)
         assert [r.num_tokens for micro_batch in dealt for r in micro_batch] == [4, 3]
-        assert noted == [(0, [1])]
+        assert [(mark["batch"], mark["groups"], mark["reason"]) for mark in journal.marks("dropped")] == [
+            (0, [1], "stale")
+        ]
         assert (stream.num_rollouts_trained, stream.num_rollouts_dropped) == (2, 2)
         metrics = reported(stream)
         # 5 and 7 trained tokens
@@ -449,7 +421,7 @@ class TestStaleness:
         )
         iterator = iter(stream)
         next(iterator)
-        assert wait_for(lambda: stream._prefetcher._pending.done())
+        assert wait_for(lambda: stream._steps._prefetcher._pending.done())
         # Two publishes later: the versions are unknown, but not later than that of the fetch, 0.
         version[0] = 2
         with pytest.raises(StopIteration):

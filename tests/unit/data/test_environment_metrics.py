@@ -10,7 +10,8 @@ import torch
 from trl_atropos.data.environment_metrics import EnvironmentMetrics, environment_name
 from trl_atropos.data.rollout_metrics import are_truncated, dropped_metrics, rollout_metrics
 from trl_atropos.errors import AtroposProtocolError
-from trl_atropos.loss.metrics import ENVIRONMENT_METRICS, METRICS, Metric, MetricAccumulator
+from trl_atropos.loss.metrics import Metric, MetricAccumulator
+from trl_atropos.report.metric_help import ENVIRONMENT_METRICS, METRICS
 from trl_atropos.types import RejectedGroup, Rollout, RolloutGroup
 
 

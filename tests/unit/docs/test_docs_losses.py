@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from trl_atropos.loss.loss_types import AGGREGATIONS, LOSS_TYPES
 from trl_atropos.loss.losses import LossInputs, policy_loss, token_weights
-from trl_atropos.loss.options import AGGREGATIONS, CORRECTION_MODES, LOSS_TYPES, LossOptions
+from trl_atropos.loss.options import CORRECTION_MODES, LossOptions, StepOptions
 from trl_atropos.trainer.atropos_config import AtroposConfig
 from trl_atropos.types import Rollout, RolloutOrigin
 
@@ -24,8 +25,10 @@ from trl_atropos.types import Rollout, RolloutOrigin
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "losses.md"
 TEXT = PAGE.read_text()
 CONFIG_FIELDS = [field.name for field in fields(AtroposConfig)]
-# Declared in this order: the loss, then the forward pass.
-LOSS_FIELDS = CONFIG_FIELDS[CONFIG_FIELDS.index("loss_type") :]
+LOSS_FIELDS = [
+    *(field.name for field in fields(StepOptions)),
+    *("temperature", "max_tokens_per_micro_batch", "sequence_layout", "activation_offloading"),
+]
 VOCAB_SIZE = 16
 
 

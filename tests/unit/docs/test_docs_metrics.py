@@ -1,4 +1,4 @@
-"""docs/metrics.md against the tables of `metrics.py`, and `METRICS` against the code that makes metrics.
+"""docs/metrics.md against the tables of `metric_help.py`, and `METRICS` against the code that makes metrics.
 
 Whether environments and evaluations report what their tables say: test_environment_metrics.py and test_evaluation.py.
 """
@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 import trl_atropos
-from trl_atropos.loss.metrics import ENVIRONMENT_METRICS, EVALUATION_METRICS, METRICS
+from trl_atropos.report.metric_help import ENVIRONMENT_METRICS, EVALUATION_METRICS, METRICS
 
 
 PACKAGE = Path(trl_atropos.__file__).parent

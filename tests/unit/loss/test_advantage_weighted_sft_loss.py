@@ -9,7 +9,7 @@ import torch
 from tiny_models import tiny_llama
 from torch import Tensor
 
-from trl_atropos.loss.losses import advantage_weighted_sft_loss, expand_advantages
+from trl_atropos.loss.weighted_sft import advantage_weighted_sft_loss, expand_advantages
 
 
 VOCAB_SIZE = 11

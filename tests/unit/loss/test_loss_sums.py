@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from loss_cases import at_ratios, loss_inputs, options_of
 from torch import Tensor
 
+from trl_atropos.loss.loss_types import AGGREGATIONS, LOSS_TYPES
 from trl_atropos.loss.losses import LossInputs, make_loss_function, policy_loss, token_weights
-from trl_atropos.loss.options import AGGREGATIONS, LOSS_TYPES, LossOptions
+from trl_atropos.loss.options import LossOptions
 from trl_atropos.policy.logprobs import token_logprobs_and_entropy
 
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from loss_cases import at_ratios, loss_inputs, options_of
 
+from trl_atropos.loss.loss_types import CLIPPED_LOSS_TYPES, LOSS_TYPES
 from trl_atropos.loss.losses import LossInputs, LossOutputs, policy_loss
-from trl_atropos.loss.metrics import METRICS, MetricAccumulator
-from trl_atropos.loss.options import CLIPPED_LOSS_TYPES, LOSS_TYPES, LossOptions
+from trl_atropos.loss.metrics import MetricAccumulator
+from trl_atropos.loss.options import LossOptions
 from trl_atropos.policy.logprobs import token_logprobs_and_entropy
+from trl_atropos.report.metric_help import METRICS
 
 
 RATIO_LOSS_TYPES = [loss_type for loss_type in LOSS_TYPES if loss_type != "weighted_sft"]

@@ -11,18 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_atropos.loss.metrics import (
-    ENVIRONMENT_METRICS,
-    EVALUATION_METRICS,
-    METRICS,
-    Metric,
-    MetricAccumulator,
-    maximum_of,
-    mean_of,
-    merge_metrics,
-    minimum_of,
-    total,
-)
+from trl_atropos.loss.metrics import Metric, MetricAccumulator, maximum_of, mean_of, merge_metrics, minimum_of, total
+from trl_atropos.report.metric_help import ENVIRONMENT_METRICS, EVALUATION_METRICS, METRICS
 
 
 def reduced(*updates: dict[str, Metric]) -> dict[str, float]:

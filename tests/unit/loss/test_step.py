@@ -12,19 +12,27 @@ import torch
 
 from trl_atropos.data.micro_batches import RolloutCollator
 from trl_atropos.errors import NonFiniteGradientError
-from trl_atropos.loss.metrics import METRICS, Metric, MetricAccumulator
-from trl_atropos.loss.options import AGGREGATIONS
-from trl_atropos.loss.step import LossWatch, StepOptions, prepare_step, teacher_cross_entropy
+from trl_atropos.loss.loss_types import AGGREGATIONS
+from trl_atropos.loss.metrics import Metric, MetricAccumulator
+from trl_atropos.loss.options import StepOptions
+from trl_atropos.loss.step import LossWatch, prepare_step, teacher_cross_entropy
+from trl_atropos.report.metric_help import METRICS
 from trl_atropos.types import Rollout, RolloutOrigin
 
 
 CPU = torch.device("cpu")
+MAX_LENGTH = 10
+LOSS_TYPE_OF = {"token": "dapo", "rollout": "grpo", "constant": "dr_grpo", "rollout_sum": "luspo"}
 
 
 def options(
     normalization: str = "none", clipping: Sequence[float] | None = None, aggregation: str = "token"
 ) -> StepOptions:
-    return StepOptions(normalization, clipping, aggregation, max_completion_length=10)
+    return StepOptions(
+        advantage_normalization=normalization,
+        advantage_clipping=None if clipping is None else list(clipping),
+        loss_type=LOSS_TYPE_OF[aggregation],
+    )
 
 
 def rollout(advantages: Sequence[float], number: int = 0, **fields: Any) -> Rollout:
@@ -63,25 +71,25 @@ def whole_and_halves() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 class TestAdvantageNormalization:
     def test_none_leaves_them_as_they_are(self):
         whole, _ = whole_and_halves()
-        prepare_step(whole, options("none"), CPU)
+        prepare_step(whole, options("none"), MAX_LENGTH, CPU)
         assert advantages_of(whole) == EXAMPLE
 
     def test_batch_is_over_each_micro_batch_and_depends_on_the_split(self):
         whole, halves = whole_and_halves()
-        prepare_step(whole, options("batch"), CPU)
-        prepare_step(halves, options("batch"), CPU)
+        prepare_step(whole, options("batch"), MAX_LENGTH, CPU)
+        prepare_step(halves, options("batch"), MAX_LENGTH, CPU)
         assert advantages_of(whole) == pytest.approx(NORMALIZED)
         # [1, 1] has no spread: 0. [-3, 5]: mean 1, variance 32, 4 / sqrt(32) = sqrt(1 / 2).
         assert advantages_of(halves) == pytest.approx([0.0, 0.0, -math.sqrt(0.5), math.sqrt(0.5)])
 
     def test_global_is_over_the_step_and_the_same_for_every_split(self):
         for batches in whole_and_halves():
-            prepare_step(batches, options("global"), CPU)
+            prepare_step(batches, options("global"), MAX_LENGTH, CPU)
             assert advantages_of(batches) == pytest.approx(NORMALIZED)
 
     def test_a_micro_batch_without_tokens_changes_nothing_and_gets_everything(self):
         batches = micro_batches([rollout(EXAMPLE[:2], 0)], [], [rollout(EXAMPLE[2:], 1)])
-        num_trained_tokens, _ = prepare_step(batches, options("global", [-1.0, 1.0]), CPU)
+        num_trained_tokens, _ = prepare_step(batches, options("global", [-1.0, 1.0]), MAX_LENGTH, CPU)
         assert num_trained_tokens == 4
         assert advantages_of(batches) == pytest.approx([0.0, 0.0, -1.0, 1.0])
         assert batches[1]["token_weights"].shape == (0,)
@@ -90,26 +98,26 @@ class TestAdvantageNormalization:
     @pytest.mark.parametrize("normalization", ["none", "batch", "global"])
     def test_a_single_trained_token_keeps_its_advantage(self, normalization):
         batches = micro_batches([rollout([0.3])])
-        prepare_step(batches, options(normalization), CPU)
+        prepare_step(batches, options(normalization), MAX_LENGTH, CPU)
         assert advantages_of(batches) == pytest.approx([0.3])
 
     @pytest.mark.parametrize("normalization", ["none", "batch", "global"])
     def test_nothing_trained_at_all(self, normalization):
         batches = micro_batches([], [])
-        num_trained_tokens, metrics = prepare_step(batches, options(normalization, [-1.0, 1.0]), CPU)
+        num_trained_tokens, metrics = prepare_step(batches, options(normalization, [-1.0, 1.0]), MAX_LENGTH, CPU)
         assert num_trained_tokens == 0
         assert advantages_of(batches) == []
         assert reduced(metrics)["num_trained_tokens"] == 0
 
     def test_an_advantage_that_is_not_finite_stops_the_step(self):
         with pytest.raises(ValueError, match="1 of 2 trained advantages are not finite"):
-            prepare_step(micro_batches([rollout([1.0, math.nan])]), options(), CPU)
+            prepare_step(micro_batches([rollout([1.0, math.nan])]), options(), MAX_LENGTH, CPU)
 
 
 class TestClipping:
     def test_bounds_are_in_units_of_the_normalised_advantages(self):
         whole, _ = whole_and_halves()
-        _, metrics = prepare_step(whole, options("global", [-1.0, 1.2]), CPU)
+        _, metrics = prepare_step(whole, options("global", [-1.0, 1.2]), MAX_LENGTH, CPU)
         # Clipped before, [1, 1, -1, 1.2], the numbers would be others: mean 0.55.
         assert advantages_of(whole) == pytest.approx([0.0, 0.0, -1.0, 1.2])
         values = reduced(metrics)
@@ -117,7 +125,7 @@ class TestClipping:
 
     def test_fractions_are_over_the_tokens_of_the_step(self):
         batches = micro_batches([rollout([-9.0])], [rollout([0.0, 2.0, 9.0, 9.0, 1.0], 1)])
-        _, metrics = prepare_step(batches, options("none", [-5.0, 2.0]), CPU)
+        _, metrics = prepare_step(batches, options("none", [-5.0, 2.0]), MAX_LENGTH, CPU)
         # 1 of 6 below; 2 of 6 above, of which the bound itself is none.
         values = reduced(metrics)
         assert values["advantages/clipped_frac_low"] == pytest.approx(1 / 6)
@@ -125,7 +133,7 @@ class TestClipping:
 
     def test_without_bounds_nothing_is_reported(self):
         whole, _ = whole_and_halves()
-        _, metrics = prepare_step(whole, options(), CPU)
+        _, metrics = prepare_step(whole, options(), MAX_LENGTH, CPU)
         assert not {"advantages/clipped_frac_low", "advantages/clipped_frac_high"} & metrics.keys()
 
 
@@ -134,12 +142,12 @@ class TestZeroAdvantage:
         flagged = rollout(EXAMPLE[2:], 1, set_advantage_to_zero=True)
         for normalization, expected in {"none": [1.0, 1.0], "global": [0.0, 0.0]}.items():
             batches = micro_batches([flagged, rollout(EXAMPLE[:2], 0)])
-            prepare_step(batches, options(normalization), CPU)
+            prepare_step(batches, options(normalization), MAX_LENGTH, CPU)
             assert advantages_of(batches) == pytest.approx([0.0, 0.0, *expected])
 
     def test_its_tokens_count_in_the_statistics_and_in_the_denominator(self):
         batches = micro_batches([rollout(EXAMPLE[:2], 0, set_advantage_to_zero=True), rollout(EXAMPLE[2:], 1)])
-        num_trained_tokens, _ = prepare_step(batches, options("global"), CPU)
+        num_trained_tokens, _ = prepare_step(batches, options("global"), MAX_LENGTH, CPU)
         # With all four tokens -+sqrt(3 / 2); over the last two alone it would be -+sqrt(1 / 2).
         assert advantages_of(batches) == pytest.approx(NORMALIZED)
         assert num_trained_tokens == 4
@@ -147,7 +155,7 @@ class TestZeroAdvantage:
 
     def test_bounds_that_leave_out_0_do_not_lift_it(self):
         batches = micro_batches([rollout([3.0], 0, set_advantage_to_zero=True), rollout([3.0], 1)])
-        prepare_step(batches, options("none", [1.0, 2.0]), CPU)
+        prepare_step(batches, options("none", [1.0, 2.0]), MAX_LENGTH, CPU)
         assert advantages_of(batches) == [0.0, 2.0]
 
 
@@ -171,7 +179,7 @@ class TestTokenWeights:
     @pytest.mark.parametrize("aggregation", WEIGHTS)
     def test_of_each_aggregation(self, aggregation):
         batches = micro_batches([rollout([1.0], 0)], [rollout([1.0, 2.0, 3.0], 1), rollout([], 2)])
-        prepare_step(batches, options(aggregation=aggregation), CPU)
+        prepare_step(batches, options(aggregation=aggregation), MAX_LENGTH, CPU)
         weights = torch.cat([batch["token_weights"] for batch in batches])
         assert weights.tolist() == pytest.approx(WEIGHTS[aggregation])
         assert [batch["token_mean_weight"].item() for batch in batches] == [0.25, 0.25]
@@ -185,13 +193,13 @@ class TestTokenWeights:
         single = torch.tensor([[-1], [6]])
         other = rollout([1.0], 1, teacher_token_ids=single, teacher_logprobs=torch.where(single < 0, -torch.inf, -1.0))
         batches = micro_batches([taught], [other], [rollout([1.0], 2)])
-        prepare_step(batches, options(), CPU)
+        prepare_step(batches, options(), MAX_LENGTH, CPU)
         assert [batch["num_with_teacher"] for batch in batches] == [2, 1, 0]
         assert [batch["teacher_mean_weight"].item() for batch in batches] == pytest.approx([1 / 3] * 3)
 
     def test_a_step_without_a_teacher_divides_by_1_not_by_0(self):
         whole, _ = whole_and_halves()
-        prepare_step(whole, options(), CPU)
+        prepare_step(whole, options(), MAX_LENGTH, CPU)
         assert whole[0]["num_with_teacher"] == 0
         assert whole[0]["teacher_mean_weight"].item() == 1.0
 
@@ -199,7 +207,7 @@ class TestTokenWeights:
 class TestMetrics:
     def test_of_a_step(self):
         batches = micro_batches([rollout([1.0, 2.0], 0)], [rollout([3.0], 1), rollout([4.0], 2)])
-        num_trained_tokens, metrics = prepare_step(batches, options(), CPU)
+        num_trained_tokens, metrics = prepare_step(batches, options(), MAX_LENGTH, CPU)
         values = reduced(metrics)
         assert values.keys() <= METRICS.keys()
         assert num_trained_tokens == 4
@@ -209,7 +217,7 @@ class TestMetrics:
 
     @pytest.mark.parametrize("batches", [[[rollout([2.0, 2.0])]], [[rollout([2.0])], [rollout([2.0], 1)]]])
     def test_equal_advantages_have_zero_std(self, batches):
-        _, metrics = prepare_step(micro_batches(*batches), options(), CPU)
+        _, metrics = prepare_step(micro_batches(*batches), options(), MAX_LENGTH, CPU)
         assert reduced(metrics)["advantages/zero_std"] == 1
 
     @pytest.mark.parametrize(
@@ -223,13 +231,13 @@ class TestMetrics:
             for number, advantages in enumerate([[1.0], [1.0], [1.0, 1.0, 1.0]])
         ]
         batch = RolloutCollator(layout, temperature=1.0)(rollouts)
-        _, metrics = prepare_step([batch], options(), CPU)
+        _, metrics = prepare_step([batch], options(), MAX_LENGTH, CPU)
         assert reduced(metrics)["perf/computed_tokens_frac"] == pytest.approx(fraction)
 
     def test_computed_tokens_frac_counts_shared_prefixes_once(self):
         twins = [replace(rollout([1.0, 1.0]), origin=RolloutOrigin(0, 0, n)) for n in range(2)]
         batch = RolloutCollator("tree", temperature=1.0)(twins)
-        _, metrics = prepare_step([batch], options(), CPU)
+        _, metrics = prepare_step([batch], options(), MAX_LENGTH, CPU)
         # 2 positions for 2 + 2 tokens
         assert reduced(metrics)["perf/computed_tokens_frac"] == 0.5
 

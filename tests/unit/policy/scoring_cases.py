@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from trl_atropos.data.micro_batches import RolloutCollator
-from trl_atropos.policy.scoring import ForwardPlan, PolicyScorer, plan_forward
+from trl_atropos.policy.plan import plan_forward
+from trl_atropos.policy.scoring import ForwardPlan, PolicyScorer
 from trl_atropos.types import Rollout, RolloutOrigin
 
 

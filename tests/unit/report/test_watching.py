@@ -24,10 +24,11 @@ from test_trackers import trained
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from trl_atropos.errors import PreflightError
-from trl_atropos.loss.metrics import METRICS
+from trl_atropos.report.metric_help import METRICS
 from trl_atropos.report.panel import NUMBERS, PanelCallback, RunPanel, WaitingCallback, sparkline
 from trl_atropos.report.prometheus import TOTALS, PrometheusCallback
-from trl_atropos.report.step_table import COLUMNS, StepTableCallback
+from trl_atropos.report.step_columns import COLUMNS
+from trl_atropos.report.step_table import StepTableCallback
 
 
 LOGS = {

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import warnings
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,13 +19,24 @@ from accelerate.parallelism_config import ParallelismConfig
 from trl import ModelConfig, TrlParser
 
 from trl_atropos import AtroposConfig
-from trl_atropos.data.options import DataConfig
-from trl_atropos.loss.options import LossOptions
-from trl_atropos.weight_sync.options import PublishConfig
+from trl_atropos.data.options import DataOptions
+from trl_atropos.loss.options import LossOptions, StepOptions
+from trl_atropos.policy.options import PolicyOptions
+from trl_atropos.report.options import ReportOptions
+from trl_atropos.weight_sync.options import WeightSyncOptions
 
 
 REPOSITORY = Path(__file__).parents[3]
 SCRIPT = REPOSITORY / "examples" / "scripts" / "atropos.py"
+CONFIG_CLASSES = (
+    AtroposConfig,
+    DataOptions,
+    PolicyOptions,
+    LossOptions,
+    StepOptions,
+    WeightSyncOptions,
+    ReportOptions,
+)
 QUICKSTART = REPOSITORY / "examples" / "configs" / "quickstart.yaml"
 
 
@@ -35,7 +46,7 @@ def config(**options: Any) -> AtroposConfig:
 
 def declared_options() -> set[str]:
     """The options in the bodies of our classes, as opposed to those of TrainingArguments."""
-    trees = [ast.parse(inspect.getsource(config_class)) for config_class in (AtroposConfig, DataConfig, PublishConfig)]
+    trees = [ast.parse(inspect.getsource(config_class)) for config_class in CONFIG_CLASSES]
     body = [
         statement for tree in trees for node in ast.walk(tree) if hasattr(node, "bases") for statement in node.body
     ]
@@ -56,7 +67,7 @@ class TestDefaults:
 
     def test_of_the_loss_are_plain_dapo_against_the_policy_that_sampled(self):
         args = config()
-        assert args.loss_options == LossOptions()
+        assert {option.name: getattr(args, option.name) for option in fields(StepOptions)} == asdict(StepOptions())
         assert (args.loss_type, args.importance_sampling_level) == ("dapo", "token")
         assert (args.epsilon, args.epsilon_high, args.delta) == (0.2, None, None)
         assert (args.beta, args.ref_logprobs, args.entropy_coef, args.distillation_coef) == (
@@ -68,7 +79,7 @@ class TestDefaults:
         assert (args.vllm_importance_sampling_correction, args.off_policy_mask_threshold) == (False, None)
         assert (args.mask_truncated_completions, args.max_completion_length) == (False, None)
         assert (args.scale_rewards, args.advantage_normalization, args.advantage_clipping) == ("group", "none", None)
-        assert (args.inference_logprobs, args.needs_inference_logprobs) == ("require", True)
+        assert (args.inference_logprobs, args.required_logprobs) == ("require", ("inference_logprobs",))
 
     def test_of_the_forward_pass_find_the_best_layout_and_form_no_batches_by_tokens(self):
         args = config()
@@ -251,7 +262,7 @@ class TestAccepted:
         ],
     )
     def test_which_losses_stop_at_a_rollout_without_logprobs(self, options, needs):
-        assert config(**options).needs_inference_logprobs is needs
+        assert ("inference_logprobs" in config(**options).required_logprobs) is needs
 
     @pytest.mark.parametrize(
         ("spelling", "meaning"),
@@ -292,7 +303,7 @@ class TestRoundTrip:
         assert {name: getattr(again, name) for name in declared_options()} == {
             name: getattr(args, name) for name in declared_options()
         }
-        assert again.loss_options == args.loss_options
+        assert again.required_logprobs == args.required_logprobs
 
     def test_the_dictionary_is_json(self):
         assert json.loads(config(**self.OPTIONS).to_json_string())["advantage_clipping"] == [-5.0, 5.0]

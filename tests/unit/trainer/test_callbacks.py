@@ -7,9 +7,9 @@ import io
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from trl_atropos.loss.metrics import METRICS
+from trl_atropos.report.metric_help import METRICS
 from trl_atropos.report.step_table import StepTableCallback
-from trl_atropos.trainer.callbacks import PublishPolicyCallback
+from trl_atropos.trainer.callbacks import StepCallback
 
 
 LOGS = {
@@ -23,7 +23,7 @@ LOGS = {
 }
 
 
-class TestPublishPolicyCallback:
+class TestStepCallback:
     @pytest.mark.parametrize(
         ("weight_sync_steps", "published_after"), [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4]), (9, [0])]
     )
@@ -31,7 +31,7 @@ class TestPublishPolicyCallback:
         self, tmp_path, weight_sync_steps: int, published_after: list[int]
     ):
         state, published = TrainerState(max_steps=5), []
-        callback = PublishPolicyCallback(lambda: published.append(state.global_step), weight_sync_steps)
+        callback = StepCallback(lambda: None, lambda: published.append(state.global_step), weight_sync_steps)
         context = (TrainingArguments(output_dir=str(tmp_path)), state, TrainerControl())
         callback.on_train_begin(*context)
         for state.global_step in range(1, 6):
@@ -40,10 +40,19 @@ class TestPublishPolicyCallback:
 
     def test_last_step_is_published_between_two_intervals(self, tmp_path):
         state, published = TrainerState(max_steps=3, global_step=3), []
-        callback = PublishPolicyCallback(lambda: published.append(state.global_step), 2)
+        callback = StepCallback(lambda: None, lambda: published.append(state.global_step), 2)
         control = TrainerControl(should_training_stop=True)
         callback.on_step_end(TrainingArguments(output_dir=str(tmp_path)), state, control)
         assert published == [3]
+
+    def test_a_batch_is_marked_as_trained_after_the_publish_of_its_step_and_also_without_servers(self, tmp_path):
+        done: list[str] = []
+        context = (TrainingArguments(output_dir=str(tmp_path)), TrainerState(global_step=1), TrainerControl())
+        StepCallback(lambda: done.append("mark"), lambda: done.append("publish")).on_step_end(*context)
+        without_servers = StepCallback(lambda: done.append("mark"))
+        without_servers.on_train_begin(*context)
+        without_servers.on_step_end(*context)
+        assert done == ["publish", "mark", "mark"]
 
 
 class TestStepTableCallback:

@@ -24,7 +24,7 @@ from trl_atropos.errors import (
     VLLMServerUnreachable,
     WeightSyncError,
 )
-from trl_atropos.loss.metrics import EVALUATION_METRICS
+from trl_atropos.report.metric_help import EVALUATION_METRICS
 from trl_atropos.trainer.evaluation import EnvironmentEvals, EvalPrompt, evaluate_prompts, load_prompts
 from trl_atropos.weight_sync.client import AtroposVLLMClient
 

@@ -10,7 +10,7 @@ import pytest
 from scripted_server import ScriptedServer
 
 from trl_atropos.errors import VLLMServerError
-from trl_atropos.trainer.servers import Connections
+from trl_atropos.trainer.servers import Servers
 from trl_atropos.weight_sync.client import AtroposVLLMClient
 
 
@@ -23,10 +23,10 @@ def servers() -> Iterator[list[ScriptedServer]]:
 
 
 @pytest.fixture
-def connections(servers: list[ScriptedServer]) -> Connections:
+def connections(servers: list[ScriptedServer]) -> Servers:
     clients = [AtroposVLLMClient(server.base_url, connection_timeout=5, request_timeout=20) for server in servers]
     unused = SimpleNamespace()
-    return Connections(unused, clients, unused, unused, unused)
+    return Servers(unused, clients, unused, unused, unused)
 
 
 def test_whichever_server_knows_a_sequence_says_its_version(connections):

@@ -19,15 +19,15 @@ from scripted_server import ScriptedServer
 from tiny_models import perturb, tiny_llama
 
 from trl_atropos.errors import PublishConflictError, WeightSyncError, WeightSyncTimeout
-from trl_atropos.loss.metrics import METRICS
+from trl_atropos.report.metric_help import METRICS
 from trl_atropos.weight_sync import failures
 from trl_atropos.weight_sync.client import AtroposVLLMClient
-from trl_atropos.weight_sync.failures import FailurePolicy
+from trl_atropos.weight_sync.options import WeightSyncOptions
 from trl_atropos.weight_sync.probe import LogprobProbe
-from trl_atropos.weight_sync.publisher import PolicyPublisher, PublishOptions
+from trl_atropos.weight_sync.publisher import PolicyPublisher
 from trl_atropos.weight_sync.report import PHASES, PublishReport
-from trl_atropos.weight_sync.server_link import LinkOptions, ServerLink
-from trl_atropos.weight_sync.session import WeightSync, paused
+from trl_atropos.weight_sync.server_group import ServerGroup
+from trl_atropos.weight_sync.server_link import ServerLink
 from trl_atropos.weight_sync.transports.shm import SharedMemoryTransport
 from trl_atropos.weight_sync.transports.shm_segment import SEGMENT_DIR
 
@@ -65,32 +65,29 @@ class Publishing:
         action: str = "abort",
         *,
         timeout_s: float = 10.0,
-        sends_everything: bool = False,
-        full_interval: int | None = None,
-        link_options: LinkOptions | None = None,
+        **options: Any,
     ):
         self.server = server
         self.client = AtroposVLLMClient(
             server.base_url, connection_timeout=5, request_timeout=timeout_s, api_key="secret"
         )
-        self.link = ServerLink(self.client, SharedMemoryTransport(REPORTS_S), torch.bfloat16, link_options)
-        self.options = PublishOptions(
-            sends_everything=sends_everything,
-            full_interval=full_interval,
-            failure_policy=FailurePolicy(action, max_retries=2),
-            server_timeout_s=5,
+        self.options = WeightSyncOptions(
+            on_publish_failure=action,
+            max_publish_retries=2,
+            vllm_server_timeout=5,
+            **{"logprob_probe_interval": 1, **options},
         )
-        self.publisher = PolicyPublisher([self.link], self.options)
+        self.link = ServerLink(self.client, SharedMemoryTransport(REPORTS_S), torch.bfloat16, self.options)
+        self.servers = ServerGroup([self.link], self.options)
         self.probe = LogprobProbe(None, VOCAB_SIZE)
+        self.publisher = self.publisher_of(self.servers)
         server.requests.clear()
 
-    def sync(self, version: int) -> WeightSync:
-        return WeightSync(self.publisher, version, torch.bfloat16, lambda model: self.probe)
+    def publisher_of(self, servers: ServerGroup) -> PolicyPublisher:
+        return PolicyPublisher(self.options, torch.bfloat16, servers, make_probe=lambda model: self.probe)
 
     def publish(self, model: torch.nn.Module, version: int) -> PublishReport:
-        sync = self.sync(version)
-        sync.push(model)
-        return sync.deliver()
+        return self.publisher.publish(model, version)
 
     def failure(self, version: int = 1) -> WeightSyncError:
         with pytest.raises(WeightSyncError) as caught:
@@ -101,18 +98,17 @@ class Publishing:
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
     # Starts with another policy than the trainer's.
-    before = set(Path(SEGMENT_DIR).iterdir())
     with ScriptedServer(policy(seed=1)) as server:
         yield server
     assert server.offences == []
-    assert not {path for path in set(Path(SEGMENT_DIR).iterdir()) - before if path.name.startswith("trl_atropos")}
+    assert not {path.name for path in Path(SEGMENT_DIR).iterdir()} & server.segment_names
 
 
 @pytest.fixture
 def publishing(server: ScriptedServer) -> Iterator[Publishing]:
     publishing = Publishing(server)
     yield publishing
-    publishing.publisher.close()
+    publishing.servers.close()
 
 
 @pytest.fixture
@@ -166,26 +162,26 @@ class TestOrder:
 
     def test_everything_is_staged_before_the_pause(self, publishing, server):
         routes_while_staging = []
-        stage = publishing.publisher.stage
+        stage = publishing.servers.stage
 
         def watch(*args: Any) -> None:
             stage(*args)
             routes_while_staging.extend(server.routes)
 
-        publishing.publisher.stage = watch
+        publishing.servers.stage = watch
         publishing.publish(policy(), 0)
         assert routes_while_staging == CONNECT
 
     def test_keys_and_values_of_requests_in_flight_can_be_kept(self, server):
-        publishing = Publishing(server, link_options=LinkOptions(keep_kv_cache=True))
+        publishing = Publishing(server, vllm_keep_kv_cache=True)
         publishing.publish(policy(), 0)
         assert server.last("POST /pause").query["clear_cache"] == ["false"]
-        publishing.publisher.close()
+        publishing.servers.close()
 
     def test_a_sleeping_server_wakes_for_the_weights_first_and_for_the_cache_last(self, server):
-        publishing = Publishing(server, link_options=LinkOptions(sleeps=True))
+        publishing = Publishing(server, vllm_enable_sleep_mode=True)
         publishing.publish(policy(), 0)
-        publishing.publisher.sleep()
+        publishing.servers.sleep()
         assert server.state.asleep == {"weights", "kv_cache"}
         server.requests.clear()
         publishing.publish(policy(seed=2), 1)
@@ -200,15 +196,15 @@ class TestOrder:
         ]
         assert not server.state.asleep
         assert not server.state.is_paused
-        publishing.publisher.close()
+        publishing.servers.close()
 
     def test_sleeping_keeps_requests_in_flight(self, server):
-        publishing = Publishing(server, link_options=LinkOptions(sleeps=True))
+        publishing = Publishing(server, vllm_enable_sleep_mode=True)
         publishing.publish(policy(), 0)
-        publishing.publisher.sleep()
+        publishing.servers.sleep()
         # vLLM's own default is `abort`.
         assert server.last("POST /sleep").query == {"level": ["1"], "mode": ["keep"]}
-        publishing.publisher.close()
+        publishing.servers.close()
 
 
 class TestChangedOnly:
@@ -234,18 +230,18 @@ class TestChangedOnly:
         assert serves(server, model.merge_and_unload())
 
     def test_everything_is_sent_on_request(self, server):
-        publishing = Publishing(server, sends_everything=True)
+        publishing = Publishing(server, weight_sync_mode="full")
         model = self.model()
         for version in range(2):
             assert publishing.publish(model, version).mode == "full"
-        publishing.publisher.close()
+        publishing.servers.close()
 
     def test_everything_is_sent_every_so_many_publishes(self, server):
-        publishing = Publishing(server, full_interval=3)
+        publishing = Publishing(server, weight_sync_full_interval=3)
         model = self.model()
         modes = [publishing.publish(model, version).mode for version in range(7)]
         assert modes == ["full", "merged", "merged", "full", "merged", "merged", "full"]
-        publishing.publisher.close()
+        publishing.servers.close()
 
     def test_a_restarted_server_is_given_everything_although_only_a_part_was_staged(self, publishing, server):
         model = self.model()
@@ -375,7 +371,7 @@ class TestRetry:
         assert (report.num_retries, report.num_failures) == (1, 1)
         assert serves(server, policy())
         assert (server.state.weight_version, server.state.is_paused) == ("1", False)
-        publishing.publisher.close()
+        publishing.servers.close()
 
     @pytest.mark.parametrize("action", ["die", "answer and die"])
     @pytest.mark.parametrize("route", CONTROL_POSTS)
@@ -394,7 +390,7 @@ class TestRetry:
         assert report.num_failures >= 1
         assert serves(server, policy())
         assert (server.state.weight_version, server.state.is_paused) == ("1", False)
-        publishing.publisher.close()
+        publishing.servers.close()
 
     def test_a_server_that_restarted_in_between_is_recognised_without_a_failure(self, server):
         publishing = Publishing(server, "retry")
@@ -404,7 +400,7 @@ class TestRetry:
         report = publishing.publish(policy(), 1)
         assert (report.num_retries, report.num_failures) == (0, 0)
         assert serves(server, policy())
-        publishing.publisher.close()
+        publishing.servers.close()
 
     def test_it_ends_after_so_many_attempts_with_the_servers_state(self, server):
         publishing = Publishing(server, "retry")
@@ -413,19 +409,18 @@ class TestRetry:
         assert server.routes.count("POST /update_weights") == 3
         assert "holds no complete policy" in error.why
         assert server.state.is_paused
-        publishing.publisher.close()
+        publishing.servers.close()
 
     def test_a_server_that_stays_away_ends_the_run(self, server):
         publishing = Publishing(server, "retry")
-        publishing.publisher.options = PublishOptions(
-            failure_policy=FailurePolicy("retry", max_retries=1), server_timeout_s=0.2
-        )
+        publishing.options.max_publish_retries = 1
+        publishing.options.vllm_server_timeout = 0.2
         publishing.publish(policy(), 0)
         server.stop()
         error = publishing.failure()
         assert isinstance(error, WeightSyncTimeout)
         assert "is not healthy after 0 s (no connection)" in error.what
-        publishing.publisher.close()
+        publishing.servers.close()
 
     def test_pausing_goes_on_beyond_the_number_of_retries(self, server):
         publishing = Publishing(server, "pause")
@@ -433,7 +428,7 @@ class TestRetry:
         report = publishing.publish(policy(), 1)
         assert (report.num_retries, report.num_failures) == (5, 5)
         assert serves(server, policy())
-        publishing.publisher.close()
+        publishing.servers.close()
 
     def test_another_trainer_on_the_same_server_is_never_fought(self, server):
         publishing = Publishing(server, "pause")
@@ -442,7 +437,7 @@ class TestRetry:
         with pytest.raises(PublishConflictError, match=r"reports weight version '17', this trainer published 0"):
             publishing.publish(policy(), 1)
         assert "POST /start_weight_update" not in server.routes[len(FIRST_PUBLISH) :]
-        publishing.publisher.close()
+        publishing.servers.close()
 
 
 class TestVerify:
@@ -503,9 +498,9 @@ class TestProbeInterval:
 
     @pytest.fixture
     def publishing(self, server: ScriptedServer) -> Iterator[Publishing]:
-        publishing = Publishing(server, "retry", link_options=LinkOptions(probe_interval=3))
+        publishing = Publishing(server, "retry", logprob_probe_interval=3)
         yield publishing
-        publishing.publisher.close()
+        publishing.servers.close()
 
     def probed(self, publishing: Publishing, versions: range) -> list[bool]:
         return [publishing.publish(policy(seed=version), version).probe is not None for version in versions]
@@ -548,7 +543,7 @@ class TestSession:
     """`with weight_sync(version) as sync`: paused inside, resumed and proven afterwards."""
 
     def test_pauses_on_entry_and_delivers_at_the_end(self, publishing, server):
-        with paused(publishing.sync(4)) as sync:
+        with publishing.publisher.weight_sync(4) as sync:
             assert server.routes == ["POST /pause"]
             sync.push(policy())
             assert server.routes == ["POST /pause", *CONNECT]
@@ -558,20 +553,20 @@ class TestSession:
         assert sync.report.probe.mean_abs_diff < 0.05
 
     def test_takes_pairs_of_name_and_tensor(self, publishing, server):
-        with paused(publishing.sync(1)) as sync:
+        with publishing.publisher.weight_sync(1) as sync:
             sync.push((name, parameter.detach()) for name, parameter in policy().named_parameters())
         assert serves(server, policy())
         assert sync.report.probe is None
         assert "POST /v1/completions" not in server.routes
 
     def test_a_second_push_replaces_the_first(self, publishing, server):
-        with paused(publishing.sync(1)) as sync:
+        with publishing.publisher.weight_sync(1) as sync:
             sync.push(policy(seed=5))
             sync.push(policy())
         assert serves(server, policy())
 
     def test_an_error_inside_leaves_the_server_paused_with_the_old_policy(self, publishing, server):
-        with pytest.raises(KeyError), paused(publishing.sync(1)) as sync:
+        with pytest.raises(KeyError), publishing.publisher.weight_sync(1) as sync:
             sync.push(policy())
             raise KeyError("a tensor")
         assert server.state.is_paused
@@ -584,7 +579,7 @@ class TestSession:
     def test_nothing_pushed_is_an_error(self, publishing, server):
         with (
             pytest.raises(WeightSyncError, match=r"Nothing was pushed as policy version 1"),
-            paused(publishing.sync(1)),
+            publishing.publisher.weight_sync(1),
         ):
             pass
         assert server.state.is_paused
@@ -606,18 +601,16 @@ class TestSeveralServers:
     def test_all_hold_the_policy_and_a_failing_one_does_not_hold_up_the_other(self, server, fast_retries):
         with ScriptedServer(policy(seed=2)) as second:
             both = [Publishing(server, "retry"), Publishing(second, "retry")]
-            publisher = PolicyPublisher([publishing.link for publishing in both], both[0].options)
+            servers = ServerGroup([publishing.link for publishing in both], both[0].options)
             second.script["POST /update_weights"] = [500, None]
-            sync = WeightSync(publisher, 3, torch.bfloat16, lambda model: both[0].probe)
-            sync.push(policy())
-            report = sync.deliver()
+            report = both[0].publisher_of(servers).publish(policy(), 3)
             assert (report.num_retries, report.num_failures) == (1, 1)
             for each in (server, second):
                 assert serves(each, policy())
                 assert (each.state.weight_version, each.state.is_paused) == ("3", False)
             # The healthy one was published to once.
             assert server.routes.count("POST /update_weights") == 1
-            publisher.close()
+            servers.close()
             assert second.offences == []
 
 

@@ -59,6 +59,8 @@ class TestNames:
             "sem." + GOOD_NAME,
             GOOD_NAME[:-1] + "/",
         ],
+        # The names are other ones in every process, and several processes must agree on the tests.
+        ids=range(10),
     )
     def test_a_name_that_could_point_elsewhere_is_refused(self, name):
         with pytest.raises(ValueError, match="is not the name of a weight segment"):

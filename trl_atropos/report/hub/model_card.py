@@ -12,11 +12,13 @@ from typing import Any
 from huggingface_hub import ModelCard
 from trl.trainer.utils import generate_model_card
 
+from ...data.options import DataOptions
 from ...errors import PreflightError
-from ...trainer.atropos_config import AtroposConfig
+from ...loss.loss_types import papers_of
+from ...loss.options import StepOptions
 from ..plots import PLOTS, save_png, series_of
 from ..run_files import LogEntry, RunFiles, read_run_files
-from .citations import ATROPOS, papers_of
+from .citations import ATROPOS
 from .merged import MERGED_DIR
 from .run_model import model_files
 from .training_config import TRAINING_CONFIG_FILE
@@ -223,14 +225,15 @@ def _window(values: Sequence[float]) -> int:
 
 
 def _loss(config: Mapping[str, Any]) -> list[str]:
-    options = all_options(config)
+    options = options_of(config)
     named = [f"`{name}` {options[name]}" for name in LOSS_OPTIONS if options[name] not in (None, False)]
     return ["### Loss", "; ".join(named) + "."]
 
 
-def all_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the trainer: what a configuration says, and defaults for the rest."""
-    return {field.name: config.get(field.name, field.default) for field in fields(AtroposConfig)}
+def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of loss and data: what a configuration says, and defaults for the rest."""
+    options = (*fields(DataOptions), *fields(StepOptions))
+    return {field.name: config.get(field.name, field.default) for field in options}
 
 
 def _reproduce(run: RunFiles | None, config: Mapping[str, Any]) -> list[str]:
@@ -264,7 +267,7 @@ def _with_parts(section: str, run: RunFiles | None) -> str:
 
 
 def _papers(config: Mapping[str, Any]) -> str:
-    papers = papers_of(all_options(config))
+    papers = papers_of(options_of(config))
     if not papers:
         return ""
     entries = "\n\n".join(paper.bibtex() for paper in papers)

@@ -28,7 +28,7 @@ from ..weights.adapter import Adapter, AdapterNeeds
 
 
 if TYPE_CHECKING:
-    from ..client import AtroposVLLMClient
+    from ..control import VLLMControl
 
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class SavedAdapter:
     write_s: float
 
 
-def check_server(client: AtroposVLLMClient, needs: AdapterNeeds, *, keep: int = 2) -> None:
+def check_server(client: VLLMControl, needs: AdapterNeeds, *, keep: int = 2) -> None:
     """Refuse a server that cannot load adapters of this trainer.
 
     Args:
@@ -158,7 +158,7 @@ class RoutedAdapter:
     num_in_flight: dict[str, int]
 
 
-def routed_adapter(client: AtroposVLLMClient) -> RoutedAdapter:
+def routed_adapter(client: VLLMControl) -> RoutedAdapter:
     """Ask a server which adapter answers for the model, and which ones are in use."""
     answer = client._get(f"{client.base_url}/atropos/adapter")
     counts = answer.get_typed("num_in_flight", dict)
@@ -178,7 +178,7 @@ class AdapterTransfer:
             How many adapters stay loaded: of the newest policy and of those before it.
     """
 
-    def __init__(self, clients: Sequence[AtroposVLLMClient], directory: Path, *, keep: int = 2):
+    def __init__(self, clients: Sequence[VLLMControl], directory: Path, *, keep: int = 2):
         self.directory = Path(directory).absolute()
         self.keep = keep
         self._run = secrets.token_hex(4)
@@ -215,7 +215,7 @@ class AdapterTransfer:
             raise
         return SavedAdapter(name, path, policy_version, num_bytes, time.perf_counter() - start)
 
-    def load(self, client: AtroposVLLMClient, saved: SavedAdapter) -> dict[str, float]:
+    def load(self, client: VLLMControl, saved: SavedAdapter) -> dict[str, float]:
         """Have a server serve an adapter. May be called again after a failure.
 
         Args:
@@ -242,7 +242,7 @@ class AdapterTransfer:
         client.set_weight_version(str(saved.policy_version))
         return {"load": loaded - start, "finish": time.perf_counter() - loaded}
 
-    def discard_old(self, client: AtroposVLLMClient) -> list[str]:
+    def discard_old(self, client: VLLMControl) -> list[str]:
         """Have a server forget our adapters but the newest, and remove what no server reads any more.
 
         An adapter that a request still uses stays until a later call, and its files until the one after that. What an
@@ -276,7 +276,7 @@ class AdapterTransfer:
                 shutil.rmtree(path)
 
 
-def _load_error(client: AtroposVLLMClient, saved: SavedAdapter, exc: VLLMServerError) -> WeightSyncError:
+def _load_error(client: VLLMControl, saved: SavedAdapter, exc: VLLMServerError) -> WeightSyncError:
     if exc.status_code == 404 and saved.name in exc.detail:
         return WeightSyncError(
             f"The vLLM server at {client.base_url} does not find the adapter in {saved.path}.",

@@ -13,12 +13,12 @@ from .backends import NO_TRANSPORT_FIX, NO_TRANSPORT_WHY, describe_no_transport,
 if TYPE_CHECKING:
     import torch
 
-    from ..client import AtroposVLLMClient
+    from ..control import VLLMControl
 
 
 def make_transport(
     backend: str | None,
-    client: AtroposVLLMClient,
+    client: VLLMControl,
     device: torch.device,
     *,
     timeout_s: float,

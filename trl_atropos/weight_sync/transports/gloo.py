@@ -35,7 +35,7 @@ from .reports import (
 
 
 if TYPE_CHECKING:
-    from ..client import AtroposVLLMClient
+    from ..control import VLLMControl
 
 
 TRAINER_RANK = 0
@@ -183,7 +183,7 @@ class GlooTransport:
         self.host = host
         self.port = port
         self.chunk_bytes = chunk_bytes
-        self._client: AtroposVLLMClient | None = None
+        self._client: VLLMControl | None = None
         self._layout: PolicyLayout | None = None
         self._memory = torch.zeros(0, dtype=torch.uint8)
         self._store: Store | None = None
@@ -191,7 +191,7 @@ class GlooTransport:
         self._num_workers = 0
         self._sequence = 0
 
-    def open(self, client: AtroposVLLMClient, layout: PolicyLayout) -> torch.Tensor:
+    def open(self, client: VLLMControl, layout: PolicyLayout) -> torch.Tensor:
         """Meet the workers. See `WeightTransport.open`."""
         self.close()
         num_workers = client.get_world_size()

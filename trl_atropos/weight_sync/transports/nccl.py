@@ -20,7 +20,7 @@ from .reports import describe_tensors
 
 
 if TYPE_CHECKING:
-    from ..client import AtroposVLLMClient
+    from ..control import VLLMControl
 
 
 logger = logging.getLogger(__name__)
@@ -56,12 +56,12 @@ class NcclTransport:
         self.timeout_s = timeout_s
         self.host = host
         self.port = port
-        self._client: AtroposVLLMClient | None = None
+        self._client: VLLMControl | None = None
         self._layout: PolicyLayout | None = None
         self._memory: torch.Tensor | None = None
         self._group: Any = None
 
-    def open(self, client: AtroposVLLMClient, layout: PolicyLayout) -> torch.Tensor:
+    def open(self, client: VLLMControl, layout: PolicyLayout) -> torch.Tensor:
         """Join the workers in an NCCL group. See `WeightTransport.open`."""
         self.close()
         if self.device.type != "cuda":
@@ -146,7 +146,7 @@ class NcclTransport:
             yield spec.name, self._layout.view(self._memory, spec).to(self.device, non_blocking=True)
 
 
-def disconnect(client: AtroposVLLMClient) -> None:
+def disconnect(client: VLLMControl) -> None:
     """Free the workers of a server from the trainer before, which may have been killed at any point.
 
     Raises:

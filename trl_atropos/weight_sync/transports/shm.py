@@ -25,7 +25,7 @@ from .shm_segment import REPORT_BYTES, SEGMENT_DIR, SEGMENT_PATTERN, segment_pat
 
 
 if TYPE_CHECKING:
-    from ..client import AtroposVLLMClient
+    from ..control import VLLMControl
 
 
 logger = logging.getLogger(__name__)
@@ -44,13 +44,13 @@ class SharedMemoryTransport:
 
     def __init__(self, timeout_s: float = 300.0) -> None:
         self.timeout_s = timeout_s
-        self._client: AtroposVLLMClient | None = None
+        self._client: VLLMControl | None = None
         self._layout: PolicyLayout | None = None
         self._mapping: mmap.mmap | None = None
         self._num_workers = 0
         self._sequence = 0
 
-    def open(self, client: AtroposVLLMClient, layout: PolicyLayout) -> torch.Tensor:
+    def open(self, client: VLLMControl, layout: PolicyLayout) -> torch.Tensor:
         """Create the segment, let every worker map it, then remove its name. See `WeightTransport.open`."""
         self.close()
         num_workers = client.get_world_size()

@@ -1,0 +1,258 @@
+"""Rank 0 makes optimizer steps of the batches that come.
+
+    prepared batch -> staleness -> quarantine -> advantages -> a step, dealt to the ranks
+
+Shape letters: B rollouts of a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..errors import AtroposProtocolError
+from ..loss.advantages import group_advantages
+from ..loss.metrics import Metric, mean_of
+from ..loss.options import StepOptions
+from ..types import IGNORE_INDEX, RejectedGroup, Rollout, RolloutBatch, RolloutGroup
+from ..wire.journal import Journal
+from .environment_metrics import EnvironmentMetrics
+from .history import TrainerHistory
+from .micro_batches import Dealer, MicroBatch
+from .options import DataOptions
+from .prefetch import Prefetcher
+from .prepare import PreparedBatch, Progress
+from .quarantine import Quarantine
+from .rollout_metrics import are_truncated, dropped_metrics, rollout_metrics
+from .staleness import StalenessResult, limit_staleness
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step as rank 0 hands it out: for each rank its micro-batches. Without any, the data is at its end."""
+
+    micro_batches: list[list[MicroBatch]] | None
+    num_tokens: int = 0
+    num_trained: int = 0
+    num_dropped: int = 0
+    metrics: dict[str, Metric] = field(default_factory=dict)
+
+
+class StepMaker:
+    """Takes batches until one has something to train, and deals it. Exists on rank 0 only.
+
+    Args:
+        batches (`Iterator[PreparedBatch]`):
+            Where they come from, in order.
+        dealer ([`~data.micro_batches.Dealer`]):
+            Cuts a step into micro-batches.
+        progress ([`~data.prepare.Progress`]):
+            Of the trainer, asked when a batch is consumed.
+        data ([`~data.options.DataOptions`]):
+            Which batches are trained.
+        step ([`~loss.options.StepOptions`]):
+            What becomes of their rewards, and which logprobs they must have.
+        quarantine ([`~data.quarantine.Quarantine`]):
+            Takes refused groups.
+        journal ([`~wire.journal.Journal`], *optional*):
+            Where dropped groups are noted.
+        eos_token_ids (`frozenset[int]`, *optional*):
+            Tokens that end a completion, if they are known.
+
+    Attributes:
+        next_batch (`int`):
+            Number of the first batch that was not handed out.
+        groups (`tuple[RolloutGroup, ...]`):
+            Those of the step that was handed out last.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[PreparedBatch],
+        dealer: Dealer,
+        progress: Progress,
+        data: DataOptions,
+        step: StepOptions,
+        *,
+        quarantine: Quarantine,
+        journal: Journal | None = None,
+        eos_token_ids: frozenset[int] | None = None,
+        next_batch: int = 0,
+    ):
+        self.next_batch = next_batch
+        self.groups: tuple[RolloutGroup, ...] = ()
+        self._data = data
+        self._step = step
+        self._dealer = dealer
+        self._progress = progress
+        self._quarantine = quarantine
+        self._journal = journal
+        self._eos_token_ids = eos_token_ids
+        self._environment_metrics = EnvironmentMetrics(data.env_names)
+        self._history = TrainerHistory(data.max_staleness)
+        self._prefetcher = Prefetcher(batches)
+
+    def take(self, *, prefetches: bool) -> Step:
+        """Make the next step; with `prefetches`, begin to fetch the batch of the one after it."""
+        rejected: list[RejectedGroup] = []
+        stale: list[RolloutGroup] = []
+        start = time.perf_counter()
+        while True:
+            prepared = self._prefetcher.take()
+            if prepared is None:
+                return Step(None)
+            if prepared.fetched.loss is not None:
+                self._quarantine.add_lost_batch(prepared.fetched.loss)
+                continue
+            version = self._progress.policy_version
+            result = self._sift(prepared, version)
+            rejected += prepared.batch.rejected
+            stale += result.dropped
+            if result.kept:
+                break
+        wait_s = time.perf_counter() - start
+        if prefetches:
+            self._prefetcher.start()
+        groups = result.kept
+        self.groups = tuple(groups)
+        for name in self._step.required_logprobs:
+            _check_logprobs(groups, name)
+        metrics = self._metrics(prepared, result, rejected, stale, version)
+        metrics["perf/batch_wait_s"] = mean_of(wait_s)
+        rollouts = with_advantages(groups, self._step.scale_rewards)
+        if self._step.mask_truncated_completions:
+            assert self._eos_token_ids is not None, "eos_token_ids() refuses a run without any"
+            rollouts = _untrain_truncated(rollouts, self._eos_token_ids)
+        num_dropped = sum(group.num_rollouts for group in rejected) + sum(len(group.rollouts) for group in stale)
+        num_tokens = sum(rollout.num_tokens for rollout in rollouts)
+        return Step(self._dealer.deal(rollouts), num_tokens, len(rollouts), num_dropped, metrics)
+
+    def _sift(self, prepared: PreparedBatch, version: int) -> StalenessResult:
+        """Quarantine what was refused, and drop or down-weight what is too old for the policy `version`."""
+        fetched, batch, data = prepared.fetched, prepared.batch, self._data
+        self.next_batch = fetched.number + 1
+        self._quarantine.add(fetched.number, fetched.raw_groups, batch.rejected)
+        self._check_size(batch)
+        for finding in self._history.add(batch.groups, batch.rejected, version):
+            logger.warning(f"{finding} See `{finding.name}` in docs/troubleshooting.md.")
+        result = limit_staleness(
+            batch.groups, version, prepared.fetched_version, data.max_staleness, data.stale_rollouts
+        )
+        if result.dropped:
+            self._report_stale(fetched.number, batch.groups, result.dropped)
+        return result
+
+    def _metrics(
+        self,
+        prepared: PreparedBatch,
+        result: StalenessResult,
+        rejected: Sequence[RejectedGroup],
+        stale: Sequence[RolloutGroup],
+        version: int,
+    ) -> dict[str, Metric]:
+        groups, eos_token_ids = result.kept, self._eos_token_ids
+        metrics = {
+            **rollout_metrics(groups, version, eos_token_ids),
+            **dropped_metrics(stale),
+            "staleness/downweighted_frac": mean_of(result.num_downweighted / len(groups)),
+            "data/replayed": mean_of(float(prepared.fetched.is_replayed)),
+            "data/num_unknown_fields": mean_of(float(sum(len(group.unknown_fields) for group in groups))),
+            "perf/fetch_s": mean_of(prepared.fetch_s),
+        }
+        return metrics | self._environment_metrics.of_step(
+            groups,
+            rejected,
+            stale,
+            policy_version=version,
+            eos_token_ids=eos_token_ids,
+            fetched_ago_s=time.monotonic() - prepared.fetched_at,
+        )
+
+    def _report_stale(self, number: int, groups: Sequence[RolloutGroup], dropped: Sequence[RolloutGroup]) -> None:
+        logger.warning(
+            f"Dropped {len(dropped)} of {len(groups)} groups of batch {number}: staler than max_staleness "
+            f"({self._data.max_staleness})."
+        )
+        if self._journal is not None:
+            origins = [group.rollouts[0].origin for group in dropped]
+            indices = [origin.group for origin in origins if origin is not None]
+            self._journal.mark("dropped", number, groups=indices, reason="stale")
+
+    def _check_size(self, batch: RolloutBatch) -> None:
+        size = len(batch.rollouts) + sum(rejected.num_rollouts for rejected in batch.rejected)
+        if size > self._dealer.batch_size:
+            raise AtroposProtocolError(
+                f"The API handed out a batch of {size} rollouts, this run trains {self._dealer.batch_size} a step.",
+                "The API is registered with another batch_size, by another trainer or an earlier run.",
+                "Restart run-api and the environments, or set --per_device_train_batch_size and "
+                "--gradient_accumulation_steps to its batch size (GET /info).",
+            )
+
+
+def with_advantages(groups: Sequence[RolloutGroup], scale_rewards: str) -> list[Rollout]:
+    """Give every rollout of a batch token-level advantages.
+
+    Those that the environment sent are kept. A rollout without them gets the advantage of its reward within the group,
+    the same at every trained token.
+
+    Args:
+        groups (sequence of [`RolloutGroup`]):
+            Of one optimizer step.
+        scale_rewards (`str`):
+            See [`~trl_atropos.loss.advantages.group_advantages`].
+
+    Returns:
+        `list[Rollout]`: group after group.
+    """
+    rewards = [torch.tensor([rollout.reward for rollout in group.rollouts], dtype=torch.float32) for group in groups]
+    of_batch = torch.cat(rewards).double() if rewards else torch.zeros(0)
+    batch_std = of_batch.std().item() if of_batch.numel() > 1 else 0.0
+    return [
+        rollout
+        if rollout.advantages is not None
+        else replace(rollout, advantages=torch.where(rollout.labels != IGNORE_INDEX, advantage, 0.0))
+        for group, group_rewards in zip(groups, rewards, strict=True)
+        for rollout, advantage in zip(
+            group.rollouts, group_advantages(group_rewards, scale_rewards, batch_std), strict=True
+        )
+    ]
+
+
+def _untrain_truncated(rollouts: Sequence[Rollout], eos_token_ids: frozenset[int]) -> list[Rollout]:
+    """Take every token of the rollouts that end in the middle of a completion out of the loss."""
+    is_truncated = are_truncated(rollouts, eos_token_ids)
+    if is_truncated.all():
+        logger.warning(
+            "mask_truncated_completions: no rollout of this batch ends with an end-of-sequence token, so none is "
+            "trained. If the environment stops completions at a string, set --mask_truncated_completions false."
+        )
+    return [
+        replace(rollout, labels=torch.full_like(rollout.labels, IGNORE_INDEX)) if truncated else rollout
+        for rollout, truncated in zip(rollouts, is_truncated.tolist(), strict=True)
+    ]
+
+
+def _check_logprobs(groups: Sequence[RolloutGroup], name: str) -> None:
+    for rollout in (rollout for group in groups for rollout in group.rollouts):
+        if getattr(rollout, name) is not None:
+            continue
+        what = f"The rollout of {rollout.origin} has no complete `{name}`."
+        if name == "ref_logprobs":
+            raise AtroposProtocolError(
+                what,
+                "ref_logprobs=require takes the reference of the KL term from the environment, for every trained token.",
+                "Let the environment send them, or set --ref_logprobs recompute.",
+            )
+        raise AtroposProtocolError(
+            what,
+            "The importance ratio needs the logprob of every trained token.",
+            "In the environment, build rollouts with ManagedServer in collect_trajectories; or set "
+            "--inference_logprobs use (such rollouts count as on-policy) or --loss_type weighted_sft.",
+        )

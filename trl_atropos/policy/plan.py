@@ -1,0 +1,219 @@
+"""Which layout a model can take, and whether its head may be called piece by piece: found out once, at the start.
+
+A few made-up sequences are scored in every way and compared with each sequence run alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..distributed import largest_over_ranks
+from ..errors import PreflightError
+from .layouts import lay_out, layout_inputs
+from .logprobs import evaluating
+from .scoring import ForwardPlan, PolicyScorer
+from .tree_attention import TREE_SDPA, register_tree_attention
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+logger = logging.getLogger(__name__)
+
+TREE_IMPLEMENTATIONS = ("sdpa", TREE_SDPA, "eager", "flex_attention")
+"""Attention implementations that take an arbitrary mask."""
+
+CHECK_LENGTH = 24
+"""Longest made-up sequence in tokens: long enough to fork twice."""
+
+CHECK_TOLERANCE = 1e-4
+PADDED_TOLERANCE_EPS = 40.0
+"""Accepted mean |logprob difference| in nats of padded rows: the larger of both, the second in units of the arithmetic's
+epsilon. Rounding in bfloat16 alone makes up to about 10 of them."""
+
+LAYOUT_TOLERANCE_RATIO = 4.0
+"""Accepted difference of another layout, in units of that of padded rows: both are sums in another order. In bfloat16 a
+trained model shows a ratio of 1.5, one whose recurrent layers run on from a sequence into the next 70 and more."""
+
+WINDOW_NAMES = ("sliding_window", "window_size")
+"""What configs call the number of tokens that a token attends to."""
+
+MODEL_ERRORS = (ValueError, RuntimeError, TypeError, IndexError)
+"""What models raise when they cannot take a layout."""
+
+
+def plan_forward(
+    model: PreTrainedModel,
+    wrapped: nn.Module,
+    requested: str,
+    *,
+    max_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    autocast: Callable[[], Any] = nullcontext,
+) -> ForwardPlan:
+    """Find the best way to make forward passes that gives the logprobs of each sequence run alone.
+
+    A collective call: every rank makes the same forward passes, and all take the same decision.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The unwrapped model.
+        wrapped (`nn.Module`):
+            The model as it will be called.
+        requested (`str`):
+            `"auto"`, or one of `layouts.LAYOUTS`.
+        max_length (`int`):
+            Longest rollout in tokens, prompt included.
+        dtype (`torch.dtype`):
+            In which the forward computes.
+        device (`torch.device`):
+            Where.
+        autocast (`Callable`, *optional*):
+            See [`PolicyScorer`].
+
+    Returns:
+        [`ForwardPlan`]: its `fallbacks` are logged as warnings.
+
+    Raises:
+        PreflightError: the layout that was asked for gives other logprobs, or even padded rows do.
+    """
+    config = model.config.get_text_config()
+    eps = torch.finfo(dtype).eps
+    groups = _check_sequences(config.vocab_size, min(max_length, CHECK_LENGTH))
+    fallbacks: list[str] = []
+
+    def difference(plan: ForwardPlan) -> float:
+        return largest_over_ranks(_difference_to_alone(PolicyScorer(model, plan, autocast), wrapped, groups, device))
+
+    with evaluating(model), torch.no_grad():
+        in_pieces, padded_difference = _check_padded(
+            model, difference, max(CHECK_TOLERANCE, PADDED_TOLERANCE_EPS * eps), fallbacks
+        )
+        tolerance = max(CHECK_TOLERANCE, eps, LAYOUT_TOLERANCE_RATIO * padded_difference)
+        for layout in ("tree", "packed", "padded") if requested == "auto" else (requested,):
+            reason = _cannot(layout, config, max_length)
+            if reason is None and layout != "padded":
+                implementation = config._attn_implementation
+                if layout == "tree" and implementation == "sdpa" and device.type == "cpu":
+                    # For good: gradient checkpointing runs the layers again in the backward pass.
+                    register_tree_attention()
+                    model.set_attn_implementation(TREE_SDPA)
+                reason = _refused(difference, ForwardPlan(layout, in_pieces), tolerance)
+                if reason is not None and implementation != config._attn_implementation:
+                    model.set_attn_implementation(implementation)
+            if reason is None:
+                break
+            if requested != "auto":
+                raise PreflightError(
+                    f"sequence_layout is {requested}, and {reason}.",
+                    "The gradient would be that of other probabilities than the rollouts were sampled with.",
+                    "Set --sequence_layout auto.",
+                )
+            fallbacks.append(f"the {layout} layout is not used: {reason}")
+    for fallback in fallbacks:
+        logger.warning(f"Forward passes are slower than they could be: {fallback}.")
+    logger.info(f"Layout of micro-batches: {layout}")
+    return ForwardPlan(layout, in_pieces, tuple(fallbacks))
+
+
+def _check_padded(
+    model: PreTrainedModel, difference: Callable[[ForwardPlan], float], tolerance: float, fallbacks: list[str]
+) -> tuple[bool, float]:
+    """Whether the head may be called piece by piece, and how far padded rows are from sequences run alone, in nats."""
+    if _is_sharded(model.get_output_embeddings()):
+        fallbacks.append("the head's weight is sharded, so the logits of a micro-batch are made at once")
+    else:
+        distance = difference(ForwardPlan("padded", True))
+        if distance <= tolerance:
+            return True, distance
+        fallbacks.append(
+            f"the model changes its logits in an unknown way (mean |logprob difference| {distance:.2g} nats), so those of a "
+            "micro-batch are made at once"
+        )
+    distance = difference(ForwardPlan("padded", False))
+    if not distance <= tolerance:
+        raise PreflightError(
+            f"Padded rows give other logprobs than each sequence run alone: mean difference {distance:.2g} nats.",
+            "The model does not respect attention_mask, so the loss of a rollout would depend on its neighbours.",
+            "Set --per_device_train_batch_size 1, or another --attn_implementation.",
+        )
+    return False, distance
+
+
+def _refused(difference: Callable[[ForwardPlan], float], plan: ForwardPlan, tolerance: float) -> str | None:
+    """Why the comparison speaks against a layout; None if it does not."""
+    try:
+        distance = difference(plan)
+    except MODEL_ERRORS as exc:
+        return f"the model cannot take it ({type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else 'no reason given'})"
+    if distance <= tolerance:
+        return None
+    return f"it gives other logprobs on this model: mean difference {distance:.2g} nats"
+
+
+def _cannot(layout: str, config: Any, max_length: int) -> str | None:
+    """Why a layout is out of the question, as far as the config tells; None if it may work."""
+    if layout != "tree":
+        return None
+    implementation = config._attn_implementation
+    if implementation not in TREE_IMPLEMENTATIONS:
+        return f"attention implementation {implementation} takes no mask; {', '.join(TREE_IMPLEMENTATIONS)} do"
+    # The made-up sequences are shorter than most windows: this would not show in the comparison.
+    for name in WINDOW_NAMES:
+        window = getattr(config, name, None)
+        if isinstance(window, int) and window < max_length and getattr(config, "use_sliding_window", True):
+            return f"the model's {name.replace('_', ' ')} of {window} tokens is shorter than max_length ({max_length})"
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None and chunk < max_length:
+        return f"the model's attention chunks of {chunk} tokens are shorter than max_length ({max_length})"
+    return None
+
+
+def _check_sequences(vocab_size: int, length: int) -> list[list[Tensor]]:
+    """Two groups of ragged sequences that fork twice, one a prefix of another: what rollouts do to each other."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(number: int) -> Tensor:
+        return torch.randint(vocab_size, (number,), generator=generator)
+
+    third = max(length // 3, 1)
+    prompt = tokens(third)
+    turn = torch.cat([prompt, tokens(third)])
+    forked = [torch.cat([turn, tokens(third)]), torch.cat([turn, tokens(max(third - 1, 1))]), turn]
+    return [[*forked, torch.cat([prompt, tokens(2)])], [tokens(third), tokens(max(third - 1, 1))]]
+
+
+def _difference_to_alone(
+    scorer: PolicyScorer, wrapped: nn.Module, groups: Sequence[Sequence[Tensor]], device: torch.device
+) -> float:
+    """Mean |logprob difference| in nats between a layout and the model's own logits for each sequence alone."""
+    sequences = [sequence for group in groups for sequence in group]
+    layout = lay_out(scorer.plan.layout, groups)
+    pairs = list(zip(layout.token_positions, sequences, strict=True))
+    targets = torch.cat([sequence[1:] for sequence in sequences])
+    batch = {
+        **layout_inputs(layout),
+        "prediction_index": torch.cat([positions[: sequence.numel() - 1] for positions, sequence in pairs]),
+        "targets": targets,
+        "temperature": torch.ones(targets.shape),
+    }
+    scores, _ = scorer(wrapped, {name: tensor.to(device) for name, tensor in batch.items()})
+    alone = []
+    for sequence in sequences:
+        logits = wrapped(input_ids=sequence[None].to(device), use_cache=False).logits[0, :-1]
+        alone.append(logits.float().log_softmax(-1).gather(-1, sequence[1:, None].to(device)).squeeze(-1))
+    return (scores.logprobs - torch.cat(alone)).abs().mean().item()
+
+
+def _is_sharded(head: nn.Module) -> bool:
+    """Whether ZeRO-3 or FSDP2 keeps a piece of the head's parameters outside of the model's forward."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in head.parameters())

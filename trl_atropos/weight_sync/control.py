@@ -1,0 +1,326 @@
+"""Control plane of a `trl vllm-serve` / `vllm serve` server: TRL's client with deadlines, versions and clear errors."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from ..errors import (
+    PreflightError,
+    VLLMServerError,
+    VLLMServerUnreachable,
+    WeightSyncError,
+    WeightSyncTimeout,
+)
+from .http import Answer, ServerSession
+
+
+@contextmanager
+def _without_version_warnings() -> Iterator[None]:
+    """TRL warns five times of a vLLM version that it has not met; our check at the start of a run says what is supported."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+        yield
+
+
+with _without_version_warnings():
+    from trl.generation.vllm_client import VLLMClient
+
+
+logger = logging.getLogger(__name__)
+
+HEALTH_TIMEOUT_S = 5.0
+HEALTH_INTERVAL_S = 0.5
+PROGRESS_INTERVAL_S = 10.0
+
+
+class VLLMControl(VLLMClient):
+    """The verbs of one vLLM server: health, pause, versions, the steps of a weight update, adapters, logprobs.
+
+    [`~weight_sync.client.AtroposVLLMClient`], which users make, adds a whole publish. Arguments and errors are the same.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        connection_timeout: float = 240.0,
+        request_timeout: float = 300.0,
+        api_key: str | None = None,
+    ):
+        base_url = base_url.rstrip("/")
+        self._server_session = ServerSession(base_url, request_timeout, api_key)
+        with _without_version_warnings():
+            super().__init__(base_url=base_url, connection_timeout=connection_timeout)
+
+    @property
+    def request_timeout(self) -> float:
+        """Deadline in seconds of every single request."""
+        return self._server_session.timeout_s
+
+    @request_timeout.setter
+    def request_timeout(self, timeout_s: float) -> None:
+        self._server_session.timeout_s = timeout_s
+
+    # TRL's methods reach the server through the next three and through `session`.
+
+    def check_server(self, total_timeout: float = 0.0, retry_interval: float = HEALTH_INTERVAL_S) -> None:
+        """Wait until the server is healthy and says which models it serves. TRL's constructor calls it."""
+        # In the place of TRL's, which repeats requests.
+        self.session = self._server_session
+        self.wait_until_healthy(total_timeout)
+        # TRL takes the first model without looking.
+        if not self.list_models():
+            raise WeightSyncError(
+                f"The vLLM server at {self.base_url} serves no model.",
+                "Generation requests must name one.",
+                "Restart it with `trl vllm-serve --model ...`.",
+            )
+
+    def _get(self, url: str, **kwargs: Any) -> Answer:
+        return Answer(self.session.get(url, **kwargs))
+
+    def _post(self, url: str, **kwargs: Any) -> Answer:
+        return Answer(self.session.post(url, **kwargs))
+
+    # Server
+
+    def wait_until_healthy(self, timeout_s: float) -> None:
+        """Wait until `/health` answers 200, and log every ten seconds what it answers instead.
+
+        Args:
+            timeout_s (`float`):
+                Longest wait in seconds. At least one request is sent.
+
+        Raises:
+            [`WeightSyncTimeout`]: if the server is not healthy in time.
+        """
+        start = reported = time.monotonic()
+        while True:
+            remaining = start + timeout_s - time.monotonic()
+            try:
+                self.session.get(f"{self.base_url}/health", timeout=min(HEALTH_TIMEOUT_S, max(remaining, 1.0)))
+                return
+            except VLLMServerError as exc:
+                state = f"/health answers {exc.status_code}"
+            except VLLMServerUnreachable:
+                state = "no connection"
+            except WeightSyncTimeout:
+                state = "/health does not answer"
+            now = time.monotonic()
+            if now - start >= timeout_s:
+                raise WeightSyncTimeout(
+                    f"The vLLM server at {self.base_url} is not healthy after {timeout_s:.0f} s ({state}).",
+                    "The trainer publishes every policy to it and cannot go on without it.",
+                    "Start it with `trl vllm-serve --model ...`, correct --vllm_server_base_url, or raise "
+                    "--vllm_server_timeout.",
+                )
+            if now - reported >= PROGRESS_INTERVAL_S:
+                reported = now
+                logger.info(f"Waiting for the vLLM server at {self.base_url}: {now - start:.0f} s ({state})")
+            time.sleep(min(HEALTH_INTERVAL_S, max(start + timeout_s - now, 0.0)))
+
+    def get_server_info(self) -> dict[str, Any]:
+        """Return the server's resolved `VllmConfig` as a JSON tree.
+
+        Raises:
+            [`PreflightError`]: if the server runs without dev mode.
+        """
+        return self._server_info().get_typed("vllm_config", dict)
+
+    def get_server_environment(self) -> dict[str, Any]:
+        """Return the server's `VLLM_*` settings by name, without those that hold keys.
+
+        Raises:
+            [`PreflightError`]: if the server runs without dev mode.
+        """
+        return self._server_info().get_typed("vllm_env", dict)
+
+    def _server_info(self) -> Answer:
+        try:
+            return self._get(f"{self.base_url}/server_info", params={"config_format": "json"})
+        except VLLMServerError as exc:
+            if exc.status_code != 404:
+                raise
+            raise PreflightError(
+                f"The vLLM server at {self.base_url} does not expose its development routes.",
+                "Publishing a policy needs /pause, /update_weights and their kin.",
+                "Start it with `trl vllm-serve`, or `VLLM_SERVER_DEV_MODE=1 vllm serve ...`.",
+            ) from exc
+
+    def get_world_size(self) -> int:
+        """Return the number of workers: tensor x pipeline x data parallel."""
+        return self._get(f"{self.base_url}/get_world_size").get_typed("world_size", int)
+
+    def list_models(self) -> list[str]:
+        """Return the names that requests can ask for: the model's, and those of its LoRA adapters."""
+        answer = self._get(f"{self.base_url}/v1/models")
+        models = answer.get_typed("data", list)
+        if not all(isinstance(model, dict) and isinstance(model.get("id"), str) for model in models):
+            raise answer.unexpected("models with an `id`", models)
+        return [model["id"] for model in models]
+
+    # Generation
+
+    def pause(self, *, mode: str = "keep", clear_cache: bool = True) -> None:
+        """Freeze generation. New requests wait for `resume`.
+
+        Args:
+            mode (`str`, *optional*, defaults to `"keep"`):
+                Requests in flight: `"keep"` freezes them too, `"wait"` lets them end, `"abort"` cuts them off.
+            clear_cache (`bool`, *optional*, defaults to `True`):
+                Whether the keys and values of requests in flight are computed again after `resume`.
+        """
+        params = {"mode": mode, "clear_cache": str(clear_cache).lower()}
+        self._post(f"{self.base_url}/pause", params=params)
+
+    def resume(self) -> None:
+        """Let frozen and waiting requests run."""
+        self._post(f"{self.base_url}/resume")
+
+    def is_paused(self) -> bool:
+        """Whether generation is frozen."""
+        return self._get(f"{self.base_url}/is_paused").get_typed("is_paused", bool)
+
+    def reset_prefix_cache(self) -> bool:
+        """Drop cached prefixes. Returns False, and drops nothing, while requests hold blocks of the cache."""
+        return self._post(f"{self.base_url}/reset_prefix_cache").get_typed("success", bool)
+
+    def sleep(self, level: int) -> None:
+        """Give device memory back. Requests in flight are frozen and kept.
+
+        Args:
+            level (`int`):
+                0 only pauses; 1 drops the KV cache and moves the weights to host memory; 2 drops both.
+        """
+        self._post(f"{self.base_url}/sleep", params={"level": level, "mode": "keep"})
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Take device memory again. vLLM resumes generation by itself once everything is awake.
+
+        Args:
+            tags (`list[str]`, *optional*):
+                What to wake: `"weights"`, `"kv_cache"`, `"scheduling"`. Everything if not given.
+        """
+        self._post(f"{self.base_url}/wake_up", params={"tags": tags or []})
+
+    def is_sleeping(self) -> bool:
+        """Whether device memory is given back. True for a paused server, too."""
+        return self._get(f"{self.base_url}/is_sleeping").get_typed("is_sleeping", bool)
+
+    # Weights
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Connect the workers' weight transfer engine; `init_info` is the engine's own."""
+        self._post(f"{self.base_url}/init_weight_transfer_engine", json={"init_info": init_info})
+
+    def shutdown_weight_transfer_engine(self) -> None:
+        """Disconnect the workers' engine from a trainer. Refused during a weight update."""
+        self._post(f"{self.base_url}/shutdown_weight_transfer_engine")
+
+    def start_weight_update(self) -> None:
+        """Begin a weight update. Until it is finished the model has no weights: pause first."""
+        self._post(f"{self.base_url}/start_weight_update", json={})
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Have the workers receive and load tensors; returns when every worker has."""
+        self._post(f"{self.base_url}/update_weights", json={"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Finish a weight update and name the weights; without a name they keep the old one."""
+        self._post(f"{self.base_url}/finish_weight_update", json={"weight_version": weight_version})
+
+    def get_weight_version(self) -> str:
+        """Return the name of the weights that are served; `"default"` before the first publish."""
+        return self._get(f"{self.base_url}/weight_info").get_typed("weight_version", str)
+
+    def set_weight_version(self, version: str) -> None:
+        """Name the weights that are served without changing them."""
+        self._post(f"{self.base_url}/update_weight_version", json={"new_version": version})
+
+    # LoRA adapters
+
+    def load_lora_adapter(self, name: str, path: str) -> None:
+        """Load an adapter from a directory, as the server sees it, under a name that is not taken."""
+        self._change_adapter("load", name, {"lora_name": name, "lora_path": path})
+
+    def unload_lora_adapter(self, name: str) -> None:
+        """Forget an adapter. Requests in flight that use it end with it."""
+        self._change_adapter("unload", name, {"lora_name": name})
+
+    def _change_adapter(self, verb: str, name: str, body: dict[str, str]) -> None:
+        response = self.session.post(f"{self.base_url}/v1/{verb}_lora_adapter", json=body)
+        # A line of text that repeats the name.
+        if name not in response.text:
+            raise WeightSyncError(
+                f"/v1/{verb}_lora_adapter of {self.base_url} answered {response.text[:80]!r} for adapter {name!r}.",
+                "That is not vLLM's answer, so it is not a vLLM server that answers.",
+                "Correct --vllm_server_base_url, or look at the proxy in between.",
+            )
+
+    def route_adapter(self, name: str | None, policy_version: int) -> None:
+        """Have our middleware answer requests for the model with an adapter.
+
+        Args:
+            name (`str`, *optional*):
+                A loaded adapter; None routes to the model itself.
+            policy_version (`int`):
+                Number of the policy that it makes.
+        """
+        self._post(f"{self.base_url}/atropos/adapter", json={"lora_name": name, "policy_version": policy_version})
+
+    # Rollouts
+
+    def get_policy_versions(self, rollout_keys: Sequence[str]) -> list[int | None]:
+        """Return under which policy version each completion was sampled; None where the server does not know.
+
+        Args:
+            rollout_keys (`Sequence[str]`):
+                From [`trl_atropos.wire.rollout_key.rollout_key`].
+        """
+        answer = self._post(f"{self.base_url}/atropos/policy_versions", json={"rollout_keys": list(rollout_keys)})
+        versions = answer.get_typed("policy_versions", list)
+        if len(versions) != len(rollout_keys) or not all(isinstance(version, int | None) for version in versions):
+            raise answer.unexpected(f"`policy_versions` of {len(rollout_keys)} keys", versions)
+        return versions
+
+    def get_prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Score sequences under the served policy.
+
+        Args:
+            sequences (`Sequence[Sequence[int]]`):
+                Token ids, each of length T >= 2.
+
+        Returns:
+            `list[list[float]]`: per sequence the logprobs, in nats at temperature 1, of tokens 1..T-1.
+        """
+        prompts = [list(sequence) for sequence in sequences]
+        body = {"model": self.model, "prompt": prompts, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 1}
+        answer = self._post(f"{self.base_url}/v1/completions", json=body)
+        choices = answer.get_typed("choices", list)
+        try:
+            return [
+                [
+                    float(choice["prompt_logprobs"][t][str(token)]["logprob"])
+                    for t, token in enumerate(prompt[1:], start=1)
+                ]
+                for prompt, choice in zip(prompts, choices, strict=True)
+            ]
+        except (LookupError, TypeError, ValueError) as exc:
+            raise answer.unexpected(f"`prompt_logprobs` of {len(prompts)} sequences", choices) from exc
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """TRL's ways to change weights raise here, see the class."""
+        raise WeightSyncError(
+            "TRL's init_communicator, weight_update, update_named_param(s) and update_model_params are not available.",
+            "They change a server that is not paused, which ends its engine at the next request, wait for NCCL without a "
+            "deadline, and finish an update that failed.",
+            "Use `with client.weight_sync(policy_version) as sync: sync.push(model)`.",
+        )
+
+    init_communicator = weight_update = _refuse
+    update_named_param = update_named_params = update_model_params = _refuse
