@@ -17,8 +17,12 @@ _EXPORTS = {
     "AtroposParser": "trainer.parser",
     "AtroposTrainer": "trainer.atropos_trainer",
     "AtroposVLLMClient": "weight_sync.client",
+    "LossFunction": "loss.losses",
     "LossInputs": "loss.losses",
     "LossOutputs": "loss.losses",
+    "TensorSpec": "weight_sync.base",
+    "WeightSource": "weight_sync.base",
+    "WeightTransport": "weight_sync.base",
     "advantage_weighted_sft_loss": "loss.weighted_sft",
     "clip_advantages": "loss.advantages",
     "normalize_advantages": "loss.advantages",
@@ -29,12 +33,16 @@ __all__ = ["__version__", *sorted(_EXPORTS)]
 if TYPE_CHECKING:
     from .loss.advantages import clip_advantages as clip_advantages
     from .loss.advantages import normalize_advantages as normalize_advantages
+    from .loss.losses import LossFunction as LossFunction
     from .loss.losses import LossInputs as LossInputs
     from .loss.losses import LossOutputs as LossOutputs
     from .loss.weighted_sft import advantage_weighted_sft_loss as advantage_weighted_sft_loss
     from .trainer.atropos_config import AtroposConfig as AtroposConfig
     from .trainer.atropos_trainer import AtroposTrainer as AtroposTrainer
     from .trainer.parser import AtroposParser as AtroposParser
+    from .weight_sync.base import TensorSpec as TensorSpec
+    from .weight_sync.base import WeightSource as WeightSource
+    from .weight_sync.base import WeightTransport as WeightTransport
     from .weight_sync.client import AtroposVLLMClient as AtroposVLLMClient
     from .wire.client import AtroposClient as AtroposClient
 
