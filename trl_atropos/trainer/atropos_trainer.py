@@ -154,7 +154,7 @@ class AtroposTrainer(HubUploads):
         self._weight_transport = weight_transport
         # Made at the first publish or at the start of train(), whichever comes first.
         self._connection: Connection | None = None
-        # From the start of train() to its end.
+        # Of the run that train() makes, or made last.
         self._data: RunData | None = None
         self._metrics = MetricAccumulator()
         self._clock = StepClock()
@@ -184,8 +184,8 @@ class AtroposTrainer(HubUploads):
         """
         check_launch(self.accelerator)
         checkpoint, state = run_on_main_process(lambda: find_checkpoint(self.args.output_dir, resume_from_checkpoint))
-        # Another run may wrap the model in another way.
-        self._forward = None
+        # Another run may wrap the model in another way, and takes other data.
+        self._forward, self._data = None, None
         try:
             if self.args.data_path is None:
                 self._connect().publisher.begin_run(state.get("policy_version", 0))
