@@ -25,13 +25,10 @@ PARTS = ("trl-atropos", "atroposlib", "trl", "transformers", "torch", "vllm", "a
 
 
 class ReportCallback(TrainerCallback):
-    """Writes `run_facts.json` when training begins and `report.html` when it ends, into `output_dir`, on rank 0.
+    """Writes `run_facts.json` when training begins and, if `writes_page`, `report.html` when it ends, into
+    `output_dir`, on rank 0.
 
     A report that cannot be written is logged and does not end the run.
-
-    Args:
-        writes_page (`bool`, *optional*, defaults to `True`):
-            Whether the page is written at the end.
     """
 
     def __init__(self, writes_page: bool = True):
@@ -69,14 +66,9 @@ class ReportCallback(TrainerCallback):
 
 
 def changed_options(args: TrainingArguments) -> dict[str, str]:
-    """Return the options that differ from their defaults, as text, without secrets.
+    """Return the options of a run that differ from their defaults, by name and as text.
 
-    Args:
-        args (`TrainingArguments`):
-            The options of the run.
-
-    Returns:
-        `dict[str, str]`: Option -> value; that of a token, key or password, and a login inside of a URL, is `***`.
+    The value of a token, key or password, and a login inside of a URL, is `***`.
     """
     defaults = {field.name: field.default for field in fields(args)}
     shown = {}
@@ -89,15 +81,7 @@ def changed_options(args: TrainingArguments) -> dict[str, str]:
 
 
 def run_facts(args: TrainingArguments) -> dict[str, str]:
-    """Return how a run was started, and on what.
-
-    Args:
-        args (`TrainingArguments`):
-            The options of the run.
-
-    Returns:
-        `dict[str, str]`: `command` without secrets, `num_processes`, `device`.
-    """
+    """Return how a run was started, and on what: `command` without secrets, `num_processes`, `device`."""
     import torch
 
     cuda = args.device.type == "cuda"

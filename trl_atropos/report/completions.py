@@ -26,7 +26,7 @@ from ..types import IGNORE_INDEX, Rollout, RolloutGroup
 
 
 TRACKERS = ("wandb", "trackio")
-"""Those that show tables."""
+"""The trackers that show tables."""
 
 Turns = list[dict[str, str]]
 
@@ -35,22 +35,14 @@ Turns = list[dict[str, str]]
 class CompletionsTable:
     """Shows the rollouts of a step as TRL's `GRPOTrainer` does with `log_completions`, on rank 0.
 
-    Differs from it in that (1) the console gets one table for each environment; (2) the file and the trackers have a column
-    `environment`; (3) what is printed is drawn from a generator of its own, so that looking does not change the run.
+    Differs from it in that (1) the console gets one table for each environment; (2) the file and the trackers have a
+    column `environment`; (3) what is printed is drawn from a generator of its own, so that looking does not change the
+    run.
 
-    Args:
-        processing_class (`PreTrainedTokenizerBase`):
-            Decodes rollouts that came without turns of an assistant. Special tokens are shown.
-        output_dir (`str` or `os.PathLike`):
-            Gets `completions/completions_<step>.parquet`.
-        scale_rewards (`str`):
-            See `AtroposConfig`; for the column `advantage`, the mean over trained tokens before normalisation.
-        num_completions_to_print (`int`, *optional*):
-            Of each environment; all if not given.
-        env_names (`Sequence[str]`, *optional*):
-            See `AtroposConfig`.
-        report_to (`Sequence[str]`, *optional*, defaults to `()`):
-            See [`~transformers.TrainingArguments`].
+    `processing_class` decodes, with special tokens, rollouts that came without turns of an assistant. `output_dir`
+    gets `completions/completions_<step>.parquet`. `num_completions_to_print` is the number for each environment; None
+    prints all. `scale_rewards`, `env_names` and `report_to` are those of `AtroposConfig`; the first is for the column
+    `advantage`, the mean over trained tokens before normalisation.
 
     Raises:
         [`PreflightError`]: there is no tokenizer.
@@ -72,14 +64,7 @@ class CompletionsTable:
             )
 
     def log(self, groups: Sequence[RolloutGroup], step: int) -> None:
-        """Print, write and track one step.
-
-        Args:
-            groups (`Sequence[RolloutGroup]`):
-                What was trained.
-            step (`int`):
-                Number of the optimizer step.
-        """
+        """Print, write and track the groups that an optimizer step trained."""
         rows = self._rows(groups, step)
         if not rows:
             return
@@ -145,7 +130,7 @@ class CompletionsTable:
 def make_completions_table(
     args: TrainingArguments, data: DataOptions, step: StepOptions, processing_class: Any
 ) -> CompletionsTable | None:
-    """The table that the options ask for; None on other ranks than 0, or if they ask for none."""
+    """Make the table that the options ask for; None on other ranks than 0, or if they ask for none."""
     if not data.log_completions or args.process_index != 0:
         return None
     return CompletionsTable(
@@ -159,8 +144,9 @@ def make_completions_table(
 
 
 def _plain_turn(turn: dict[str, Any]) -> dict[str, str]:
-    """A turn with text alone. Environments may send anything: TRL's printing ends the run at tool calls whose arguments are
-    not JSON, and parquet at a column with both text and lists."""
+    """Return a turn with text alone. Environments may send anything: TRL's printing ends the run at tool calls whose
+    arguments are not JSON, and parquet at a column with both text and lists.
+    """
     content = turn["content"]
     if isinstance(content, list):
         content = "".join(
@@ -185,7 +171,7 @@ def _mean_advantage(rollout: Rollout) -> float:
 
 
 def _uniform(column: list[Any]) -> list[Any]:
-    """A column has one type: turns beside text are written as JSON."""
+    """Give a column one type: turns beside text are written as JSON."""
     if len({type(value) for value in column}) == 1:
         return column
     return [value if isinstance(value, str) else json.dumps(value) for value in column]

@@ -54,14 +54,9 @@ class ReportOptions:
 
 
 def choose_tracker(args: ReportOptions) -> bool:
-    """Replace `auto` by what is installed.
+    """Replace `auto` in `args.report_to` by what is installed.
 
-    Args:
-        args (`ReportOptions`):
-            Changed.
-
-    Returns:
-        `bool`: whether the choice was ours, so that nothing may leave the machine.
+    Returns whether the choice was ours, so that nothing may leave the machine.
     """
     if args.report_to not in ("auto", ["auto"]):
         return False

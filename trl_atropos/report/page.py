@@ -20,16 +20,11 @@ REPORT_FILE = "report.html"
 def write_report(run: RunFiles, path: Path, png_dir: Path | None = None) -> None:
     """Write the report of a run.
 
-    Args:
-        run (`RunFiles`):
-            What was read.
-        path (`Path`):
-            The page; replaced whole, so that a browser never sees half of one.
-        png_dir (`Path`, *optional*):
-            Also gets every plot as a PNG.
+    The page at `path` is replaced whole, so that a browser never sees half of one. `png_dir`, if given, gets every
+    plot as a PNG.
 
     Raises:
-        OSError: A file cannot be written.
+        `OSError`: a file cannot be written.
     """
     drawn = [(plot, series_of(run, plot)) for plot in PLOTS]
     text = render_page(run, drawn)

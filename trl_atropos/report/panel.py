@@ -29,7 +29,7 @@ OTHER_LINES = 16
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 LIBRARIES = ("", "transformers", "trl", "trl_atropos", "accelerate", "huggingface_hub")
-"""Loggers whose handlers write to the terminal."""
+"""The loggers whose handlers write to the terminal."""
 
 NUMBERS: tuple[tuple[str, str, str], ...] = (
     ("policy version", "policy_version", ".0f"),
@@ -44,12 +44,7 @@ NUMBERS: tuple[tuple[str, str, str], ...] = (
 
 
 def sparkline(values: list[float]) -> str:
-    """Numbers as a line of blocks, the least one lowest.
-
-    Args:
-        values (`list[float]`):
-            At most 60 of them are shown, the newest.
-    """
+    """Show the newest numbers, at most 60, as a line of blocks, the least one lowest."""
     shown = [value for value in values[-MAX_POINTS:] if value == value]
     if not shown:
         return ""
@@ -59,12 +54,7 @@ def sparkline(values: list[float]) -> str:
 
 
 class RunPanel:
-    """What is shown, and the terminal on which it is shown.
-
-    Args:
-        console (`Console`, *optional*):
-            The terminal.
-    """
+    """The lines that tell how a run goes, and the terminal that shows them."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console()
@@ -84,11 +74,8 @@ class RunPanel:
     def start(self, step: int, max_steps: int) -> None:
         """Show the panel. Until `stop`, messages of the libraries stand above it.
 
-        Args:
-            step (`int`):
-                Optimizer steps that are behind a run that was resumed.
-            max_steps (`int`):
-                Of the run.
+        `step` is the number of optimizer steps that are behind a run that was resumed, and `max_steps` that of the
+        whole run.
         """
         self._step = self._first_step = step
         self._max_steps = max_steps
@@ -182,13 +169,9 @@ class RunPanel:
 
 
 class PanelCallback(TrainerCallback):
-    """Keeps the panel on what happens; on rank 0. Stands before all other callbacks, so that it says what they do.
+    """Keeps the panel on what happens, on rank 0. It stands before all other callbacks, so that it says what they do.
 
-    Args:
-        panel ([`RunPanel`]):
-            What is shown.
-        publishes (`bool`):
-            Whether the run publishes its policy.
+    `publishes` says whether the run publishes its policy.
     """
 
     def __init__(self, panel: RunPanel, publishes: bool):
@@ -206,13 +189,13 @@ class PanelCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A batch has come."""
+        """Say that the step is trained: its batch has come."""
         self.panel.does("forward and backward passes")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The optimizer step is made."""
+        """Say what follows the optimizer step."""
         self.panel.does(self._publishing)
 
     def on_log(
@@ -223,7 +206,7 @@ class PanelCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take the line of a step."""
+        """Take the log line of a step."""
         if logs and "loss" in logs:
             self.panel.add_step(state.global_step, logs)
 
@@ -236,12 +219,7 @@ class PanelCallback(TrainerCallback):
 
 
 class WaitingCallback(TrainerCallback):
-    """Says that the run waits for rollouts. Stands behind all other callbacks, the one that publishes among them.
-
-    Args:
-        panel ([`RunPanel`]):
-            What is shown.
-    """
+    """Says that the run waits for rollouts. Stands behind all other callbacks, the one that publishes among them."""
 
     def __init__(self, panel: RunPanel):
         self.panel = panel
@@ -249,7 +227,7 @@ class WaitingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The first batch is next."""
+        """Say that the run waits for the first batch."""
         self.panel.does("waiting for rollouts")
 
     def on_step_end(
@@ -266,7 +244,7 @@ class WaitingCallback(TrainerCallback):
 
 
 class _MessageHandler(logging.Handler):
-    """Keeps warnings for the panel: above it they scroll away."""
+    """Keeps warnings for the panel, because above it they scroll away."""
 
     def __init__(self, messages: deque[str]):
         super().__init__(logging.WARNING)

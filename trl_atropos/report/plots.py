@@ -26,19 +26,9 @@ Points = list[tuple[float, float]]
 class Plot:
     """One plot over the optimizer steps.
 
-    Args:
-        name (`str`):
-            File name without its ending.
-        title (`str`):
-            Shown above it.
-        unit (`str`):
-            Of the vertical axis.
-        series (`dict[str, str]`):
-            Metric -> its words in the legend.
-        hint (`str`):
-            What would have recorded it.
-        is_stacked (`bool`, *optional*, defaults to `False`):
-            Areas on top of each other instead of lines.
+    `name` is the file name without its ending, and `unit` is that of the vertical axis. `series` maps metrics to their
+    words in the legend. `hint` says what would have recorded a plot that is empty. A plot that `is_stacked` shows
+    areas on top of each other instead of lines.
     """
 
     name: str
@@ -136,16 +126,9 @@ def running_mean(values: Sequence[float], window: int = WINDOW) -> list[float]:
 
 
 def series_of(run: RunFiles, plot: Plot) -> dict[str, Points]:
-    """Return what a plot shows: the words of each series that has a value, with its points.
+    """Return what one of `PLOTS` shows: the words of each series that has a value, with its points.
 
-    Args:
-        run (`RunFiles`):
-            The run.
-        plot (`Plot`):
-            One of `PLOTS`.
-
-    Returns:
-        `dict[str, list[tuple[float, float]]]`: Legend -> `(step, value)`, at most 500 of each.
+    The points are `(step, value)`, at most 500 for each series.
     """
     found = {}
     for key, label in plot.series.items():
@@ -191,18 +174,9 @@ def _thin(points: Points, key: str) -> Points:
 
 
 def draw(plot: Plot, series: dict[str, Points], dark_text: str = "black") -> Any:
-    """Return the matplotlib figure of a plot.
+    """Return the matplotlib figure of a plot, without a display behind it.
 
-    Args:
-        plot (`Plot`):
-            What it is.
-        series (`dict[str, list[tuple[float, float]]]`):
-            From `series_of`; not empty.
-        dark_text (`str`, *optional*, defaults to `"black"`):
-            Colour of text and axes.
-
-    Returns:
-        `matplotlib.figure.Figure`: Without a display behind it.
+    `series` is what `series_of` returned, and not empty. `dark_text` is the colour of text and axes.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -260,16 +234,10 @@ def save_png(plot: Plot, series: dict[str, Points], path: Path) -> None:
 
 
 def save_reward_plot(run_dir: Path, path: Path) -> None:
-    """Write the reward over the steps of a run as a PNG.
-
-    Args:
-        run_dir (`Path`):
-            Directory of the trainer.
-        path (`Path`):
-            Of the PNG.
+    """Write the reward over the steps of a run as a PNG. `run_dir` is the directory of the trainer.
 
     Raises:
-        PreflightError: There is no log of a run.
+        [`PreflightError`]: there is no log of a run.
     """
     plot = next(plot for plot in PLOTS if plot.name == "reward")
     save_png(plot, series_of(read_run_files(run_dir), plot), path)

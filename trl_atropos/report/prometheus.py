@@ -53,14 +53,7 @@ class LatestMetrics:
         self._global_step = 0
 
     def update(self, logs: Mapping[str, Any], global_step: int) -> None:
-        """Take a log line.
-
-        Args:
-            logs (`Mapping[str, Any]`):
-                Metrics by name. What is no number is left out.
-            global_step (`int`):
-                Number of the optimizer step.
-        """
+        """Take the log line of an optimizer step. What is no number is left out."""
         numbers = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
         # As a new dictionary, because a scrape may read the old one.
         self._values = {**self._values, **numbers}
@@ -84,7 +77,7 @@ class LatestMetrics:
 
 
 def _describe(name: str) -> tuple[str, list[str], str]:
-    """Name, labels and description of a metric."""
+    """Return name, labels and description of a metric."""
     if name in METRICS:
         return prometheus_name(name), [], METRICS[name]
     if name.startswith("env/"):
@@ -102,17 +95,11 @@ def _describe(name: str) -> tuple[str, list[str], str]:
 
 
 class PrometheusCallback(TrainerCallback):
-    """Shows the newest metrics to Prometheus; on rank 0.
+    """Shows the newest metrics to Prometheus, on rank 0.
 
-    Args:
-        path (`Path`, *optional*):
-            Text file, replaced whole with every log line.
-        port (`int`, *optional*):
-            Port on loopback. 0: a free one, which is logged.
-
-    Attributes:
-        port (`int`, *optional*):
-            At which the metrics are, while training goes on.
+    `path` is a text file that is replaced whole with every log line. `port` is a port on loopback, 0 for a free one,
+    which is logged; while training goes on, the attribute `port` is the one where the metrics are. None leaves out the
+    file, or the port.
     """
 
     def __init__(self, path: Path | None = None, port: int | None = None):

@@ -25,19 +25,8 @@ LogEntry = Mapping[str, Any]
 class Completion:
     """One rollout as text.
 
-    Args:
-        step (`int`):
-            Number of the optimizer step.
-        environment (`str`):
-            Its name.
-        prompt (`str`):
-            Shortened to 1500 characters.
-        completion (`str`):
-            Shortened to 1500 characters.
-        reward (`float`):
-            In the environment's unit.
-        advantage (`float`):
-            Mean over its trained tokens, before normalisation.
+    `step` is the number of the optimizer step. Prompt and completion are shortened to 1500 characters. `reward` is in
+    the environment's unit, and `advantage` is the mean over trained tokens before normalisation.
     """
 
     step: int
@@ -52,22 +41,14 @@ class Completion:
 class RunFiles:
     """What a report is made from.
 
-    Args:
-        output_dir (`Path`):
-            Directory of the trainer.
-        state_path (`Path`, *optional*):
-            The `trainer_state.json` that was read; `None` if the log history came from the trainer itself.
-        history (`Sequence[LogEntry]`):
-            Log lines of optimizer steps, oldest first.
-        facts (`dict`):
-            `config`, `versions` and `run` (how it was started) of the run; empty if they were not recorded.
-        refused (`Counter[str]`):
-            Groups in `quarantine.jsonl`, and those that were dropped as too old, by reason.
-        staleness (`Counter[int]`):
-            Trained rollouts by the number of versions that the policy had moved on since they were sampled; those of unknown
-            version are left out.
-        completions (`Sequence[Completion]`):
-            A selection: of at most 6 steps the best, the middle and the worst rollout.
+    `output_dir` is the directory of the trainer, and `state_path` the `trainer_state.json` that was read; None if the
+    log history came from the trainer itself. `history` holds the log lines of optimizer steps, oldest first. `facts`
+    are `config`, `versions` and `run` (how it was started); empty if they were not recorded.
+
+    `refused` counts, by reason, the groups in `quarantine.jsonl` and those that were dropped as too old. `staleness`
+    counts trained rollouts by the number of versions that the policy had moved on since they were sampled; those of
+    unknown version are left out. `completions` are a selection: of at most 6 steps the best, the middle and the worst
+    rollout.
     """
 
     output_dir: Path
@@ -106,18 +87,12 @@ class RunFiles:
 def read_run_files(run_dir: Path, history: Sequence[LogEntry] | None = None) -> RunFiles:
     """Read a run that is finished, going on, or was killed.
 
-    Args:
-        run_dir (`Path`):
-            Directory of the trainer, or that of `trl-atropos launch`.
-        history (`Sequence[LogEntry]`, *optional*):
-            The log history of a trainer in memory. If not given, that of `trainer_state.json` is read, or that of the newest
-            checkpoint that can be read.
-
-    Returns:
-        `RunFiles`: What was found.
+    `run_dir` is the directory of the trainer, or that of `trl-atropos launch`. `history` is the log history of a
+    trainer in memory; if it is not given, that of `trainer_state.json` is read, or that of the newest checkpoint that
+    can be read.
 
     Raises:
-        PreflightError: There is no log with an optimizer step, or a file cannot be read.
+        [`PreflightError`]: there is no log with an optimizer step, or a file cannot be read.
     """
     state_path = None
     output_dir = run_dir
@@ -186,7 +161,7 @@ def _refused(output_dir: Path) -> Counter[str]:
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file; none if there is no file."""
+    """Return the objects of a file; none if there is no file."""
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace") as file:

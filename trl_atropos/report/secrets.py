@@ -21,14 +21,9 @@ def without_logins(text: str) -> str:
 
 
 def shown_command(arguments: Sequence[str]) -> str:
-    """A command line as text, without secrets.
+    """Return a command line as text, quoted for a shell. The value of an option that holds a secret is `***`.
 
-    Args:
-        arguments (`Sequence[str]`):
-            The program and its arguments.
-
-    Returns:
-        `str`: quoted for a shell; the value of an option that holds a secret is `***`.
+    `arguments` are the program and its arguments.
     """
     shown = []
     hides_next = False

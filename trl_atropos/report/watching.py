@@ -17,13 +17,8 @@ from .step_table import StepTableCallback
 class Watching:
     """What shows a run: the panel on a terminal or lines in a log, never both; the report; Prometheus.
 
-    Args:
-        trainer (`Trainer`):
-            Its callbacks of transformers that print are replaced.
-        options ([`~report.options.ReportOptions`]):
-            What is shown; `disable_tqdm` of the trainer chooses lines also on a terminal.
-        publishes (`bool`):
-            Whether the run has servers.
+    Those callbacks of the trainer that print, which are transformers' own, are replaced. `disable_tqdm` of the trainer
+    chooses lines also on a terminal. `publishes` says whether the run has servers.
     """
 
     def __init__(self, trainer: Trainer, options: ReportOptions, *, publishes: bool):

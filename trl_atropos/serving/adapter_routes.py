@@ -38,15 +38,8 @@ ROUTED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/inference
 class AdapterRoutes:
     """Answers `/atropos/adapter` and rewrites the `model` of requests that generate.
 
-    Args:
-        app (`ASGIApp`):
-            The vLLM server.
-
-    Attributes:
-        lora_name (`str`, *optional*):
-            The adapter that answers for the model; None for the model itself.
-        policy_version (`int`, *optional*):
-            What the trainer calls it.
+    `app` is the vLLM server. `lora_name` is the adapter that answers for the model, None for the model itself, and
+    `policy_version` is the number that the trainer gave to what answers; None before the trainer has routed anything.
     """
 
     def __init__(self, app: ASGIApp):
@@ -68,7 +61,7 @@ class AdapterRoutes:
 
     @contextmanager
     def in_flight(self, lora_name: Any) -> Iterator[None]:
-        """Count a request as one that uses this adapter. Other things than names are left to the server."""
+        """Count a request as one that uses this adapter. A `model` that is no name is left to the server."""
         if not isinstance(lora_name, str):
             yield
             return
@@ -81,7 +74,7 @@ class AdapterRoutes:
                 del self._num_in_flight[lora_name]
 
     async def get(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """`GET /atropos/adapter`."""
+        """Answer `GET /atropos/adapter`."""
         try:
             await self._models(scope, receive)
         except BadRequest as exc:
@@ -89,7 +82,7 @@ class AdapterRoutes:
         await respond(send, 200, self._state())
 
     async def post(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """`POST /atropos/adapter`."""
+        """Answer `POST /atropos/adapter`."""
         try:
             lora_name, policy_version = _checked(parse_object(await read_body(receive)))
             models = await self._models(scope, receive)
@@ -102,7 +95,7 @@ class AdapterRoutes:
         await respond(send, 200, self._state())
 
     async def forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """A request on one of `ROUTED_PATHS` while an adapter answers for the model."""
+        """Pass on a request on one of `ROUTED_PATHS` while an adapter answers for the model."""
         try:
             body = await read_body(receive)
         except BadRequest as exc:

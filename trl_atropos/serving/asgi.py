@@ -15,14 +15,7 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class BadRequest(ValueError):
-    """A request that is answered with `status` and `body` instead of being passed on.
-
-    Args:
-        status (`int`):
-            HTTP status.
-        body (`bytes`):
-            JSON.
-    """
+    """A request that is answered with `status` and `body`, which is JSON, instead of being passed on."""
 
     def __init__(self, status: int, body: bytes):
         super().__init__(status, body)
@@ -61,7 +54,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        [`BadRequest`]: if it is none.
+        [`BadRequest`]: if the body is not a JSON object.
     """
     try:
         request = json.loads(body)
@@ -85,8 +78,9 @@ async def respond_raw(send: Send, status: int, body: bytes) -> None:
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives `body` first. What follows is the caller's: its disconnect must reach the server, which then
-    stops generating."""
+    """Make a `receive` that gives `body` first and then what the caller's gives: its disconnect must reach the server,
+    which then stops generating.
+    """
     is_sent = False
 
     async def replayed() -> Message:
@@ -102,24 +96,10 @@ def replay(body: bytes, receive: Receive) -> Receive:
 async def call(
     app: ASGIApp, scope: Scope, receive: Receive, method: str, path: str, payload: dict[str, Any] | None
 ) -> tuple[int, bytes]:
-    """Call the server inside the process, with the caller's headers.
+    """Call the server inside the process, with the caller's headers, and return status and body of its answer.
 
-    Args:
-        app (`ASGIApp`):
-            The server.
-        scope (`Scope`):
-            Of the caller's request.
-        receive (`Receive`):
-            Of the caller's request, whose body was read.
-        method (`str`):
-            HTTP method.
-        path (`str`):
-            Route, below the server's root path.
-        payload (`dict[str, Any]`, *optional*):
-            Sent as JSON; None for an empty body.
-
-    Returns:
-        `tuple[int, bytes]`: status and body.
+    `scope` and `receive` are those of the caller's request, whose body was read. `path` is a route below the server's
+    root path. `payload` is sent as JSON; None sends an empty body.
     """
     body = b"" if payload is None else json.dumps(payload).encode()
     replaced = {b"content-length", b"content-type", b"content-encoding", b"accept-encoding"}

@@ -44,11 +44,11 @@ class HubUploads(Trainer):
     _uploads: tuple[Future[CommitInfo], ...] = ()
 
     def init_hf_repo(self, token: str | None = None) -> None:
-        """Make the repository. On every rank.
+        """Make the repository. Call it on every rank.
 
         Raises:
-            [`HubUploadError`]: it will not work later either.
-            [`PreflightError`]: `push_merged`, and the policy cannot be merged.
+            [`HubUploadError`]: if it cannot be made now, and could not be made later either.
+            [`PreflightError`]: if `push_merged` is set and the policy cannot be merged.
         """
         if self.args.push_merged:
             check_mergeable(self.accelerator.unwrap_model(self.model))
@@ -82,7 +82,7 @@ class HubUploads(Trainer):
             dataset_name (`str`, *optional*):
                 Not used: what the model was trained on are environments.
             tags (`str` or `list[str]`, *optional*):
-                More tags.
+                Tags of the card beside those of this trainer.
         """
         if not self.is_world_process_zero():
             return
@@ -99,7 +99,9 @@ class HubUploads(Trainer):
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As [`~transformers.Trainer.save_model`]; with the model card, and only after an upload of what is overwritten."""
+        """Save as [`~transformers.Trainer.save_model`] does, with the model card, and only after an upload of what is
+        overwritten.
+        """
         if output_dir is not None:
             super().save_model(output_dir, _internal_call)
             return
@@ -138,19 +140,19 @@ class HubUploads(Trainer):
         revision: str | None = None,
         **kwargs: Any,
     ) -> CommitInfo | Future[CommitInfo] | None:
-        """Save the model and upload it, with its card. On every rank.
+        """Save the model and upload it, with its card. Call it on every rank.
 
         Args:
             commit_message (`str`, *optional*, defaults to `"End of training"`):
-                Of the commit.
+                Message of the commit.
             blocking (`bool`, *optional*, defaults to `True`):
-                Wait for the upload.
+                Whether to wait for the upload.
             token (`str`, *optional*):
-                Of the Hub; `args.hub_token` if not given.
+                Token of the Hub; `args.hub_token` if not given.
             revision (`str`, *optional*):
                 Branch; `args.hub_revision` if not given.
             kwargs:
-                For `create_model_card`.
+                Arguments of `create_model_card`.
 
         Returns:
             `CommitInfo`, or a `Future` of it with `blocking=False`; None on other ranks, and if the upload failed, which is
@@ -208,7 +210,7 @@ class HubUploads(Trainer):
         return Path(str(self.args.output_dir))
 
     def _repo(self) -> str | None:
-        """The repository, made now if the Hub could not be reached before; on rank 0."""
+        """Return the repository, which is made now if the Hub could not be reached before; on rank 0."""
         if self.hub_model_id is None:
             try:
                 self.hub_model_id = self._make_repo(None)

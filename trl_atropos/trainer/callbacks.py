@@ -9,16 +9,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class StepCallback(TrainerCallback):
-    """Publishes once before the first batch and then every `weight_sync_steps` optimizer steps, the last included; then says
-    that the batch of the step is trained.
+    """Publishes once before the first batch and then every `weight_sync_steps` optimizer steps, the last included;
+    then says that the batch of the step is trained.
 
-    Args:
-        mark_trained (`Callable[[], None]`):
-            Called on every rank.
-        publish (`Callable[[], None]`, *optional*):
-            Publishes the policy; called on every rank. None: there are no servers.
-        weight_sync_steps (`int`, *optional*, defaults to `1`):
-            Optimizer steps from one publish to the next.
+    `mark_trained` and `publish` are called on every rank; without servers, `publish` is None.
     """
 
     def __init__(

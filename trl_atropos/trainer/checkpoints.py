@@ -24,7 +24,7 @@ _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 def read_data_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What a checkpoint says of the data; None if it is not complete.
+    """Return what a checkpoint says of the data; None if the checkpoint is not complete.
 
     trainer_state.json is the last file that transformers writes, so a checkpoint in the middle of which a trainer was
     killed has none, or half of one.
@@ -40,19 +40,13 @@ def read_data_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any] | None
 def find_checkpoint(
     output_dir: str | os.PathLike[str], resume_from_checkpoint: str | bool | None
 ) -> tuple[str | None, dict[str, Any]]:
-    """The checkpoint to resume from.
+    """Find the checkpoint to resume from, and return its directory and what it says of the data.
 
-    Args:
-        output_dir (`str` or `os.PathLike`):
-            Of the run.
-        resume_from_checkpoint (`str` or `bool`, *optional*):
-            A directory, or True for the newest complete one in `output_dir`.
-
-    Returns:
-        `tuple[str | None, dict]`: the directory and what it says of the data; None and nothing if the run starts at step 0.
+    `resume_from_checkpoint` is a directory, or True for the newest complete checkpoint in `output_dir`. If the run
+    starts at step 0, the directory is None and the state is empty.
 
     Raises:
-        PreflightError: the checkpoint that was asked for is not complete.
+        [`PreflightError`]: the checkpoint that was asked for is not complete.
     """
     if not resume_from_checkpoint:
         return None, {}

@@ -29,15 +29,8 @@ FIELDS = {"prompt", "answer", "env"}
 class EvalPrompt:
     """One line of `eval_path`.
 
-    Args:
-        where (`str`):
-            File and line, for messages.
-        prompt (`str` or `list[dict]`):
-            Text, or the messages of a chat.
-        answer (`str`, *optional*):
-            What the completion should be.
-        env (`str`, *optional*):
-            Name of the environment, or of the task, that it belongs to.
+    `where` names file and line in messages. `prompt` is text, or the messages of a chat. `answer` is what the
+    completion should be, and `env` the name of the environment, or of the task, that the prompt belongs to.
     """
 
     where: str
@@ -48,13 +41,8 @@ class EvalPrompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the policy answered.
-
-    Args:
-        text (`str`):
-            Without special tokens, and without white space around it.
-        num_tokens (`int`):
-            Its length.
+    """What the policy answered: the text without special tokens and without white space around it, and its number of
+    tokens.
     """
 
     text: str
@@ -62,18 +50,13 @@ class Completion:
 
 
 def load_prompts(path: str | os.PathLike[str]) -> list[EvalPrompt]:
-    """Read the prompts of `eval_path`.
+    """Read the prompts of `eval_path`, at least one.
 
-    Args:
-        path (`str` or `os.PathLike`):
-            JSON lines with `prompt` (text, or messages with `role` and `content`) and optionally `answer` (text) and
-            `env` (text). Empty lines are skipped. Other fields are not read, and named in the log.
-
-    Returns:
-        `list[EvalPrompt]`: at least one.
+    The file holds JSON lines with `prompt` (text, or messages with `role` and `content`) and optionally `answer`
+    (text) and `env` (text). Empty lines are skipped. Other fields are not read, and named in the log.
 
     Raises:
-        [`PreflightError`]: there is no such file, a line is none of that, or there is no prompt.
+        [`PreflightError`]: there is no such file, a line is no such object, or there is no prompt.
     """
     try:
         lines = Path(path).read_bytes().splitlines()
@@ -107,17 +90,9 @@ def evaluate_prompts(
 ) -> dict[str, float]:
     """Let the served policy complete all prompts greedily, and compare with the answers.
 
-    Args:
-        client ([`~weight_sync.client.AtroposVLLMClient`]):
-            The server; awake and not paused.
-        prompts (`Sequence[EvalPrompt]`):
-            From [`load_prompts`].
-        max_tokens (`int`, *optional*, defaults to `256`):
-            Longest completion, in tokens.
-
-    Returns:
-        `dict[str, float]`: `eval_` before the names of `report/metric_help.py`, and `eval_<env>/` for the prompts of
-        each `env`. Without the matches where no prompt has an answer.
+    The server is awake and not paused. `max_tokens` is the longest completion, in tokens. The results are named as in
+    `report/metric_help.py` after `eval_`, and after `eval_<env>/` for the prompts of each `env`; the matches are left
+    out where no prompt has an answer.
 
     Raises:
         [`AtroposProtocolError`]: the server refuses a prompt.
@@ -134,14 +109,13 @@ def evaluate_prompts(
 
 class EnvironmentEvals:
     """Finds what the environments' own `evaluate` logs: atroposlib's `evaluate_log` writes it to `metrics.json` in the
-    `data_dir_to_save_evals` of the environment, over what it wrote before. What is there at first is of an earlier run.
+    `data_dir_to_save_evals` of the environment, over what it wrote before. What is there at first is left by an
+    earlier run and not taken.
 
-    Args:
-        directory (`str` or `os.PathLike`):
-            That of one environment, or one with a subdirectory for each; need not exist yet.
+    `directory` is that of one environment, or one with a subdirectory for each; it need not exist yet.
 
     Raises:
-        [`PreflightError`]: it is a file.
+        [`PreflightError`]: the directory is a file.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -187,14 +161,10 @@ class EnvironmentEvals:
 
 
 class Evaluator:
-    """What `evaluate` of a trainer does on rank 0.
-
-    Args:
-        eval_path, eval_log_dir, eval_max_tokens:
-            See `AtroposConfig`.
+    """What `evaluate` of a trainer does on rank 0, with three options of `AtroposConfig`.
 
     Raises:
-        [`PreflightError`]: see [`load_prompts`] and [`EnvironmentEvals`].
+        [`PreflightError`]: prompts or directory are refused, as [`load_prompts`] and [`EnvironmentEvals`] say.
     """
 
     def __init__(self, eval_path: str | None, eval_log_dir: str | None, eval_max_tokens: int):

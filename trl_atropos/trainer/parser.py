@@ -44,7 +44,7 @@ class AtroposParser(TrlParser):
 
         Args:
             args (`Iterable[str]`, *optional*):
-                Those of the process if not given.
+                The arguments to parse; those of the process if not given.
             return_remaining_strings (`bool`, *optional*, defaults to `False`):
                 Return names that are no option, with their values, as a list after the instances, instead of refusing them.
             fail_with_unknown_args (`bool`, *optional*, defaults to `True`):
@@ -104,7 +104,7 @@ class AtroposParser(TrlParser):
 
 
 def _take_config(args: list[str]) -> tuple[list[str], str | None]:
-    """The other arguments, and what `--config` says."""
+    """Return the other arguments, and what `--config` says."""
     for index, argument in enumerate(args):
         if argument.startswith("--config="):
             return args[:index] + args[index + 1 :], argument.removeprefix("--config=")

@@ -41,15 +41,9 @@ COMPARED_CONFIG_FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden
 class ServerFacts:
     """What the trainer needs to know of the vLLM server.
 
-    Args:
-        backend (`str`):
-            Its weight transfer backend.
-        dtype (`torch.dtype`):
-            The dtype that it serves in.
-        has_processed_logprobs (`bool`):
-            Whether its logprobs are those after temperature.
-        knows_policy_versions (`bool`):
-            Whether it remembers which policy sampled a rollout (`serving.generate_endpoint`).
+    `backend` is its weight transfer backend, and `dtype` is what it serves in. `has_processed_logprobs` says whether
+    its logprobs are those after temperature, and `knows_policy_versions` whether it remembers which policy sampled a
+    rollout (`serving.generate_endpoint`).
     """
 
     backend: str
@@ -62,7 +56,8 @@ def check_launch(accelerator: Accelerator) -> None:
     """Check that accelerate knows of all processes.
 
     Raises:
-        [`PreflightError`]: it does not: gradients would be summed over ranks that the loss does not count.
+        [`PreflightError`]: accelerate counts others, so that gradients would be summed over ranks that the loss does not
+            count.
     """
     num_ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if num_ranks != accelerator.num_processes:
@@ -87,15 +82,7 @@ def trainer_side(
 ) -> TrainerSide:
     """Return what servers are compared with.
 
-    Args:
-        args ([`AtroposConfig`]):
-            Options of the run.
-        model (`nn.Module`):
-            The policy.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            The trainer's.
-        device (`torch.device`, *optional*):
-            Where it lies; None if another transport than ours sends it.
+    `device` is where the policy lies; None if another transport than ours sends it. What is None is not compared.
     """
     return TrainerSide(
         max_length=args.max_length,
@@ -111,16 +98,11 @@ def trainer_side(
 def inspect_server(client: AtroposVLLMClient, model_config: Any, max_length: int) -> ServerFacts:
     """Check a server against the trainer's model.
 
-    Args:
-        client (`AtroposVLLMClient`):
-            The server.
-        model_config (`PretrainedConfig`):
-            The trainer's model.
-        max_length (`int`):
-            Longest rollout in tokens that the trainer accepts.
+    `model_config` is the config of that model, and `max_length` the longest rollout in tokens that the trainer
+    accepts.
 
     Raises:
-        [`PreflightError`]: no dev mode, no weight transfer engine, another model or another vocabulary.
+        [`PreflightError`]: the server has no dev mode, no weight transfer engine, another model or another vocabulary.
     """
     facts = read_server_config(client, TrainerSide(max_length=max_length, model=describe_model(model_config)))
     report(check(facts, SERVER_CHECKS))
@@ -132,18 +114,10 @@ def inspect_run(
 ) -> list[ServerFacts]:
     """Check all servers and this machine, and report everything that is found at once.
 
-    Args:
-        clients (sequence of `AtroposVLLMClient`):
-            The servers.
-        trainer ([`~checks.server.TrainerSide`]):
-            From [`trainer_side`].
-        args ([`AtroposConfig`]):
-            Options of the run.
-        model (`nn.Module`):
-            The policy.
+    `trainer` is what [`trainer_side`] returned.
 
     Raises:
-        [`PreflightError`]: with every error.
+        [`PreflightError`]: names every error.
     """
     saved = num_parameters(model, only_trained=hasattr(model, "peft_config"))
     machine = machine_facts(args, saved, ports={"vllm_group_port": args.vllm_group_port})
@@ -165,7 +139,7 @@ def report(findings: Sequence[Finding]) -> None:
     """Log what was found.
 
     Raises:
-        [`PreflightError`]: with all errors.
+        [`PreflightError`]: names all errors.
     """
     levels = {"warning": logging.WARNING, "unknown": logging.WARNING, "ok": logging.DEBUG}
     for finding in findings:
@@ -197,14 +171,10 @@ def as_server_facts(facts: ServerConfigFacts) -> ServerFacts:
 def read_server_config(client: AtroposVLLMClient, trainer: TrainerSide) -> ServerConfigFacts:
     """Read what a server says of itself, and ask it for what it does not say. Changes nothing.
 
-    Args:
-        client (`AtroposVLLMClient`):
-            The server.
-        trainer ([`~checks.server.TrainerSide`]):
-            What it is compared with; what is not known there is not asked here.
+    It is compared with `trainer`; what is not known there is not asked here.
 
     Raises:
-        [`PreflightError`]: no dev mode.
+        [`PreflightError`]: the server has no dev mode.
         [`WeightSyncError`]: the server does not answer, or not as vLLM does.
     """
     info = client.get_server_info()

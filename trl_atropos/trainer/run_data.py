@@ -38,31 +38,13 @@ QUARANTINE_NAME = "quarantine.jsonl"
 class RunData:
     """Hands out the micro-batches of this rank and keeps count of what was trained. The same calls on every rank.
 
-    Args:
-        args ([`AtroposConfig`]):
-            Options of the run.
-        progress ([`~data.prepare.Progress`]):
-            Of the trainer.
-        dealer ([`~data.micro_batches.Dealer`]):
-            Cuts the rollouts of a step into micro-batches.
-        limits ([`~wire.parse.WireLimits`]):
-            Vocabulary and length of the model.
-        servers ([`~trainer.servers.Servers`], *optional*):
-            On rank 0 of a live run.
-        is_main_process (`bool`):
-            Whether this is rank 0.
-        resumes (`bool`):
-            Whether an earlier run in `output_dir` is continued. If not, its journal is moved aside.
-        state (`dict`):
-            What the checkpoint says (`before_save`); empty at step 0.
-        eos_token_ids (`frozenset[int]`, *optional*):
-            Tokens that end a completion, if they are known.
+    `progress` is the trainer's, `dealer` cuts the rollouts of a step into micro-batches, and `limits` are vocabulary
+    and length of the model. `servers` are given on rank 0 of a live run. `resumes` says whether an earlier run in
+    `output_dir` is continued; if not, its journal is moved aside. `state` is what `before_save` put into the
+    checkpoint, empty at step 0. `eos_token_ids` end a completion; None if they are not known.
 
-    Attributes:
-        stream ([`~data.stream.RolloutStream`]):
-            The micro-batches.
-        num_offline_steps (`int`, *optional*):
-            Optimizer steps that recorded data makes, over all passes. None for a live run.
+    `stream` gives the micro-batches. `num_offline_steps` is the number of optimizer steps that recorded data makes,
+    over all passes; None for a live run.
 
     Raises:
         [`TrlAtroposError`]: on every rank, if journal or data cannot be opened.
@@ -121,7 +103,7 @@ class RunData:
     def before_save(self, state: TrainerState, policy_version: int) -> None:
         """Put what a checkpoint must say of the data into the state that is about to be saved, as its last file.
 
-        `policy_version` is that of the last publish.
+        `policy_version` is the version under which was published last.
         """
         if self._main is None:
             return
@@ -133,7 +115,7 @@ class RunData:
         }
 
     def after_save(self) -> None:
-        """The checkpoint is whole: a resume needs no batch before it."""
+        """Note that the checkpoint is whole: a resume needs no batch before it."""
         if self._main is not None and self._main.source.journal is not None:
             self._main.source.journal.release(self.stream.next_batch)
 
@@ -191,7 +173,7 @@ class _RecordedSource:
         return {}
 
     def close(self, next_batch: int) -> None:
-        """There is nothing to stop."""
+        """Do nothing: there is nothing to stop."""
 
 
 class _LiveSource:
@@ -251,7 +233,7 @@ def _open_source(
 
 
 def _move_aside(output_dir: Path) -> None:
-    """A run that starts anew begins its own journal; what an earlier one recorded is kept."""
+    """Move what an earlier run recorded, which is kept: a run that starts anew begins its own journal."""
     if not segments(output_dir / JOURNAL_NAME):
         return
     number = next(n for n in itertools.count(1) if not (output_dir / f"{JOURNAL_NAME}-{n}").exists())

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 DISTRIBUTION = "trl-atropos"
 WEIGHT_BYTES = 4
-"""Of a saved weight: the trainer loads float32 unless told otherwise."""
+"""Bytes of a saved weight: the trainer loads float32 unless told otherwise."""
 OPTIMIZER_BYTES = 8
-"""Of AdamW's two moments of a weight."""
+"""Bytes of AdamW's two moments of a weight."""
 CONVERSATION = [{"role": "user", "content": "What is the capital of Peru?"}]
-"""Rendered by server and trainer to compare their chat templates."""
+"""Server and trainer render it, so that their chat templates can be compared."""
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
-    """Return what tokenizers are compared by."""
+    """Return the facts by which tokenizers are compared."""
     template = tokenizer.chat_template
     return TokenizerFacts(
         name=str(tokenizer.name_or_path),
@@ -46,14 +46,7 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
 
 
 def read_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase | Unread:
-    """Load a tokenizer from a directory, the cache or the Hub.
-
-    Args:
-        name (`str`):
-            Path or Hub id.
-        revision (`str`, *optional*):
-            Of the repository.
-    """
+    """Load a tokenizer from a directory, the cache or the Hub; `revision` is that of the repository."""
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, ImportError) as exc:
@@ -77,9 +70,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...] | Unread | N
 def package_versions(required_extras: Collection[str] = ()) -> tuple[PackageVersion, ...] | Unread:
     """Compare the installed packages with the versions that this one declares.
 
-    Args:
-        required_extras (collection of `str`, *optional*):
-            Extras of this package that the run needs on this machine, such as `"vllm"`.
+    `required_extras` are those extras of this package that the run needs on this machine, such as `"vllm"`.
     """
     try:
         declared = [Requirement(text) for text in importlib.metadata.requires(DISTRIBUTION) or []]
@@ -118,17 +109,9 @@ def machine_facts(
 ) -> MachineFacts:
     """Look at this machine.
 
-    Args:
-        args ([`AtroposConfig`], *optional*):
-            Options of the trainer. None: they are not known.
-        num_saved_parameters (`int`):
-            Weights in a checkpoint: all, or those of the adapter.
-        required_extras (collection of `str`, *optional*):
-            See [`package_versions`].
-        ports (`Mapping[str, int]`, *optional*):
-            Option -> loopback port that it asks for.
-        gpus:
-            `num_gpus` and `gpu_split` of [`~checks.machine.MachineFacts`].
+    `args` is None if the options of the trainer are not known. `num_saved_parameters` counts the weights in a
+    checkpoint: all, or those of the adapter. `required_extras` are those of [`package_versions`]. `ports` maps options
+    to the loopback ports that they ask for. `gpus` are `num_gpus` and `gpu_split` of [`~checks.machine.MachineFacts`].
     """
     told = tuple((option, port, port_obstacle(port)) for option, port in (ports or {}).items() if port)
     versions = package_versions(required_extras)
@@ -174,13 +157,8 @@ def free_bytes(path: str) -> int | Unread:
 
 
 def num_parameters(model: nn.Module, only_trained: bool = False) -> int:
-    """Count the weights of a model, those that DeepSpeed keeps elsewhere included.
-
-    Args:
-        model (`nn.Module`):
-            The policy.
-        only_trained (`bool`, *optional*, defaults to `False`):
-            Whether frozen ones are left out.
+    """Count the weights of a model, those that DeepSpeed keeps elsewhere included; with `only_trained`, without frozen
+    ones.
     """
     return sum(
         getattr(parameter, "ds_numel", parameter.numel())

@@ -17,13 +17,9 @@ from ..errors import PreflightError, did_you_mean
 class SeedOption:
     """What becomes of one key.
 
-    Args:
-        options (`tuple[str, ...]`):
-            The options that it sets; their names for the documentation where `make` computes them.
-        meaning (`str`):
-            One sentence for the documentation.
-        make (`Callable`, *optional*):
-            From the value to the options; the value itself if not given. Raises `ValueError` with a reason.
+    `options` are the names of the options that it sets; where `make` computes them, they are for the documentation.
+    `meaning` is one sentence for the documentation. `make` turns the value into the options, and raises `ValueError`
+    with a reason; without it, the value is taken as it is.
     """
 
     options: tuple[str, ...]
@@ -31,7 +27,7 @@ class SeedOption:
     make: Callable[[Any], dict[str, Any]] | None = None
 
     def __call__(self, value: Any) -> dict[str, Any]:
-        """The options for a value."""
+        """Return the options for a value."""
         return {self.options[0]: value} if self.make is None else self.make(value)
 
 
@@ -108,20 +104,15 @@ SEED_OPTIONS: dict[str, SeedOption] = {
         ("sequence_layout",), "`true` is `packed`, `false` is `auto`.", lambda value: {"sequence_layout": "packed"} if value else {}
     ),
 }  # fmt: skip
-"""Key of the file, with dots between its sections -> what becomes of it."""
+"""What becomes of each key of the file, written with dots between its sections."""
 
 SECTIONS = {key.split(".")[0] for key in SEED_OPTIONS if "." in key}
 
 
 def translate_seed_options(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Replace the keys of an AtroposSFTTrainer file.
+    """Replace the keys of an AtroposSFTTrainer file, given as YAML gives it. Keys of this trainer stay as they are.
 
-    Args:
-        config (`Mapping[str, Any]`):
-            A configuration file as YAML gives it. Keys of this trainer stay as they are.
-
-    Returns:
-        `tuple[dict[str, Any], list[str]]`: the options, and a line for each key that was replaced.
+    Returns the options, and a line for each key that was replaced.
 
     Raises:
         [`PreflightError`]: a key in one of the sections is unknown, a value has no counterpart, or two keys contradict each

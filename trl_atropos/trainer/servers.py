@@ -37,19 +37,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Servers:
-    """Clients of the Atropos API and of the vLLM server, checked against the model and each other.
+    """Clients of the Atropos API and of the vLLM servers that environments query, checked against the model and each
+    other.
 
-    Args:
-        atropos_client ([`~wire.client.AtroposClient`]):
-            The API.
-        vllm_clients (`list[`[`~weight_sync.client.AtroposVLLMClient`]`]`):
-            The servers that environments query.
-        group ([`~weight_sync.server_group.ServerGroup`]):
-            Takes the steps of a publish with all of them.
-        adapters ([`~weight_sync.adapter_publisher.AdapterPublisher`]):
-            Publishes adapters to them.
-        facts ([`~trainer.preflight.ServerFacts`]):
-            What they reported.
+    `group` takes the steps of a publish with all servers, and `adapters` publishes adapters to them. `facts` are what
+    they reported.
     """
 
     atropos_client: AtroposClient
@@ -59,14 +51,7 @@ class Servers:
     facts: ServerFacts
 
     def register(self, args: AtroposConfig, *, starting_step: int) -> None:
-        """Register the trainer with the API.
-
-        Args:
-            args ([`AtroposConfig`]):
-                Options of the run.
-            starting_step (`int`):
-                Optimizer steps done so far.
-        """
+        """Register the trainer with the API; `starting_step` is the number of optimizer steps done so far."""
         assert args.atropos_batch_size is not None
         self.atropos_client.register(
             Registration(
@@ -83,7 +68,8 @@ class Servers:
         )
 
     def get_policy_versions(self, rollout_keys: Sequence[str]) -> list[int | None]:
-        """Under which policy version each sequence was sampled, by whichever server knows it; None if none does.
+        """Return under which policy version each sequence was sampled, by whichever server knows it; None if none
+        does.
 
         A server that is away is not asked: the next publish waits for it, and what it remembered is gone with it.
         """
@@ -105,15 +91,8 @@ class Servers:
 
 @dataclass(frozen=True)
 class Connection:
-    """What every rank has of the servers.
-
-    Args:
-        publisher ([`~weight_sync.publisher.PolicyPublisher`]):
-            Keeps them on the newest policy.
-        facts ([`~trainer.preflight.ServerFacts`]):
-            What they have in common.
-        servers ([`Servers`], *optional*):
-            Their clients, on rank 0.
+    """What every rank has of the servers: the publisher that keeps them on the newest policy, and the facts that they
+    have in common. Their clients, `servers`, are on rank 0 only.
     """
 
     publisher: PolicyPublisher
@@ -132,7 +111,7 @@ def open_connection(
     tokenizer: PreTrainedTokenizerBase | None,
     transport: WeightTransport | None = None,
 ) -> Connection:
-    """Reach the servers on rank 0 and check that they fit the run; a collective call. See [`connect`]."""
+    """Reach the servers on rank 0 as [`connect`] does, and check that they fit the run; a collective call."""
     servers: Servers | None = None
 
     def connect_main_process() -> ServerFacts:
@@ -161,15 +140,7 @@ def connect(
 ) -> Servers:
     """Reach both servers and check that they fit the run.
 
-    Args:
-        args ([`AtroposConfig`]):
-            Options of the run.
-        model (`PreTrainedModel`):
-            The policy.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Its tokenizer.
-        transport ([`~weight_sync.base.WeightTransport`], *optional*):
-            Chosen from what the server reports if not given.
+    Without a transport, one is chosen from what the server reports.
 
     Raises:
         [`TrlAtroposError`]: a server does not answer in time, or does not fit.
@@ -225,7 +196,7 @@ def _make_transport(args: AtroposConfig, client: AtroposVLLMClient, backend: str
 
 
 def _agreed(facts: Sequence[ServerFacts]) -> ServerFacts:
-    """What all servers have in common."""
+    """Return what all servers have in common."""
     dtypes = {server.dtype for server in facts}
     if len(dtypes) > 1:
         raise PreflightError(
@@ -241,5 +212,7 @@ def _agreed(facts: Sequence[ServerFacts]) -> ServerFacts:
 
 
 def _save_interval(args: AtroposConfig) -> int:
-    """Steps between checkpoints of the environments: those of the trainer, so that both resume from the same step."""
+    """Return the steps between checkpoints of the environments: those of the trainer, so that both resume from the
+    same step.
+    """
     return max(int(args.save_steps), 1) if args.save_strategy == "steps" else args.max_steps

@@ -22,13 +22,9 @@ from .weights.adapter import Adapter, check_adapter
 class AdapterPublisher:
     """Publishes the adapter itself to one or several servers and proves it after every publish.
 
-    Args:
-        links (`Sequence[ServerLink]`):
-            The servers. Their transports are not used.
-        directory (`Path`):
-            See [`~weight_sync.transports.adapter_files.AdapterTransfer`].
-        options ([`~weight_sync.options.WeightSyncOptions`], *optional*):
-            What happens on a failure.
+    The transports of the links are not used: the adapter travels through `directory`, which belongs to this run alone
+    and which every server must see under the same path ([`~weight_sync.transports.adapter_files.AdapterTransfer`]).
+    The options say what happens on a failure.
     """
 
     def __init__(self, links: Sequence[ServerLink], directory: Path, options: WeightSyncOptions | None = None):
@@ -40,7 +36,7 @@ class AdapterPublisher:
         """Refuse a policy or a server for which only merged weights will do.
 
         Raises:
-            [`PreflightError`]: naming what stands against it.
+            [`PreflightError`]: naming the obstacle.
         """
         needs = check_adapter(model)
         for link in self.links:
@@ -58,13 +54,7 @@ class AdapterPublisher:
     ) -> PublishReport:
         """Bring an adapter onto every server under a version, and prove it.
 
-        Args:
-            adapter ([`~weight_sync.weights.adapter.Adapter`]):
-                Of the policy.
-            policy_version (`int`):
-                Number of this policy.
-            reference (`Callable[[], ProbeReference]`, *optional*):
-                Computes what the servers must answer.
+        `reference` computes what the servers must answer; without it only the version is read back.
 
         Raises:
             [`WeightSyncError`]: naming the server and its state. It serves the previous adapter, or is paused with one that

@@ -27,7 +27,7 @@ class AsyncGRPOWeightTransfer:
         client ([`AtroposVLLMClient`]):
             The server.
         transport (`WeightTransport`):
-            Mover of the bytes.
+            Moves the weights to the server.
         specs (`Sequence[TensorSpec]`):
             What the trainer streams, in its order and in the server's dtype.
         policy_version (`int`, *optional*, defaults to `0`):
@@ -66,7 +66,7 @@ class AsyncGRPOWeightTransfer:
         """Connect the transport to every worker.
 
         Raises:
-            [`WeightSyncError`]: if that fails.
+            [`WeightSyncError`]: if a worker cannot be connected.
         """
         with self._naming_the_state():
             self._link.open(self._layout)
@@ -75,7 +75,7 @@ class AsyncGRPOWeightTransfer:
         """Freeze the server. Requests in flight are kept.
 
         Raises:
-            [`WeightSyncError`]: if that fails.
+            [`WeightSyncError`]: if the server cannot be paused.
         """
         self._link.phase_s = {}
         with self._naming_the_state():

@@ -26,9 +26,9 @@ class TensorSpec:
         name (`str`):
             The server's checkpoint name.
         dtype (`torch.dtype`):
-            The dtype on the wire: the server's.
+            The dtype on the wire, which is the server's.
         shape (`tuple[int, ...]`):
-            Shape.
+            Shape of the whole tensor.
         is_trained (`bool`, *optional*, defaults to `True`):
             Whether training can change it, or a tensor that the server keeps in one piece with it. The others need not
             be sent again.
@@ -59,19 +59,10 @@ class TensorSpec:
 
 
 class PolicyLayout:
-    """Where every tensor of a policy lies in one flat buffer.
+    """Where every tensor of a policy lies in one flat buffer of `num_bytes` bytes.
 
-    Args:
-        specs (`Sequence[TensorSpec]`):
-            All tensors of the policy, in the order of the source.
-
-    Attributes:
-        specs (`tuple[TensorSpec, ...]`):
-            The same.
-        offsets (`dict[str, int]`):
-            Byte offset of each tensor by name, a multiple of `ALIGNMENT_BYTES`.
-        num_bytes (`int`):
-            Size of the buffer.
+    The tensors lie in the order of `specs`, which is the source's. `offsets` gives the byte offset of each tensor by
+    name, always a multiple of `ALIGNMENT_BYTES`.
     """
 
     def __init__(self, specs: Sequence[TensorSpec]):
@@ -88,14 +79,7 @@ class PolicyLayout:
             raise ValueError(f"The policy has {len(twice)} names twice, first {twice[:3]}.")
 
     def view(self, memory: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-        """The tensor `spec` inside a buffer.
-
-        Args:
-            memory (`torch.Tensor` of shape `(num_bytes,)`, uint8):
-                The buffer.
-            spec ([`TensorSpec`]):
-                One of `specs`.
-        """
+        """The tensor `spec`, which is one of `specs`, inside a buffer: uint8, of shape `(num_bytes,)`."""
         start = self.offsets[spec.name]
         return memory[start : start + spec.num_bytes].view(spec.dtype).view(spec.shape)
 
@@ -125,16 +109,11 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True)
 class TransferReport:
-    """What the workers of one server report of one transfer.
+    """What the workers of one server report about one transfer.
 
-    Args:
-        num_bytes (`int`):
-            What travelled, in bytes.
-        load_s (`float`):
-            Seconds that the slowest worker spent in loading.
-        has_checksums (`bool`, *optional*, defaults to `False`):
-            Whether every worker reported a checksum of what it loaded, and all were right. Where not, every publish is
-            proven by logprobs.
+    `num_bytes` is what travelled, in bytes, and `load_s` the seconds that the slowest worker spent in loading.
+    `has_checksums` says whether every worker reported a checksum of what it loaded, and all were right; where it is
+    False, every publish is proven by logprobs.
     """
 
     num_bytes: int
@@ -151,6 +130,12 @@ class WeightTransport(Protocol):
 
     def open(self, client: VLLMControl, layout: PolicyLayout) -> torch.Tensor:
         """Connect to every worker. May be called again after a failure: then it replaces what was open.
+
+        Args:
+            client ([`~weight_sync.client.AtroposVLLMClient`]):
+                The server.
+            layout (`PolicyLayout`):
+                Names, dtypes and shapes of all tensors of the policy, and where each lies in the staging memory.
 
         Returns:
             `torch.Tensor` of shape `(layout.num_bytes,)`, uint8: host memory in which the policy is to be staged. It

@@ -59,6 +59,6 @@ class AtroposVLLMClient(VLLMControl):
             policy_version (`int`):
                 Number of the policy.
             **options:
-                Of [`~weight_sync.session.weight_sync`].
+                `transport`, `device` and `tokenizer`, which [`~weight_sync.session.weight_sync`] describes.
         """
         return weight_sync(self, policy_version, **options)

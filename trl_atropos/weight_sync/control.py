@@ -21,7 +21,9 @@ from .http import Answer, ServerSession
 
 @contextmanager
 def _without_version_warnings() -> Iterator[None]:
-    """TRL warns five times of a vLLM version that it has not met; our check at the start of a run says what is supported."""
+    """Within the context, TRL does not warn of a vLLM version that it has not met, which it does five times; our check
+    at the start of a run says what is supported.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
         yield
@@ -269,7 +271,7 @@ class VLLMControl(VLLMClient):
             name (`str`, *optional*):
                 A loaded adapter; None routes to the model itself.
             policy_version (`int`):
-                Number of the policy that it makes.
+                Number of the policy that the model makes with this adapter.
         """
         self._post(f"{self.base_url}/atropos/adapter", json={"lora_name": name, "policy_version": policy_version})
 
@@ -280,7 +282,7 @@ class VLLMControl(VLLMClient):
 
         Args:
             rollout_keys (`Sequence[str]`):
-                From [`trl_atropos.wire.rollout_key.rollout_key`].
+                One key for each completion, made by [`trl_atropos.wire.rollout_key.rollout_key`].
         """
         answer = self._post(f"{self.base_url}/atropos/policy_versions", json={"rollout_keys": list(rollout_keys)})
         versions = answer.get_typed("policy_versions", list)
@@ -314,7 +316,7 @@ class VLLMControl(VLLMClient):
             raise answer.unexpected(f"`prompt_logprobs` of {len(prompts)} sequences", choices) from exc
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """TRL's ways to change weights raise here, see the class."""
+        """Stands in for TRL's ways to change weights, which are not for this client, and says why."""
         raise WeightSyncError(
             "TRL's init_communicator, weight_update, update_named_param(s) and update_model_params are not available.",
             "They change a server that is not paused, which ends its engine at the next request, wait for NCCL without a "

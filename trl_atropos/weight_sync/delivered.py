@@ -15,9 +15,7 @@ from .report import PublishReport
 class Delivered:
     """The slowest phases, the most bytes and all probes of the servers of one publish.
 
-    Args:
-        reference (`Callable[[], ProbeReference]`, *optional*):
-            Computes what the servers must answer.
+    `reference` computes what the servers must answer; it is None where no model is at hand to compare with.
     """
 
     def __init__(self, reference: Callable[[], ProbeReference] | None) -> None:
@@ -39,7 +37,7 @@ class Delivered:
             return self._expected
 
     def add(self, phase_s: dict[str, float], num_bytes: int, probe: ProbeResult | None) -> None:
-        """Take what one server took."""
+        """Take the seconds of each phase, the bytes and the probe of one server."""
         with self._lock:
             for name, value in phase_s.items():
                 self.phase_s[name] = max(self.phase_s.get(name, 0.0), value)
@@ -57,7 +55,7 @@ class Delivered:
         outcome: Outcome,
         **more: Any,
     ) -> PublishReport:
-        """Sum it up; `phase_s` holds the phases before the servers'."""
+        """Make the report of the whole publish; `phase_s` holds the seconds of the phases before the servers'."""
         phase_s = {**phase_s, **self.phase_s}
         phase_s["verify"] = phase_s.get("verify", 0.0) + self.reference_s
         return PublishReport(

@@ -25,18 +25,11 @@ def run_step(
 ) -> Outcome:
     """Take a step with every server, side by side, and again with those that failed, as `on_publish_failure` says.
 
-    Args:
-        links (`Sequence[ServerLink]`):
-            The servers. Those that failed are reset before the step is taken again.
-        step (`Callable[[ServerLink], None]`):
-            Opens the link if it is closed.
-        version (`int`):
-            Number of the policy that is published; for the messages.
-        options ([`~weight_sync.options.WeightSyncOptions`]):
-            What happens on a failure.
+    Servers that failed are reset before the step is taken again, so `step` has to open a link that is closed.
+    `version` is the number of the policy that is published and stands in the messages.
 
     Raises:
-        [`WeightSyncError`]: of the first server that failed for good.
+        [`WeightSyncError`]: the error of the first server that failed for good.
     """
     pending = list(links)
     outcome = Outcome()
@@ -73,13 +66,8 @@ def _raise_if_final(failures: Sequence[WeightSyncError], num_rounds: int, option
 class Outcome:
     """How often a step was taken.
 
-    Args:
-        num_rounds (`int`, *optional*, defaults to `0`):
-            Rounds after the first.
-        num_retries (`int`, *optional*, defaults to `0`):
-            Attempts after the first, over all servers.
-        num_failures (`int`, *optional*, defaults to `0`):
-            Attempts that failed, over all servers.
+    `num_rounds` counts the rounds after the first, `num_retries` the attempts after the first over all servers, and
+    `num_failures` the attempts that failed over all servers.
     """
 
     num_rounds: int = 0

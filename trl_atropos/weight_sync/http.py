@@ -23,7 +23,7 @@ from ..errors import PreflightError, VLLMServerError, VLLMServerUnreachable, Wei
 T = TypeVar("T")
 
 MAX_CONCURRENT_REQUESTS = 64
-"""Beyond as many at once, urllib3 warns of each."""
+"""urllib3 logs a warning for each connection beyond this number of open ones."""
 
 MAX_QUOTED_CHARS = 500
 """How much of a server's answer an error repeats."""
@@ -32,36 +32,29 @@ CONNECTION_FAILURES = (requests.exceptions.ConnectionError, requests.exceptions.
 """The second one is requests' name for an answer that ends too early."""
 
 UNKNOWN_ROUTE = '{"detail":"Not Found"}'
-"""FastAPI's answer. A missing adapter is a 404, too, with a message."""
+"""FastAPI's answer to a route that it does not have. A missing adapter is answered with 404, too, but with a message.
+"""
 
 MISSING_ROUTES = {
     "_lora_adapter": "Start the server with --enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment.",
     "/atropos/": "Start the server with --middleware trl_atropos.serving.generate_endpoint.GenerateEndpoint.",
     "": "Start the server with `trl vllm-serve` (vLLM 0.32 or newer), or VLLM_SERVER_DEV_MODE=1.",
 }
-"""Part of a route -> what a server lacks that does not have it."""
+"""What a server lacks that answers 404, by a part of the route that was asked for."""
 
 
 class ServerSession(requests.Session):
     """A session with one server. TRL's client sends its own requests through it too, so they behave the same.
 
-    1. A request has one deadline, from its start to the last byte of the answer. requests' own `timeout` starts again
-       with every byte; it still bounds what comes before there is a connection: each address of the host, and the
-       handshake of TLS.
+    1. A request has one deadline, from its start to the last byte of the answer; it is `timeout_s` seconds unless the
+       request names another. requests' own `timeout` starts again with every byte; it still bounds what comes before there
+       is a connection: each address of the host, and the handshake of TLS.
     2. A request is sent once. The control requests are not idempotent: a repeated `/update_weights` waits forever for
        bytes that were already taken. Redirects are not followed, because they would send it again, elsewhere.
     3. Connections are not kept. The server closes them after 5 s of idling and after every 500, and without retries
        the next request would fail for that.
-    4. The API key is what the caller gave, also if `~/.netrc` has an entry for the host. Proxies of the environment are
-       used, but not for this machine.
-
-    Args:
-        base_url (`str`):
-            Root of the server.
-        timeout_s (`float`):
-            Deadline of a request that names none, in seconds.
-        api_key (`str`, *optional*):
-            Sent as `Authorization: Bearer`.
+    4. The API key is what the caller gave, sent as `Authorization: Bearer`, also if `~/.netrc` has an entry for the host.
+       Proxies of the environment are used, but not for this machine.
 
     Raises:
         [`PreflightError`]: if the URL or the key cannot be sent.
@@ -79,10 +72,7 @@ class ServerSession(requests.Session):
             self.mount(scheme, _InterruptibleAdapter(pool_maxsize=MAX_CONCURRENT_REQUESTS))
 
     def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> requests.Response:
-        """Send a request and read the whole answer. See the class.
-
-        Returns:
-            `requests.Response`: with a status below 300.
+        """Send a request as the class says, read the whole answer, and return it if its status is below 300.
 
         Raises:
             [`WeightSyncTimeout`]: at the deadline.
@@ -113,12 +103,8 @@ class ServerSession(requests.Session):
 class Answer(dict[str, Any]):
     """The JSON object of an answer. A key that it lacks is a `WeightSyncError`, also for TRL's methods.
 
-    Args:
-        response (`requests.Response`):
-            The answer.
-
     Raises:
-        [`WeightSyncError`]: if it is not a JSON object.
+        [`WeightSyncError`]: if the answer is not a JSON object.
     """
 
     def __init__(self, response: requests.Response):

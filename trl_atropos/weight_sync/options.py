@@ -111,7 +111,7 @@ class WeightSyncOptions:
 
     @property
     def vllm_server_base_urls(self) -> list[str]:
-        """The servers, one URL each."""
+        """The root URLs of the servers, one each."""
         return [url.strip() for url in self.vllm_server_base_url.split(",")]
 
     def __post_init__(self) -> None:

@@ -31,13 +31,8 @@ TYPICAL_NOISE_EPS = 10.0
 class ProbeResult:
     """How far trainer and server are apart on the probe.
 
-    Args:
-        mean_abs_diff (`float`):
-            Mean absolute difference of the logprobs, in nats.
-        max_abs_diff (`float`):
-            The largest one.
-        num_tokens (`int`):
-            How many tokens were scored.
+    `mean_abs_diff` and `max_abs_diff` are the mean and the largest absolute difference of the logprobs of the
+    `num_tokens` tokens that were scored, in nats.
     """
 
     mean_abs_diff: float
@@ -49,14 +44,10 @@ class ProbeResult:
 class ProbeReference:
     """What the trainer's policy answers.
 
-    Args:
-        sequences (`list[list[int]]`):
-            Token ids, each of length 2 or more.
-        logprobs (`torch.Tensor` of shape `(N,)`, float32):
-            Logprobs in nats of every token but the first of each sequence, concatenated.
-        rounding_noise (`Callable[[], float]`):
-            Mean |logprob difference| in nats that arithmetic in the server's dtype alone makes on these sequences.
-            Called only if the typical noise is exceeded.
+    `sequences` are token ids, each of length 2 or more; `logprobs`, of shape `(N,)` and float32, are the logprobs in
+    nats of every token but the first of each sequence, concatenated. `rounding_noise` returns the mean |logprob
+    difference| in nats that arithmetic in the server's dtype alone makes on these sequences; it is called only if the
+    typical noise is exceeded.
     """
 
     sequences: list[list[int]]
@@ -67,15 +58,8 @@ class ProbeReference:
 def check_probe(reference: ProbeReference, client: VLLMControl, dtype: torch.dtype, tolerance: float) -> ProbeResult:
     """Score the sequences on the server, which must not be paused, and compare.
 
-    Args:
-        reference (`ProbeReference`):
-            What the trainer answers.
-        client (`AtroposVLLMClient`):
-            The server.
-        dtype (`torch.dtype`):
-            The server's.
-        tolerance (`float`):
-            Largest accepted mean absolute difference, as a multiple of what rounding to `dtype` alone makes.
+    `dtype` is the server's. `tolerance` is the largest accepted mean absolute difference, as a multiple of what
+    rounding to `dtype` alone makes.
 
     Raises:
         [`WeightSyncError`]: if the two differ by more, or a logprob is not a number.
@@ -104,14 +88,11 @@ class LogprobProbe:
     """Fixed sequences that both sides score at temperature 1.
 
     The probe finds a policy that did not arrive, or arrived in part: a stale tied head, a wrong name mapping, another
-    checkpoint. It cannot see an update that is smaller than the rounding of the server's dtype; against that stand
-    the manifest and the version.
+    checkpoint. It cannot see an update that is smaller than the rounding of the server's dtype; against that stand the
+    manifest and the version.
 
-    Args:
-        processing_class (`PreTrainedTokenizerBase`, *optional*):
-            Encodes the probe's texts. Without it, fixed pseudo-random ids are scored.
-        vocab_size (`int`):
-            Size of the model's vocabulary.
+    `processing_class` is a tokenizer, or a processor with one, that encodes the probe's texts; without it, fixed
+    pseudo-random ids below `vocab_size` are scored.
     """
 
     def __init__(self, processing_class: Any, vocab_size: int):
@@ -126,16 +107,11 @@ class LogprobProbe:
         self._noise: float | None = None
 
     def reference(self, model: nn.Module, dtype: torch.dtype, *, is_collective: bool = False) -> ProbeReference:
-        """Compute what the server must answer.
+        """Compute what the server, which serves in `dtype`, must answer.
 
-        Args:
-            model (`nn.Module`):
-                The policy.
-            dtype (`torch.dtype`):
-                The server's.
-            is_collective (`bool`, *optional*, defaults to `False`):
-                Whether the model's forward pass is collective (its weights are sharded), so that every rank calls this.
-                The rounding noise is then computed at once, the first time, because later only one rank would ask.
+        `is_collective` says that the model's forward pass is collective because its weights are sharded, so that every
+        rank calls this. The rounding noise is then computed at once, the first time, because later only one rank would
+        ask.
         """
         logprobs = self.trainer_logprobs(model)
         if is_collective and self._noise is None:

@@ -94,25 +94,14 @@ class WeightSync:
 
 
 class PolicyPublisher:
-    """Publishes the policies of one trainer. One on every rank; every method is collective.
+    """Publishes the policies of one trainer. There is one on every rank, and every method is collective.
 
-    Args:
-        options ([`~weight_sync.options.WeightSyncOptions`]):
-            How often, in which mode, and when to warn.
-        dtype (`torch.dtype`):
-            The servers'.
-        servers ([`~weight_sync.server_group.ServerGroup`], *optional*):
-            On rank 0; None on the others.
-        adapters ([`~weight_sync.adapter_publisher.AdapterPublisher`], *optional*):
-            On rank 0, for the modes `adapter` and `auto`.
-        make_probe (`Callable[[nn.Module], LogprobProbe]`, *optional*):
-            Gives the sequences that prove the publish of a model. Without it, versions and checksums do.
-        on_main (`OnMain`, *optional*):
-            For several ranks.
+    The servers, which serve in `dtype`, and the publisher of adapters for the modes `adapter` and `auto` are given on
+    rank 0 only; the other ranks have None. `make_probe` gives the sequences that prove the publish of a model; without
+    it, versions and checksums do. `on_main` is needed on several ranks.
 
-    Attributes:
-        policy_version (`int`):
-            Number of the policy that the servers hold; 0, the starting checkpoint, before the first publish.
+    `policy_version` is the number of the policy that the servers hold, and 0, the starting checkpoint, before the
+    first publish.
     """
 
     def __init__(
@@ -143,14 +132,8 @@ class PolicyPublisher:
     def publish_step(self, model: nn.Module, global_step: int) -> dict[str, float]:
         """Publish the current weights under the next version, in the mode of the run, and prove it.
 
-        Args:
-            model (`nn.Module`):
-                The unwrapped policy.
-            global_step (`int`):
-                Optimizer steps done so far.
-
-        Returns:
-            `dict[str, float]`: metrics; empty at the first publish of a run, which belongs to no step.
+        `model` is the unwrapped policy after `global_step` optimizer steps. Returns metrics; none at the first publish
+        of a run, which belongs to no step.
         """
         version = self._next_version(global_step)
         if self._mode == "adapter":
@@ -160,9 +143,9 @@ class PolicyPublisher:
         return self._account(self.publish(model, version))
 
     def begin_run(self, policy_version: int) -> None:
-        """The next publish belongs to no step: it brings the servers to where a run begins.
+        """Let the next publish belong to no step: it brings the servers to where a run begins.
 
-        `policy_version` is 0, or that under which the checkpoint was saved from which the run goes on.
+        `policy_version` is 0, or, for a run that goes on from a checkpoint, the version under which that was saved.
         """
         self.policy_version = policy_version
         self._last_end = None
@@ -200,13 +183,10 @@ class PolicyPublisher:
     def weight_sync(
         self, policy_version: int, record: Callable[[dict[str, float]], None] | None = None
     ) -> Iterator[WeightSync]:
-        """Pause the servers, let the caller push, deliver. Whole weights follow from then on, also if adapters were published.
+        """Pause the servers, let the caller push, deliver. Whole weights follow from then on, also if adapters were
+        published.
 
-        Args:
-            policy_version (`int`):
-                Number of the policy.
-            record (`Callable[[dict[str, float]], None]`, *optional*):
-                Takes the metrics, as `publish_step` returns them.
+        `record` is called at the end with the metrics that `publish_step` would return.
         """
         if self._mode == "adapter":
             self._on_main(lambda: self._require_adapters().withdraw())
@@ -253,7 +233,9 @@ class PolicyPublisher:
         self._on_main(check)
 
     def _make_reference(self, model: nn.Module, probe: LogprobProbe) -> Callable[[], ProbeReference] | None:
-        """What computes the answers that servers must give; for a sharded model, a collective that is done here if needed."""
+        """Return the function that computes the answers that servers must give. For a sharded model that is a
+        collective, which is done here if it is needed.
+        """
         if not is_sharded(model):
             return lambda: probe.reference(model, self._dtype)
         if not self._on_main(lambda: self._require_servers().needs_probe):
@@ -295,7 +277,9 @@ class PolicyPublisher:
         return self._on_main(lambda: self._require_adapters().deliver(adapter, version, reference))
 
     def _publish_cheapest(self, model: nn.Module, version: int) -> PublishReport:
-        """Staging merged weights is a lower bound of what publishing them costs; an adapter that takes less is cheaper."""
+        """Publish in the cheaper mode. Staging merged weights is a lower bound of what publishing them costs; an
+        adapter that takes less is cheaper.
+        """
         self.push(model, version)
         reference = self._reference
         # The first one warms the server up.

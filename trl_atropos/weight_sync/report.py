@@ -16,27 +16,16 @@ PAUSED_PHASES = ("pause", "transfer", "finish", "resume")
 
 @dataclass(frozen=True)
 class PublishReport:
-    """What one publish did.
+    """What one publish did. Times are in seconds.
 
-    Args:
-        policy_version (`int`):
-            The version that every server now reports.
-        mode (`str`):
-            What was sent: `"full"`, `"merged"` (what training can have changed) or `"adapter"`.
-        num_bytes (`int`):
-            What travelled to one server, in bytes.
-        total_s (`float`):
-            Wall time of the whole publish, in seconds.
-        phase_s (`dict[str, float]`):
-            Seconds of each phase of `PHASES`, of the slowest server.
-        probe (`ProbeResult`, *optional*):
-            Trainer against server, of the server that is farthest off. None if no model was at hand to compare with.
-        num_retries (`int`):
-            Attempts after the first, over all servers.
-        num_failures (`int`):
-            Attempts that failed, over all servers.
-        swallowed_fraction (`float`, *optional*):
-            See `StageReport`.
+    `policy_version` is what every server now reports, and `mode` says what was sent: `"full"`, `"merged"` (what
+    training can have changed) or `"adapter"`. `num_bytes` travelled to one server. `total_s` is the wall time of the
+    whole publish, and `phase_s` holds the time of each phase of `PHASES` on the slowest server.
+
+    `probe` compares the trainer with the server that is farthest off; it is None if no logprobs were compared.
+    `num_retries` counts the attempts after the first and `num_failures` the attempts that failed, both over all
+    servers. `swallowed_fraction` is the share in [0, 1] of watched elements that moved and whose value in the server's
+    dtype did not ([`~weight_sync.weights.staging.StageReport`]); it is None for adapters, and if none moved.
     """
 
     policy_version: int

@@ -26,13 +26,8 @@ from .weights.staging import StagedPolicy, StageReport
 class ServerGroup:
     """One or several servers, and what each step of a publish does to all of them. Exists on rank 0 only.
 
-    Args:
-        links (`Sequence[ServerLink]`):
-            The servers.
-        options ([`~weight_sync.options.WeightSyncOptions`], *optional*):
-            What is sent, and what happens on a failure.
-        check_server (`Callable[[ServerLink], None]`, *optional*):
-            Called before a server is connected; raises `PreflightError` if it is not the one that is wanted.
+    The options say what is sent, and what happens on a failure. `check_server` is called before a server is connected,
+    and raises `PreflightError` if it is not the one that is wanted.
     """
 
     def __init__(
@@ -53,16 +48,10 @@ class ServerGroup:
         self._start = 0.0
 
     def plan(self, manifest: Sequence[TensorSpec], policy_version: int) -> tuple[TensorSpec, ...]:
-        """Connect to the servers that need it and say what is to be staged.
+        """Connect to the servers that need it and return what is to be staged.
 
-        Args:
-            manifest (`Sequence[TensorSpec]`):
-                All tensors of the policy.
-            policy_version (`int`):
-                Number of the policy.
-
-        Returns:
-            `tuple[TensorSpec, ...]`: everything at the first time, afterwards what training can have changed.
+        That is everything in the manifest, which lists all tensors of the policy, at the first time; afterwards it is
+        what training can have changed, unless the options want everything sent again.
         """
         self._start = time.perf_counter()
         is_new = self._staged is None or self._staged.layout.specs != tuple(manifest)
@@ -99,11 +88,7 @@ class ServerGroup:
     def deliver(self, policy_version: int, reference: Callable[[], ProbeReference] | None) -> PublishReport:
         """Bring what is staged onto every server under a version, and prove it.
 
-        Args:
-            policy_version (`int`):
-                Number of this policy.
-            reference (`Callable[[], ProbeReference]`, *optional*):
-                Computes what the servers must answer; called at most once, before they are paused.
+        `reference` computes what the servers must answer; it is called at most once, before they are paused.
         """
         delivered = Delivered(reference)
         outcome = run_step(

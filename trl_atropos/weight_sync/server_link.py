@@ -49,29 +49,12 @@ SERVER_STATES = {
 
 
 class ServerLink:
-    """Brings staged policies onto one server.
+    """Brings staged policies onto one server, which serves in `dtype`.
 
-    Args:
-        client (`AtroposVLLMClient`):
-            Control plane of the server.
-        transport (`WeightTransport`):
-            Mover of the bytes.
-        dtype (`torch.dtype`):
-            The server's dtype.
-        options ([`~weight_sync.options.WeightSyncOptions`], *optional*):
-            How the server is treated.
-
-    Attributes:
-        state (`str`):
-            A key of `SERVER_STATES`.
-        phase_s (`dict[str, float]`):
-            Seconds of each phase of the last publish: pause, transfer, load (a part of transfer), finish, resume, verify.
-        memory (`torch.Tensor`, *optional*):
-            Where the policy is staged; None until `open`.
-        is_paused (`bool`):
-            Whether this link has frozen the server and not let it go on since.
-        version (`int`, *optional*):
-            What this link published last; None if the server does not hold a complete policy of this trainer.
+    `state` is a key of `SERVER_STATES`, and `phase_s` holds the seconds of each phase of the last publish: pause,
+    transfer, load (a part of transfer), finish, resume, verify. `memory`, uint8, is where the policy is staged, and
+    None until `open`. `is_paused` says whether this link has frozen the server and not let it go on since. `version`
+    is what this link published last, and None if the server does not hold a complete policy of this trainer.
     """
 
     def __init__(
@@ -98,7 +81,7 @@ class ServerLink:
     # Connection
 
     def open(self, layout: PolicyLayout) -> None:
-        """Connect the transport. What was staged before is staged still."""
+        """Connect the transport, and copy what was staged before into its memory."""
         staged = self.memory
         self.version = self._num_unprobed = None
         self.memory = self.transport.open(self.client, layout)
@@ -113,17 +96,17 @@ class ServerLink:
         self.transport.close()
 
     def reset(self) -> None:
-        """After a failure: what is done next begins with a connection and a pause."""
+        """Close the link after a failure, so that what is done next begins with a connection and a pause."""
         self.close()
         self.state = "idle"
 
     def forget(self) -> None:
-        """Release the transport and the staged policy: another one follows."""
+        """Release the transport and the staged policy, because another policy follows."""
         self.close()
         self.memory = None
 
     def require_memory(self) -> torch.Tensor:
-        """Where the policy is staged."""
+        """Return the memory in which the policy is staged; `open` must have been called."""
         assert self.memory is not None, "open() comes first"
         return self.memory
 
@@ -195,11 +178,8 @@ class ServerLink:
     def verify(self, version: int, expected: ProbeReference | None) -> ProbeResult | None:
         """Read the version back and compare logprobs; pause the server again if either disagrees.
 
-        Args:
-            version (`int`):
-                What was published.
-            expected (`ProbeReference`, *optional*):
-                What the trainer's policy answers; without it, only the version is read.
+        `version` is what was published, and `expected` what the trainer's policy answers; without it, only the version
+        is read.
 
         Raises:
             [`WeightSyncError`]: if they disagree.
@@ -236,7 +216,7 @@ class ServerLink:
         return error
 
     def secure(self) -> str:
-        """After a failure: make sure that an unproven policy is not served, and say in which state the server is."""
+        """Make sure, after a failure, that an unproven policy is not served, and say in which state the server is."""
         self.is_paused = False
         if self.state == "verified":
             try:

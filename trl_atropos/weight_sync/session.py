@@ -31,11 +31,14 @@ def weight_sync(client: VLLMControl, policy_version: int, **options: Any) -> Ite
         policy_version (`int`):
             Number of the policy, reported by the server as `weight_version`.
         transport (`WeightTransport`, *optional*):
-            Chosen from what the server reports if not given.
+            Moves the weights to the server. Chosen from what the server reports if not given.
         device (`torch.device`, *optional*):
-            Where the model lies; a CPU if not given.
+            Device of the model, from which a transport is chosen; a CPU if not given.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            For the text of the logprob probe; without it, fixed token ids are scored.
+            Encodes the text of the logprob probe; without it, fixed token ids are scored.
+
+    Yields:
+        [`~weight_sync.publisher.WeightSync`]: takes the policy, and holds the report after the block.
 
     Raises:
         [`WeightSyncError`]: naming the state of the server.
@@ -71,6 +74,6 @@ def weight_sync(client: VLLMControl, policy_version: int, **options: Any) -> Ite
 
 
 def vocab_size_of(model: nn.Module) -> int:
-    """Rows of the model's embedding."""
+    """The number of rows of the model's embedding."""
     config: Any = model.config
     return config.get_text_config().vocab_size

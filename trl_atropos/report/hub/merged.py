@@ -18,14 +18,10 @@ MERGED_DIR = "merged"
 
 
 def check_mergeable(model: Any) -> None:
-    """Refuse a policy that cannot be merged, before it is trained for that.
-
-    Args:
-        model (`PeftModel`):
-            The unwrapped policy.
+    """Refuse an unwrapped policy that cannot be merged, before it is trained for that.
 
     Raises:
-        [`PreflightError`]: it has no adapter, or one that cannot be merged exactly.
+        [`PreflightError`]: the policy has no adapter, or one that cannot be merged exactly.
     """
     if not hasattr(model, "peft_config"):
         raise PreflightError(
@@ -41,17 +37,9 @@ def save_merged(
 ) -> None:
     """Write a PEFT model as one model without adapters. The model itself is only read. Collective if it is sharded.
 
-    Merged as it is published: [`~weight_sync.weights.source.PolicyWeights`]. The whole merged model is held in host memory once.
-
-    Args:
-        model (`PeftModel`):
-            The unwrapped policy.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Saved with it.
-        directory (`Path`):
-            Where.
-        is_main_process (`bool`, *optional*, defaults to `True`):
-            Whether this rank writes.
+    It is merged as it is published: [`~weight_sync.weights.source.PolicyWeights`]. The whole merged model is held in
+    host memory once. `model` is the unwrapped policy; the tokenizer, if there is one, is saved with it. Only the main
+    process writes.
 
     Raises:
         [`PreflightError`]: the policy cannot be merged exactly.
@@ -80,6 +68,6 @@ def save_merged(
 
 
 def _dtype(base: Any) -> torch.dtype:
-    """Of the weights that are not quantised."""
+    """The dtype of the weights that are not quantised."""
     dtypes = (p.dtype for p in base.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
     return next(dtypes, torch.float32)

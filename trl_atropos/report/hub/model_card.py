@@ -30,7 +30,7 @@ WINDOW = 4
 """Optimizer steps over which rewards before and after are means, at most half of the run."""
 
 NEXT_SECTION = "### Framework versions"
-"""Of TRL's template: ours stand before it."""
+"""The section of TRL's template before which ours stand."""
 
 NO_BASE_MODEL = "[None](https://huggingface.co/None)"
 """What TRL's template says of a base model that is not on the Hub."""
@@ -63,26 +63,12 @@ def write_model_card(
     merged_from: str | None = None,
     directory: Path | None = None,
 ) -> ModelCard:
-    """Write `README.md` and the plot of the reward that it shows.
+    """Write `README.md` and the plot of the reward that it shows, and return the card as written.
 
-    Args:
-        output_dir (`Path`):
-            Directory of the trainer.
-        config (`Mapping[str, Any]`):
-            From [`~report.hub.training_config.training_config`].
-        hub_model_id (`str`, *optional*):
-            Repository that the card is for.
-        history (`Sequence[LogEntry]`, *optional*):
-            Log history of a trainer in memory; if not given, that of `trainer_state.json`.
-        tags (`Iterable[str]`, *optional*):
-            Of the model.
-        merged_from (`str`, *optional*):
-            Repository of the adapter that was merged into this model.
-        directory (`Path`, *optional*):
-            Where the card is written. Defaults to `output_dir`.
-
-    Returns:
-        `ModelCard`: as written.
+    `output_dir` is the directory of the trainer, and `directory`, which defaults to it, the place of the card.
+    `config` is what [`~report.hub.training_config.training_config`] made. `hub_model_id` is the repository that the
+    card is for, and `merged_from` that of the adapter that was merged into this model. `history` is the log history of
+    a trainer in memory; if it is not given, that of `trainer_state.json` is read.
     """
     directory = directory or output_dir
     try:
@@ -123,19 +109,15 @@ def write_model_card(
 
 
 def described(directory: Path) -> dict[str, Path]:
-    """The files of a directory that tell of the model: card, plot, configuration. Name -> file."""
+    """The files of a directory that tell of the model (card, plot, configuration), by their names in the repository."""
     paths = (directory / name for name in (CARD_FILE, REWARD_PLOT, TRAINING_CONFIG_FILE))
     return {path.name: path for path in paths if path.exists()}
 
 
 def files_to_upload(directory: Path, output_dir: Path) -> dict[str, Path]:
-    """The model in a directory with what tells of its run. Name in the repository -> file.
+    """The model in a directory with what tells of its run, by name in the repository.
 
-    Args:
-        directory (`Path`):
-            Where the model lies: `output_dir` or one of its checkpoints.
-        output_dir (`Path`):
-            Directory of the trainer.
+    `directory` is where the model lies: `output_dir`, which is the trainer's, or one of its checkpoints.
     """
     return {**model_files(directory), **described(output_dir)}
 
@@ -147,18 +129,10 @@ def describe_merged(
     adapter_id: str,
     history: Sequence[LogEntry] | None = None,
 ) -> dict[str, Path]:
-    """Write the card of the merged model of a run.
+    """Write the card of the merged model of a run, and return the files that tell of it, by name.
 
-    Args:
-        output_dir (`Path`), config (`Mapping[str, Any]`), history (`Sequence[LogEntry]`, *optional*):
-            As for `write_model_card`.
-        hub_model_id (`str`):
-            Repository of the merged model.
-        adapter_id (`str`):
-            That of the adapter.
-
-    Returns:
-        `dict[str, Path]`: what tells of it, name -> file.
+    `output_dir`, `config` and `history` are as for `write_model_card`. `hub_model_id` is the repository of the merged
+    model, and `adapter_id` that of the adapter.
     """
     merged = output_dir / MERGED_DIR
     merged.mkdir(parents=True, exist_ok=True)

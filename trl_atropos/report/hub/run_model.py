@@ -25,18 +25,15 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tikt
 NOT_OF_THE_MODEL = {"trainer_state.json", RUN_FACTS_FILE, "summary.json"}
 WEIGHTS = (SAFETENSORS_SINGLE_FILE, SAFETENSORS_INDEX_FILE, ADAPTER_SAFE_WEIGHTS_NAME)
 PICKLED_OPTIONS = "training_args.bin"
-"""Holds the Hub's token and the server's key in the clear, and runs code when it is loaded: it never leaves the machine."""
+"""The file holds the Hub's token and the server's key in the clear, and runs code when it is loaded: it never leaves
+the machine.
+"""
 
 
 @dataclass(frozen=True)
 class RunModel:
-    """The newest model of a run.
-
-    Args:
-        output_dir (`Path`):
-            Directory of the trainer.
-        directory (`Path`):
-            Where the model lies: that, or one of its checkpoints.
+    """The newest model of a run: the directory of the trainer, and where the model lies, which is that or one of its
+    checkpoints.
     """
 
     output_dir: Path
@@ -44,14 +41,11 @@ class RunModel:
 
 
 def model_files(directory: Path) -> dict[str, Path]:
-    """The files of a directory that make up its model: weights, tokenizer and their configurations.
+    """The files of a directory that make up its model (weights, tokenizer and their configurations), by name in the
+    repository.
 
-    Args:
-        directory (`Path`):
-            Output directory of a trainer, or a checkpoint.
-
-    Returns:
-        `dict[str, Path]`: name in the repository -> file. The state of optimizer, data and trainer is not among them.
+    The directory is the output directory of a trainer, or a checkpoint. The state of optimizer, data and trainer is
+    left out.
     """
     found = {path.name: path for pattern in MODEL_FILES for path in sorted(directory.glob(pattern)) if path.is_file()}
     others = "model*.safetensors*" if is_adapter(directory) else "adapter_*"
@@ -71,17 +65,12 @@ def checkpoint_files(directory: Path) -> dict[str, Path]:
 
 
 def find_model(run_dir: Path) -> RunModel:
-    """The newest model of a run that is finished, going on, or was killed.
+    """Find the newest model of a run that is finished, going on, or was killed: the weights that were written last.
 
-    Args:
-        run_dir (`Path`):
-            Directory of the trainer, that of `trl-atropos launch`, or a checkpoint.
-
-    Returns:
-        `RunModel`: where its weights were written last.
+    `run_dir` is the directory of the trainer, that of `trl-atropos launch`, or a checkpoint.
 
     Raises:
-        PreflightError: There are no weights.
+        [`PreflightError`]: there are no weights.
     """
     for output_dir in (run_dir, run_dir / "model"):
         # trainer_state.json is the last file of a checkpoint: without it the weights may be cut off.
@@ -97,7 +86,7 @@ def find_model(run_dir: Path) -> RunModel:
 
 
 def merged_repo_of(repo_id: str) -> str:
-    """The repository of the merged model that belongs to that of an adapter."""
+    """The name of the repository for the merged model, made from that of the repository for its adapter."""
     return f"{repo_id}-merged"
 
 

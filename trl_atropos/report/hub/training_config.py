@@ -27,7 +27,7 @@ OF_THIS_MACHINE = {
     "push_to_hub",
     "push_merged",
 }
-"""Options that say where a run was, and not what it was."""
+"""Options that say where a run was, and nothing about the training itself."""
 
 WATCHING = {"disable_tqdm", "report_to", "debug", "include_for_metrics"}
 DERIVED = {"atropos_batch_size", "dataloader_pin_memory"}
@@ -37,16 +37,11 @@ LEFT_OUT = OF_THIS_MACHINE | WATCHING | DERIVED
 
 
 def training_config(args: TrainingArguments, model: nn.Module) -> dict[str, Any]:
-    """The options that differ from their defaults, with those of TRL's `ModelConfig` that describe the model.
+    """The options that differ from their defaults, with those of TRL's `ModelConfig` that describe the unwrapped
+    policy.
 
-    Args:
-        args (`TrainingArguments`):
-            The options of the run.
-        model (`nn.Module`):
-            The unwrapped policy.
-
-    Returns:
-        `dict[str, Any]`: plain values. Without tokens, keys and passwords, and without what belongs to one machine.
+    The values are plain: numbers, text, lists and dictionaries. Tokens, keys and passwords are left out, and so is
+    what belongs to one machine.
     """
     options = {}
     for field in fields(args):
@@ -62,14 +57,7 @@ def training_config(args: TrainingArguments, model: nn.Module) -> dict[str, Any]
 
 
 def write_training_config(config: Mapping[str, Any], directory: Path) -> None:
-    """Write `training_config.yaml`.
-
-    Args:
-        config (`Mapping[str, Any]`):
-            From `training_config`.
-        directory (`Path`):
-            Where.
-    """
+    """Write what `training_config` made to `training_config.yaml` in a directory."""
     path = directory / TRAINING_CONFIG_FILE
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
     path.write_text(f"# python examples/scripts/atropos.py --config {path.name} --output_dir ...\n{text}", "utf-8")

@@ -33,23 +33,16 @@ PROGRESS_INTERVAL_S = 10.0
 MAX_COPIED_BYTES = 2**20
 
 HUB_ERRORS = (HTTPError, OSError, ValueError)
-"""What the client of the Hub raises: of HTTP and connections, of tokens and offline mode, of names and answers."""
+"""What the client of the Hub raises for HTTP and connections, for tokens and offline mode, and for names and answers.
+"""
 
 
 class HubClient:
     """What a run needs of the Hub.
 
-    Args:
-        run_dir (`Path`):
-            Directory of the trainer: where uploads are staged, and what messages name.
-        token (`str`, *optional*):
-            Of the Hub. If not given: HF_TOKEN, or that of `hf auth login`.
-        logs_failures (`bool`, *optional*, defaults to `True`):
-            Whether a failed upload is logged; otherwise the caller looks at its future.
-
-    Attributes:
-        num_failed (`int`):
-            Uploads that failed.
+    Uploads are staged in `run_dir`, the directory of the trainer, which messages name. Without a token, HF_TOKEN is
+    used, or that of `hf auth login`. A failed upload is counted in `num_failed`, and logged if `logs_failures`;
+    otherwise the caller looks at its future.
     """
 
     def __init__(self, run_dir: Path, token: str | None = None, logs_failures: bool = True):
@@ -59,21 +52,13 @@ class HubClient:
         self._api = HfApi(token=token, library_name="trl_atropos", library_version=metadata.version("trl-atropos"))
 
     def create_repo(self, repo_id: str, private: bool | None = None, revision: str | None = None) -> str:
-        """Make a repository if there is none.
+        """Make a repository if there is none, and return its name as `namespace/name`.
 
-        Args:
-            repo_id (`str`):
-                `name`, or `namespace/name`.
-            private (`bool`, *optional*):
-                Whether a new one is.
-            revision (`str`, *optional*):
-                A branch that is made, too.
-
-        Returns:
-            `str`: `namespace/name`.
+        `repo_id` is `name`, or `namespace/name`. `private` says whether a new one is private; None leaves that to the
+        Hub. `revision` is a branch that is made, too.
 
         Raises:
-            [`HubUploadError`]: it cannot be made.
+            [`HubUploadError`]: the repository cannot be made.
         """
         try:
             full_id = self._api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -94,23 +79,12 @@ class HubClient:
     ) -> Future[CommitInfo]:
         """Begin an upload. One runs at a time, in the order of the calls.
 
-        Large files are linked, so that a checkpoint that the trainer deletes meanwhile is still uploaded whole; they must not
-        be written again before the upload has ended.
+        Large files are linked, so that a checkpoint that the trainer deletes meanwhile is still uploaded whole; they
+        must not be written again before the upload has ended.
 
-        Args:
-            files (`Mapping[str, Path]`):
-                Name in the repository -> file.
-            repo_id (`str`):
-                `namespace/name`.
-            commit_message (`str`):
-                Of the commit.
-            revision (`str`, *optional*):
-                Branch. Defaults to main.
-            path_in_repo (`str`, *optional*):
-                Directory in the repository.
-
-        Returns:
-            `Future`: of the commit. A failure is counted, and logged with the command that repeats the upload.
+        `files` are given by their names in the repository `repo_id`, a `namespace/name`, and go into its directory
+        `path_in_repo` or its root, on the branch `revision` or main. Returns the future of the commit. A failure is
+        counted, and logged with the command that repeats the upload.
         """
         try:
             staged = self._stage(files)
@@ -138,14 +112,7 @@ class HubClient:
         return future
 
     def explain(self, repo_id: str, exc: BaseException) -> HubUploadError:
-        """The error of an upload, with what mends it.
-
-        Args:
-            repo_id (`str`):
-                Repository.
-            exc (`BaseException`):
-                What the client raised.
-        """
+        """Make the error of an upload to a repository from what the client raised, with what mends it."""
         cause = exc.__cause__ if isinstance(exc, RuntimeError) and exc.__cause__ is not None else exc
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
         why, mending = _reason(cause, status)
@@ -184,21 +151,14 @@ class HubClient:
 
 
 def wait_for(future: Future[CommitInfo], what: str) -> None:
-    """Wait for an upload, and say so every 10 seconds.
-
-    Args:
-        future (`Future`):
-            From `HubClient.upload`.
-        what (`str`):
-            What is uploaded, for the message.
-    """
+    """Wait for an upload, and say so every 10 seconds. `what` says in the message what is uploaded."""
     start = time.monotonic()
     while not wait([future], PROGRESS_INTERVAL_S).done:
         logger.warning(f"Uploading {what} for {time.monotonic() - start:.0f} s.")
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove what an upload left that was killed."""
+    """Remove the staged files of an upload that was killed."""
     for path in run_dir.glob(f"{STAGING_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
 

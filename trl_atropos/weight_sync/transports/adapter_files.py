@@ -34,29 +34,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NAME_PREFIX = "trl_atropos-"
-"""Of the names of all adapters that we load."""
+"""The names of all adapters that we load begin with it."""
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for --max-lora-rank."""
+"""The values that vLLM takes for --max-lora-rank."""
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter on its way.
+    """An adapter that was written and can be loaded.
 
-    Args:
-        name (`str`):
-            Under which servers load it.
-        path (`Path`):
-            Its directory.
-        policy_version (`int`):
-            Number of the policy that it makes.
-        num_bytes (`int`):
-            Size of its files.
-        write_s (`float`):
-            Seconds spent in writing them.
+    `name` is that under which servers load it, `path` its directory, and `policy_version` the number of the policy
+    that the model makes with it. `num_bytes` is the size of its files, and `write_s` the seconds that writing them
+    took.
     """
 
     name: str
@@ -69,13 +61,8 @@ class SavedAdapter:
 def check_server(client: VLLMControl, needs: AdapterNeeds, *, keep: int = 2) -> None:
     """Refuse a server that cannot load adapters of this trainer.
 
-    Args:
-        client (`AtroposVLLMClient`):
-            The server.
-        needs ([`AdapterNeeds`]):
-            From [`check_adapter`].
-        keep (`int`, *optional*, defaults to `2`):
-            How many adapters serve at a time: of the newest policy and of those before it.
+    `needs` is what [`~weight_sync.weights.adapter.check_adapter`] found. `keep` is the number of adapters that serve
+    at a time: that of the newest policy and those of the policies before it.
 
     Raises:
         [`PreflightError`]: naming the option of the server.
@@ -142,15 +129,10 @@ def _lora_rank(rank: int) -> int:
 
 @dataclass(frozen=True)
 class RoutedAdapter:
-    """What our middleware says.
+    """What our middleware answers about its routing.
 
-    Args:
-        name (`str`, *optional*):
-            The adapter that answers for the model; None for the model itself.
-        policy_version (`int`, *optional*):
-            Its version; None if nothing was routed yet.
-        num_in_flight (`dict[str, int]`):
-            How many requests use each adapter now.
+    `name` is the adapter that answers for the model, None for the model itself. `policy_version` is the version of
+    that, None if nothing was routed yet. `num_in_flight` counts the requests that use each adapter now.
     """
 
     name: str | None
@@ -168,14 +150,10 @@ def routed_adapter(client: VLLMControl) -> RoutedAdapter:
 class AdapterTransfer:
     """Brings adapters onto servers. Methods of different servers may run in threads beside each other.
 
-    Args:
-        clients (`Sequence[AtroposVLLMClient]`):
-            All servers that read from the directory.
-        directory (`Path`):
-            Of this run alone; it is made if it does not exist. Every server must see it under the same path and run as the
-            trainer's user: adapters are not readable for others.
-        keep (`int`, *optional*, defaults to `2`):
-            How many adapters stay loaded: of the newest policy and of those before it.
+    `clients` are all servers that read from `directory`, which belongs to this run alone and is made if it does not
+    exist. Every server must see it under the same path and run as the trainer's user: adapters are not readable for
+    others. `keep` is the number of adapters that stay loaded: that of the newest policy and those of the policies
+    before it.
     """
 
     def __init__(self, clients: Sequence[VLLMControl], directory: Path, *, keep: int = 2):
@@ -188,14 +166,7 @@ class AdapterTransfer:
         self._lock = threading.Lock()
 
     def save(self, adapter: Adapter, policy_version: int) -> SavedAdapter:
-        """Write an adapter as a directory of its own.
-
-        Args:
-            adapter ([`Adapter`]):
-                From [`take_adapter`].
-            policy_version (`int`):
-                Number of the policy.
-        """
+        """Write the adapter of a policy as a directory of its own."""
         start = time.perf_counter()
         name = f"{NAME_PREFIX}{self._run}-{policy_version}-{len(self._saved)}"
         self._saved.append(name)
@@ -216,17 +187,10 @@ class AdapterTransfer:
         return SavedAdapter(name, path, policy_version, num_bytes, time.perf_counter() - start)
 
     def load(self, client: VLLMControl, saved: SavedAdapter) -> dict[str, float]:
-        """Have a server serve an adapter. May be called again after a failure.
+        """Have a server serve an adapter that was saved. May be called again after a failure.
 
-        Args:
-            client (`AtroposVLLMClient`):
-                The server.
-            saved ([`SavedAdapter`]):
-                From `save`.
-
-        Returns:
-            `dict[str, float]`: seconds of `"load"` (the server reads the adapter) and `"finish"` (it routes requests to it
-            and takes the version's name).
+        Returns the seconds of `"load"` (the server reads the adapter) and `"finish"` (it routes requests to it and
+        takes the version's name).
 
         Raises:
             [`WeightSyncError`]: if the server cannot read it, or refuses it.
@@ -246,10 +210,7 @@ class AdapterTransfer:
         """Have a server forget our adapters but the newest, and remove what no server reads any more.
 
         An adapter that a request still uses stays until a later call, and its files until the one after that. What an
-        earlier run left behind is old, too.
-
-        Returns:
-            `list[str]`: the names that the server forgot.
+        earlier run left behind is old, too. Returns the names that the server forgot.
         """
         forgotten = []
         state = routed_adapter(client)

@@ -19,8 +19,8 @@ class Backend:
     """A backend of `--weight-transfer-config`: its name, its reach in words, and module and class of both its ends.
 
     The trainer's end, a `WeightTransport`, is made with those `options` of `make_transport` that it takes:
-    `timeout_s`, `device`, `host` and `port`. The worker's end is None if vLLM has its own. `device` is the type that
-    the trainer must run on, None: any.
+    `timeout_s`, `device`, `host` and `port`. The worker's end is None if vLLM has its own. `device` is the type of
+    device that the trainer must run on; None allows any.
     """
 
     name: str

@@ -25,7 +25,7 @@ def make_transport(
     group_host: str | None = None,
     group_port: int = 0,
 ) -> WeightTransport:
-    """Make the transport for the weight transfer backend that a server reports; None if it has none.
+    """Make the transport for `backend`, the weight transfer backend that a server reports; None if it has none.
 
     `device` is where the trainer's model lies, `timeout_s` the deadline in seconds of one transfer. The workers meet
     the trainer at `group_host`, by default the address of this machine that faces the server, and `group_port`; 0

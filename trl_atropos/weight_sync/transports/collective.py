@@ -27,15 +27,10 @@ class Collective(Generic[T]):
     thinks and wins. A collective over gloo ends by its timeout or when it is cancelled. One over NCCL cannot be ended:
     its thread waits until the process ends, and is a daemon so that it does not keep the process.
 
-    Args:
-        name (`str`):
-            Of the collective, for messages and for the thread.
-        function (`Callable[[threading.Event], T]`):
-            The collective. It looks at the event, which is set when the request has failed, wherever it can.
-        timeout_s (`float`):
-            How long the collective may go on after the request has succeeded, in seconds.
-        can_be_ended (`bool`):
-            Whether a failed request waits for the end of the collective.
+    `name` stands in messages and names the thread. `function` is the collective; wherever it can, it looks at the
+    event that it is given, which is set when the request has failed. `timeout_s` is how long the collective may go on
+    after the request has succeeded, in seconds. `can_be_ended` says whether a failed request waits for the end of the
+    collective.
     """
 
     def __init__(self, name: str, function: Callable[[threading.Event], T], *, timeout_s: float, can_be_ended: bool):
@@ -50,9 +45,7 @@ class Collective(Generic[T]):
     def run_beside(self, request: Callable[[], None]) -> T:
         """Run the collective and the request, and return what the collective returned.
 
-        Args:
-            request (`Callable[[], None]`):
-                Returns when every worker has taken part.
+        `request` returns when every worker has taken part.
 
         Raises:
             [`WeightSyncTimeout`]: if the collective goes on after the request has succeeded.

@@ -49,34 +49,26 @@ NUM_THREADS = 2
 
 
 def joined_key(worker: int) -> str:
-    """Set by a worker before it joins the group."""
+    """The key that a worker sets before it joins the group."""
     return f"joined/{worker}"
 
 
 def receiving_key(sequence: int, worker: int) -> str:
-    """Set by a worker before it receives."""
+    """The key that a worker sets before it receives."""
     return f"receiving/{sequence}/{worker}"
 
 
 def report_key(sequence: int, worker: int) -> str:
-    """Holds a worker's report after it has loaded."""
+    """The key under which a worker leaves its report after it has loaded."""
     return f"report/{sequence}/{worker}"
 
 
 def connect_store(host: str, port: int, name: str, timeout_s: float, listen_fd: int | None = None) -> Store:
-    """Open the rendezvous store.
+    """Open the rendezvous store at the trainer's address and port.
 
-    Args:
-        host (`str`):
-            The trainer's address.
-        port (`int`):
-            Its port.
-        name (`str`):
-            Of this meeting. A worker that comes late to the one before, on the same port, is not counted here.
-        timeout_s (`float`):
-            Deadline of every operation in seconds.
-        listen_fd (`int`, *optional*):
-            On the trainer: the listening socket, which becomes the store's.
+    `name` is that of this meeting: a worker that comes late to the one before, on the same port, is not counted here.
+    `timeout_s` is the deadline of every operation in seconds. `listen_fd`, which only the trainer gives, is the
+    listening socket, which becomes the store's.
     """
     store = TCPStore(
         host,
@@ -92,18 +84,9 @@ def connect_store(host: str, port: int, name: str, timeout_s: float, listen_fd: 
 def join_group(store: Store, rank: int, world_size: int, host: str, timeout_s: float) -> ProcessGroupGloo:
     """Join trainer and workers.
 
-    Args:
-        store (`torch.distributed.Store`):
-            The rendezvous store.
-        rank (`int`):
-            0 for the trainer, 1 to N for the workers.
-        world_size (`int`):
-            N + 1.
-        host (`str`):
-            Address of this side, the only one that it listens on. Left alone, gloo looks up the name of the machine,
-            which containers often cannot resolve.
-        timeout_s (`float`):
-            Deadline of every operation in seconds.
+    The trainer has rank 0 and the N workers have the ranks 1 to N, so `world_size` is N + 1. `host` is the address of
+    this side, the only one that it listens on; left alone, gloo looks up the name of the machine, which containers
+    often cannot resolve. `timeout_s` is the deadline of every operation in seconds.
     """
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timedelta(seconds=timeout_s)
@@ -113,7 +96,7 @@ def join_group(store: Store, rank: int, world_size: int, host: str, timeout_s: f
 
 
 def start_broadcast(group: ProcessGroupGloo, data: torch.Tensor) -> Work:
-    """Start to send, on rank 0, or to receive a buffer."""
+    """Start to broadcast a buffer: rank 0 sends it, all others receive into it."""
     options = BroadcastOptions()
     options.rootRank = TRAINER_RANK
     options.rootTensor = 0
@@ -122,14 +105,7 @@ def start_broadcast(group: ProcessGroupGloo, data: torch.Tensor) -> Work:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive tensors that lie side by side in the staging memory.
-
-    Args:
-        start (`int`):
-            Byte offset of the first in the staging memory.
-        specs (`tuple[TensorSpec, ...]`):
-            The tensors.
-    """
+    """Consecutive tensors that lie side by side in the staging memory, from byte offset `start` on."""
 
     start: int
     specs: tuple[TensorSpec, ...]
@@ -161,19 +137,12 @@ def cut_chunks(layout: PolicyLayout, specs: Sequence[TensorSpec], chunk_bytes: i
 class GlooTransport:
     """`WeightTransport` for a server with `--weight-transfer-config '{"backend": "trl_atropos_gloo"}'`.
 
-    The policy is sent in chunks straight from the staging memory; a worker loads one chunk while it receives the next.
+    The policy is sent in chunks of `chunk_bytes` straight from the staging memory; a worker loads one chunk while it
+    receives the next. Tensors are not split, so a larger one is a chunk of its own.
 
-    Args:
-        timeout_s (`float`, *optional*, defaults to `300.0`):
-            Deadline in seconds of connecting and of every chunk. A worker that is killed or stopped ends a transfer
-            within it.
-        host (`str`, *optional*):
-            Address of this machine where the workers meet the trainer, and the only one that it listens on; the one
-            that faces the server if not given.
-        port (`int`, *optional*, defaults to `0`):
-            Port there; 0 takes a free one.
-        chunk_bytes (`int`, *optional*, defaults to `33554432`):
-            Size of a chunk in bytes. Tensors are not split.
+    `timeout_s` is the deadline in seconds of connecting and of every chunk: a worker that is killed or stopped ends a
+    transfer within it. `host` is the address of this machine where the workers meet the trainer, and the only one that
+    it listens on; the one that faces the server if not given. `port` 0 takes a free one.
     """
 
     def __init__(

@@ -21,21 +21,10 @@ from .reports import CHECKSUM_MODULUS, WorkerReport, checksum, view_tensor
 
 @dataclass
 class GlooInitInfo(WeightTransferInitInfo):
-    """Where the trainer waits.
+    """Where the trainer waits: its address, its port, and the name of this meeting.
 
-    Args:
-        master_address (`str`):
-            Its address.
-        master_port (`int`):
-            Its port.
-        name (`str`):
-            Of this meeting.
-        rank_offset (`int`):
-            Rank of worker 0.
-        world_size (`int`):
-            Trainer and workers together.
-        timeout_s (`float`):
-            Deadline of every operation in seconds.
+    `rank_offset` is the rank of worker 0, `world_size` counts trainer and workers, and `timeout_s` is the deadline of
+    every operation in seconds.
     """
 
     master_address: str
@@ -48,15 +37,10 @@ class GlooInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class GlooUpdateInfo(LayerwiseUpdateInfo):
-    """How the tensors are cut into chunks; the offsets count from the start of the tensor's chunk.
+    """How the tensors are cut into chunks; `offsets` count from the start of the tensor's chunk.
 
-    Args:
-        chunk_num_tensors (`list[int]`):
-            How many of the tensors each chunk holds.
-        chunk_num_bytes (`list[int]`):
-            Size of each chunk in bytes.
-        checksums (`list[int]`):
-            Of the tensors of each chunk, see [`~weight_sync.transports.reports.checksum`].
+    For each chunk there are the number of its tensors, its size in bytes, and the checksum of its tensors
+    ([`~weight_sync.transports.reports.checksum`]).
     """
 
     chunk_num_tensors: list[int]

@@ -40,19 +40,10 @@ EXPERT = re.compile(r"(\.experts)\.\d+\..*")
 class LayerwiseUpdateInfo(WeightTransferUpdateInfo):
     """What a transfer carries, one entry per tensor and in loading order.
 
-    Args:
-        sequence (`int`):
-            Number of this transfer, repeated in the worker's report.
-        is_complete (`bool`):
-            Whether every parameter of the served model is sent. If not, the modules that are not named stay.
-        names (`list[str]`):
-            Checkpoint names.
-        dtype_names (`list[str]`):
-            For example `"bfloat16"`.
-        shapes (`list[list[int]]`):
-            Shapes.
-        offsets (`list[int]`):
-            Byte offset of each tensor in the memory that it travels in.
+    `sequence` is the number of this transfer, repeated in the worker's report. `is_complete` says whether every
+    parameter of the served model is sent; if not, the modules that are not named stay. `names` are checkpoint names,
+    `dtype_names` are spelt like `"bfloat16"`, and `offsets` are the byte offsets of the tensors in the memory that
+    they travel in.
     """
 
     sequence: int
@@ -108,7 +99,7 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
 
     @abstractmethod
     def connect(self, init_info: TInitInfo) -> None:
-        """Connect to a trainer; nothing is connected."""
+        """Connect to a trainer. The engine is not connected when this is called."""
 
     def start_weight_update(self) -> None:
         """Move the parameters to the meta device; from here to `finish_weight_update` the model cannot run."""
@@ -124,13 +115,8 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         self._loaded = set()
 
     def load(self, update_info: TUpdateInfo, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load a transfer.
-
-        Args:
-            update_info ([`LayerwiseUpdateInfo`]):
-                What it carries.
-            weights (`Iterable[tuple[str, torch.Tensor]]`):
-                Its tensors, in the order of `update_info`. They are kept until their layer is complete.
+        """Load the tensors of a transfer, which come in the order of `update_info` and are kept until their layer is
+        complete.
 
         Raises:
             `RuntimeError`: if names are missing, unknown or do not belong to whole modules.
@@ -238,10 +224,8 @@ class ReadRecorder(TorchDispatchMode):
     vLLM's models skip some names that they do not know and raise for others; the names that `load_weights` returns are
     those of its own parameters. A tensor counts as read when an operation other than a view takes it, or a view of it.
 
-    Attributes:
-        unread (`dict[str, torch.Tensor]`):
-            The tensors by name that were not read so far. They are kept alive, so that their memory is not mistaken for
-            that of a later tensor.
+    `unread` holds the tensors by name that were not read so far. They are kept alive, so that their memory is not
+    mistaken for that of a later tensor.
     """
 
     def __init__(self) -> None:
@@ -282,14 +266,16 @@ def _addresses(values: Iterable[Any]) -> Iterator[int]:
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
-    """Names of parameters that are the same tensor as an earlier one -> the name of that."""
+    """Map each name of a parameter that is the same tensor as an earlier one to the name of that."""
     first = {id(parameter): _plain_name(name) for name, parameter in model.named_parameters()}
     every = [(_plain_name(name), parameter) for name, parameter in model.named_parameters(remove_duplicate=False)]
     return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
 
 
 def _plain_name(name: str) -> str:
-    """Without the wrapper that a server with LoRA puts around a layer; its loaders know the layer by both names."""
+    """Take the wrapper out of a name that a server with LoRA puts around a layer; its loaders know the layer by both
+    names.
+    """
     return name.replace(".base_layer.", ".")
 
 

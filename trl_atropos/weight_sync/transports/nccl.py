@@ -40,15 +40,9 @@ class NcclTransport:
 
     A stock server sends no reports: that it loaded every tensor is only proven by the publisher's logprob probe.
 
-    Args:
-        device (`torch.device`):
-            The CUDA device of the trainer's main process.
-        timeout_s (`float`, *optional*, defaults to `300.0`):
-            How long a collective may go on after the workers have answered, in seconds.
-        host (`str`, *optional*):
-            Address of this machine where the workers meet the trainer; the one that faces the server if not given.
-        port (`int`, *optional*, defaults to `0`):
-            Port there; 0 takes a free one.
+    `device` is the CUDA device of the trainer's main process. `timeout_s` is how long a collective may go on after the
+    workers have answered, in seconds. `host` is the address of this machine where the workers meet the trainer; the
+    one that faces the server if not given. `port` 0 takes a free one.
     """
 
     def __init__(self, device: torch.device, timeout_s: float = 300.0, *, host: str | None = None, port: int = 0):
@@ -147,7 +141,8 @@ class NcclTransport:
 
 
 def disconnect(client: VLLMControl) -> None:
-    """Free the workers of a server from the trainer before, which may have been killed at any point.
+    """Free the workers of a server from the trainer that was connected before, which may have been killed at any
+    point.
 
     Raises:
         [`WeightSyncError`]: if the server refuses.

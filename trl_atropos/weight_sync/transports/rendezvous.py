@@ -9,11 +9,8 @@ from ...errors import WeightSyncError
 
 
 def local_address_towards(host: str) -> str:
-    """The address of this machine from which packets to a host leave: loopback for a server on this machine.
-
-    Args:
-        host (`str`):
-            Name or address of the other side.
+    """The address of this machine from which packets to a host, given by name or address, leave: loopback for this
+    machine.
 
     Raises:
         [`WeightSyncError`]: if the host is unknown or cannot be reached.
@@ -38,13 +35,7 @@ def server_host(base_url: str) -> str:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a listening TCP socket to one address only.
-
-    Args:
-        host (`str`):
-            Address of this machine.
-        port (`int`):
-            Port; 0 takes a free one.
+    """Bind a listening TCP socket to one address of this machine only; port 0 takes a free one.
 
     Raises:
         [`WeightSyncError`]: if the address is not of this machine or the port is taken.

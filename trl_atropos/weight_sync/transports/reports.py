@@ -25,10 +25,7 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
     """Sum the bytes of tensors as little words of 8 bytes, each tensor padded with zeros, modulo 2**64.
 
     It runs at the speed of memory. It finds bytes that are missing, stale or torn, not two words that changed places.
-
-    Args:
-        tensors (`Iterable[torch.Tensor]`):
-            Contiguous tensors in host memory that start at multiples of 8 bytes.
+    The tensors are contiguous, in host memory, and start at multiples of 8 bytes.
     """
     total = 0
     for tensor in tensors:
@@ -49,17 +46,9 @@ def describe_tensors(specs: Sequence[TensorSpec]) -> dict[str, list[Any]]:
 
 
 def view_tensor(memory: torch.Tensor, offset: int, dtype_name: str, shape: Sequence[int]) -> torch.Tensor:
-    """A tensor inside a buffer.
+    """A tensor inside a buffer of uint8 with one dimension.
 
-    Args:
-        memory (`torch.Tensor` of shape `(num_bytes,)`, uint8):
-            The buffer.
-        offset (`int`):
-            Byte offset, a multiple of the size of one element.
-        dtype_name (`str`):
-            For example `"bfloat16"`.
-        shape (`Sequence[int]`):
-            Shape.
+    `offset` counts bytes and is a multiple of the size of one element; `dtype_name` is spelt like `"bfloat16"`.
 
     Raises:
         `ValueError`: if there is no such dtype, or the tensor does not lie inside the buffer.
@@ -77,17 +66,9 @@ def view_tensor(memory: torch.Tensor, offset: int, dtype_name: str, shape: Seque
 class WorkerReport:
     """What one worker says of one transfer.
 
-    Args:
-        sequence (`int`):
-            Number of the transfer.
-        num_tensors (`int`):
-            Tensors that it loaded.
-        num_bytes (`int`):
-            Their size without padding, in bytes.
-        checksum (`int`):
-            Of their bytes as they arrived.
-        load_s (`float`):
-            Seconds that it took to load them; over gloo, to receive and load them.
+    `sequence` is the number of the transfer. The worker loaded `num_tensors` tensors of together `num_bytes` bytes
+    without padding; `checksum` is that of their bytes as they arrived. Loading took `load_s` seconds, over gloo with
+    the receiving.
     """
 
     sequence: int
@@ -97,7 +78,7 @@ class WorkerReport:
     load_s: float = 0.0
 
     def to_json(self) -> bytes:
-        """As bytes for the way back."""
+        """The report as JSON in UTF-8, for the way back to the trainer."""
         return json.dumps(asdict(self)).encode()
 
     @staticmethod
@@ -125,15 +106,8 @@ def check_reports(
     The server's answer does not prove that the reports are there: after a request that failed on several workers,
     vLLM's executor takes a worker's answer to the last request for its answer to this one.
 
-    Args:
-        read (`Callable[[int], WorkerReport | None]`):
-            Reads the report of a worker, if there is one.
-        num_workers (`int`):
-            How many there are.
-        expected ([`WorkerReport`]):
-            From [`expected_report`].
-        timeout_s (`float`):
-            How long to wait for all of them, in seconds.
+    `read` returns the report of a worker, None if there is none yet. `timeout_s` is how long to wait for all of them,
+    in seconds.
 
     Raises:
         [`WeightSyncError`]: naming the first worker that reports anything else.

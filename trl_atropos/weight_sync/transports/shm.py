@@ -36,10 +36,8 @@ class SharedMemoryTransport:
 
     The staging memory is the segment that the workers load from, so `send` moves no bytes at all.
 
-    Args:
-        timeout_s (`float`, *optional*, defaults to `300.0`):
-            How long to wait for the workers' reports after the server has answered, in seconds. What comes before has
-            the client's deadline.
+    `timeout_s` is how long to wait for the workers' reports after the server has answered, in seconds. What comes
+    before has the client's deadline.
     """
 
     def __init__(self, timeout_s: float = 300.0) -> None:

@@ -22,13 +22,8 @@ from .shm_segment import REPORT_BYTES, segment_path
 class SharedMemoryInitInfo(WeightTransferInitInfo):
     """Where the segment is.
 
-    Args:
-        segment (`str`):
-            Name of the segment, without a directory.
-        data_bytes (`int`):
-            Size of the tensor area; one report slot of `REPORT_BYTES` per worker follows it.
-        num_workers (`int`):
-            Number of report slots.
+    `segment` is its name, without a directory. `data_bytes` is the size of the tensor area; one report slot of
+    `REPORT_BYTES` for each of the `num_workers` workers follows it.
     """
 
     segment: str
@@ -38,11 +33,9 @@ class SharedMemoryInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class SharedMemoryUpdateInfo(LayerwiseUpdateInfo):
-    """What the segment holds; the offsets count from its start.
+    """What the segment holds; `offsets` count from its start.
 
-    Args:
-        checksum (`int`):
-            Of all tensors, see [`~weight_sync.transports.reports.checksum`].
+    `checksum` is that of all tensors ([`~weight_sync.transports.reports.checksum`]).
     """
 
     checksum: int

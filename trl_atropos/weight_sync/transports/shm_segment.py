@@ -20,9 +20,7 @@ SEGMENT_PATTERN = re.compile(r"trl_atropos-[0-9a-f]{32}")
 def segment_path(name: str) -> str:
     """Return the path of a segment, and refuse a name that could point anywhere else.
 
-    Args:
-        name (`str`):
-            `trl_atropos-` and 32 hexadecimal digits.
+    A name is `trl_atropos-` and 32 hexadecimal digits.
 
     Raises:
         `ValueError`: if the name has another form. It arrives over HTTP, so it must not name other files.

@@ -38,13 +38,8 @@ FIX = "Set --weight_sync_mode merged, or auto."
 class Adapter:
     """The active adapter of a policy, whole, on the CPU.
 
-    Args:
-        tensors (`dict[str, torch.Tensor]`):
-            In PEFT's names, in the server's dtype.
-        config (`LoraConfig`):
-            Its configuration.
-        gather_s (`float`):
-            Seconds spent in gathering and copying.
+    `tensors` have PEFT's names and the server's dtype, and `config` is the adapter's own. Gathering and copying took
+    `gather_s` seconds.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -54,13 +49,8 @@ class Adapter:
 
 @dataclass(frozen=True)
 class AdapterNeeds:
-    """What a server must offer for an adapter.
-
-    Args:
-        rank (`int`):
-            The largest rank of a layer.
-        modules (`frozenset[str]`):
-            Last parts of the names of the modules that it changes.
+    """What a server must offer for an adapter: the largest rank of its layers, and the last parts of the names of the
+    modules that it changes.
     """
 
     rank: int
@@ -70,12 +60,8 @@ class AdapterNeeds:
 def check_adapter(model: nn.Module) -> AdapterNeeds:
     """Refuse a policy that is more than its base model and one plain LoRA adapter.
 
-    Args:
-        model (`nn.Module`):
-            The unwrapped policy.
-
-    Returns:
-        [`AdapterNeeds`]: for [`~weight_sync.transports.adapter_files.check_server`].
+    `model` is the unwrapped policy. Returns what a server must offer, for
+    [`~weight_sync.transports.adapter_files.check_server`].
 
     Raises:
         [`PreflightError`]: naming what vLLM cannot serve.
@@ -113,13 +99,8 @@ def check_adapter(model: nn.Module) -> AdapterNeeds:
 def take_adapter(model: PeftModel, dtype: torch.dtype) -> Adapter:
     """Copy the active adapter. If the model is sharded, a collective: call it on every rank.
 
-    An error on one rank is raised after this rank took part in all gathering.
-
-    Args:
-        model (`PeftModel`):
-            Accepted by `check_adapter`.
-        dtype (`torch.dtype`):
-            The server's, into which vLLM would cast.
+    An error on one rank is raised after this rank took part in all gathering. `check_adapter` has accepted the model.
+    `dtype` is the server's, into which vLLM would cast.
     """
     start = time.perf_counter()
     (adapter,) = model.active_adapters

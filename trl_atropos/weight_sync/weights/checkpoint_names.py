@@ -19,11 +19,7 @@ from ...errors import PreflightError
 class CheckpointNames:
     """What becomes of the tensors of each module in a checkpoint.
 
-    Args:
-        model (`nn.Module`):
-            The base model.
-        tensors (`Mapping[str, Mapping[str, torch.Tensor]]`):
-            For each module by name its tensors by full name, on the meta device.
+    `model` is the base model. `tensors` holds, for each module by name, its tensors by full name, on the meta device.
 
     Raises:
         [`PreflightError`]: naming tensors that a checkpoint stores together with those of another module.
@@ -51,7 +47,7 @@ class CheckpointNames:
             )
 
     def of_module(self, module: str) -> Mapping[str, torch.Tensor]:
-        """Its tensors in a checkpoint: name, shape and dtype, on the meta device."""
+        """The tensors of a module as a checkpoint has them: names, shapes and dtypes, on the meta device."""
         return self._outputs[module]
 
     def convertible(self, names: Iterable[str]) -> list[list[str]]:
@@ -60,12 +56,7 @@ class CheckpointNames:
         return [[name] for name in names] if all(name in self._renamed for name in names) else [names]
 
     def convert(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The same tensors as a checkpoint has them.
-
-        Args:
-            tensors (`Mapping[str, torch.Tensor]`):
-                One of the pieces of `convertible`, by full name.
-        """
+        """The same tensors as a checkpoint has them. `tensors` is one of the pieces of `convertible`, by full name."""
         if all(name in self._renamed for name in tensors):
             return {self._renamed[name]: tensor for name, tensor in tensors.items()}
         return self._revert(tensors)

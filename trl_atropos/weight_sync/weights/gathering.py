@@ -15,9 +15,7 @@ from torch.distributed.tensor import DTensor
 def is_sharded(model: nn.Module) -> bool:
     """Whether a rank holds only pieces of some parameters: DeepSpeed ZeRO-3, FSDP2, or tensor parallelism.
 
-    Args:
-        model (`nn.Module`):
-            The unwrapped model. ZeRO-1 and ZeRO-2 leave its parameters whole.
+    The model is unwrapped. ZeRO-1 and ZeRO-2 leave its parameters whole.
     """
     # A module of FSDP2 may hold whole parameters between its forward and its backward pass.
     return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
@@ -43,9 +41,7 @@ def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
 def tensor_holders(module: nn.Module) -> list[nn.Module]:
     """The modules whose parameters make up one module of the policy.
 
-    Args:
-        module (`nn.Module`):
-            One layer. For a layer of PEFT: base layer and adapters; for any other: itself, without its children.
+    For a layer of PEFT these are base layer and adapters; for any other module, itself without its children.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -54,14 +50,11 @@ def tensor_holders(module: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Within the context, the parameters of one module are plain and whole; afterwards they are the same objects again.
+    """Within the context, the parameters of one module are plain and whole; afterwards they are the same objects
+    again.
 
-    A collective for a sharded module: every rank enters in the same order. What is gathered lives until the context
-    ends, so that at most one module is whole at a time.
-
-    Args:
-        module (`nn.Module`):
-            See `tensor_holders`.
+    These are the parameters of all its `tensor_holders`. A collective for a sharded module: every rank enters in the
+    same order. What is gathered lives until the context ends, so that at most one module is whole at a time.
     """
     holders = tensor_holders(module)
     partitioned = [p for holder in holders for p in holder._parameters.values() if p is not None and is_zero3(p)]

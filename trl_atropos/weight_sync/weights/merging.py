@@ -58,14 +58,9 @@ def active_adapters(module: nn.Module) -> list[str]:
 def served_tensor(module: nn.Module, leaf: str) -> torch.Tensor:
     """What the policy computes with, as one plain tensor.
 
-    Args:
-        module (`nn.Module`):
-            A LoRA layer, a layer of trainable tokens, or any other module. Its parameters are whole.
-        leaf (`str`):
-            Name of the parameter or buffer in the base layer.
-
-    Returns:
-        `torch.Tensor`: in float32 where an adapter is merged, then fresh memory; else the tensor itself.
+    `module` is a LoRA layer, a layer of trainable tokens, or any other module, and its parameters are whole; `leaf` is
+    the name of a parameter or buffer in its base layer. Where an adapter is merged, the result is float32 in fresh
+    memory; else it is the tensor itself.
     """
     tensor = _dequantized(base_layer(module), leaf)
     adapters = active_adapters(module)
@@ -98,7 +93,9 @@ def is_trained(module: nn.Module, leaf: str) -> bool:
 
 
 def provenance(module: Any, leaf: str) -> tuple[Any, ...]:
-    """Equal for two modules if and only if they compute with one and the same tensor, now and after training."""
+    """Return what is equal for two modules if and only if they compute with one and the same tensor, now and after
+    training.
+    """
     own: tuple[Any, ...] = (id(getattr(base_layer(module), leaf)),)
     for adapter in active_adapters(module):
         parameters = _adapter_parameters(module, leaf, [adapter])
@@ -113,13 +110,7 @@ def provenance(module: Any, leaf: str) -> tuple[Any, ...]:
 
 
 def check_layer(name: str, module: nn.Module) -> None:
-    """Refuse a layer whose served tensors cannot be computed exactly.
-
-    Args:
-        name (`str`):
-            Of the module, for the message.
-        module (`nn.Module`):
-            Any.
+    """Refuse a layer whose served tensors cannot be computed exactly. `name` stands in the message.
 
     Raises:
         [`PreflightError`]: naming the module.
@@ -245,7 +236,7 @@ def _with_trained_tokens(weight: torch.Tensor, layer: Any, adapters: list[str]) 
 
 
 def _adapter_parameters(module: Any, leaf: str, adapters: list[str]) -> list[nn.Parameter]:
-    """The parameters that a served tensor depends on beside the base layer's."""
+    """The parameters, beside those of the base layer, that a served tensor depends on."""
     if leaf not in ("weight", "bias"):
         return []
     if isinstance(module, TrainableTokensLayer):
@@ -264,5 +255,5 @@ def _adapter_parameters(module: Any, leaf: str, adapters: list[str]) -> list[nn.
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for two tensors if and only if they are the same numbers in the same memory."""
+    """Return what is equal for two tensors if and only if they are the same numbers in the same memory."""
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()

@@ -22,14 +22,9 @@ TRANSPARENT_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 class ServedModule:
     """A module of the policy that holds tensors.
 
-    Args:
-        name (`str`):
-            Its name in the base model.
-        module (`nn.Module`):
-            The module, or the PEFT layer in its place.
-        leaves (`dict[str, bool]`):
-            The tensors of the base layer by name, without those that are tied to an earlier one, and whether training
-            can change them.
+    `name` is its name in the base model, and `module` is the module, or the PEFT layer in its place. `leaves` holds
+    the names of the tensors of the base layer, without those that are tied to an earlier one, and whether training can
+    change them.
     """
 
     name: str
@@ -37,16 +32,14 @@ class ServedModule:
     leaves: dict[str, bool]
 
     def full_name(self, leaf: str) -> str:
-        """Name of one of its tensors in the base model."""
+        """The name in the base model of one of the module's tensors."""
         return _join(self.name, leaf)
 
 
 def served_modules(model: nn.Module) -> list[ServedModule]:
     """The modules of a policy in the order of its `state_dict`, tied tensors once under their first name.
 
-    Args:
-        model (`nn.Module`):
-            The base model, with the layers of PEFT in it.
+    `model` is the base model, with the layers of PEFT in it.
 
     Raises:
         [`PreflightError`]: naming a module that cannot be served exactly.
@@ -72,11 +65,8 @@ def served_modules(model: nn.Module) -> list[ServedModule]:
 
 
 def fused_groups(names: Iterable[str]) -> dict[str, str]:
-    """The group of modules that a server may keep in one piece, by the name of each module that holds tensors.
-
-    Args:
-        names (`Iterable[str]`):
-            Of all modules that hold tensors.
+    """The group of modules that a server may keep in one piece, for each of `names`: those of all modules that hold
+    tensors.
     """
     paths = {name: name.split(".") if name else [] for name in names}
     parents = {_join(*path[:-1]) for path in paths.values()}
@@ -116,7 +106,7 @@ def _walk(module: nn.Module, original: bool, name: str = "") -> Iterator[tuple[s
 
 
 def _computing_copy(wrapper: ModulesToSaveWrapper) -> nn.Module:
-    """The one of its modules that `ModulesToSaveWrapper.forward` calls."""
+    """Of the modules that a `ModulesToSaveWrapper` holds, the one that its `forward` calls."""
     adapters = wrapper.active_adapters
     is_passed_through = wrapper.disable_adapters or not adapters or any(a not in wrapper._adapters for a in adapters)
     chosen: nn.Module = wrapper.original_module if is_passed_through else wrapper.modules_to_save[adapters[0]]

@@ -10,13 +10,8 @@ from ..base import TensorSpec
 
 
 class NamedTensors:
-    """`WeightSource` of pairs of name and tensor.
-
-    Args:
-        pairs (`Iterable[tuple[str, torch.Tensor]]`):
-            A complete policy under the server's names.
-        dtype (`torch.dtype`):
-            The server's.
+    """`WeightSource` of pairs of name and tensor: a complete policy under the names of a server that serves in
+    `dtype`.
     """
 
     is_collective = False

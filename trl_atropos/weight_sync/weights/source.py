@@ -27,31 +27,21 @@ from .modules import ServedModule, fused_groups, served_modules
 class PolicyWeights:
     """`WeightSource` of a model: plain, with LoRA adapters, or sharded over ranks by DeepSpeed ZeRO-3 or FSDP2.
 
-    Sent is what a checkpoint holds: all parameters and the persistent buffers, tied ones once under their first name.
+    What a checkpoint holds is sent: all parameters and the persistent buffers, tied ones once under their first name.
     LoRA is merged out of place, `modules_to_save` take the place of the modules that they replace, and a bitsandbytes
     base is dequantised. The state of the model counts at the time of each call: which adapters are active, and whether
     they are enabled.
 
-    A tensor `is_trained` if training can change one of its group. vLLM reloads a fused module whole (q, k, v; gate, up;
-    all experts of a layer), and what it fuses are siblings: so it is for every `packed_modules_mapping` and
-    `stacked_params_mapping` of the models of vLLM 0.32, fused_qkv_a_proj of DeepSeek included. A group is therefore what
-    lies below the parent of the module that holds the tensor, and all of a layer's experts with what routes to them;
-    modules beside the list of layers (embeddings, last norm, head) are a group each.
+    A tensor `is_trained` if training can change one of its group. vLLM reloads a fused module whole (q, k, v; gate,
+    up; all experts of a layer), and what it fuses are siblings: so it is for every `packed_modules_mapping` and
+    `stacked_params_mapping` of the models of vLLM 0.32, fused_qkv_a_proj of DeepSeek included. A group is therefore
+    what lies below the parent of the module that holds the tensor, and all of a layer's experts with what routes to
+    them; modules beside the list of layers (embeddings, last norm, head) are a group each.
 
-    Args:
-        model (`nn.Module`):
-            The unwrapped policy.
-        dtype (`torch.dtype`):
-            The server's dtype, in which parameters are announced. Buffers keep theirs: those of the gates of experts are
-            in float32 on the server, too.
-
-    Attributes:
-        is_collective (`bool`):
-            Whether the ranks must iterate together.
-        gather_s (`float`):
-            Seconds that the last iteration spent in gathering.
-        merge_s (`float`):
-            Seconds that it spent in merging and dequantising.
+    `model` is the unwrapped policy. `dtype` is the server's, in which parameters are announced; buffers keep theirs,
+    because those of the gates of experts are in float32 on the server, too. `is_collective` says whether the ranks
+    must iterate together. `gather_s` and `merge_s` are the seconds that the last iteration spent in gathering, and in
+    merging and dequantising.
 
     Raises:
         [`PreflightError`]: naming the module, if it cannot be served exactly: other tuners than LoRA, other variants than
@@ -73,7 +63,7 @@ class PolicyWeights:
         """All tensors in order. Nothing is gathered or computed.
 
         Raises:
-            [`PreflightError`]: see the class.
+            [`PreflightError`]: if a module cannot be served exactly, as the class says.
         """
         modules = served_modules(self._model)
         self._names = CheckpointNames(self._model, {served.name: self._announced(served) for served in modules})
@@ -89,12 +79,9 @@ class PolicyWeights:
     def tensors(self, specs: Sequence[TensorSpec]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield `(name, tensor)` for each of `specs`, gathering each module that holds one of them.
 
-        If the policy is sharded, an error on one rank, or a consumer that stops, ends the iteration only after this rank
-        took part in all gathering: the other ranks wait for it.
-
-        Args:
-            specs (`Sequence[TensorSpec]`):
-                A part of the manifest in its order, the same on every rank.
+        `specs` is a part of the manifest in its order, the same on every rank. If the policy is sharded, an error on
+        one rank, or a consumer that stops, ends the iteration only after this rank took part in all gathering: the
+        other ranks wait for it.
         """
         self.gather_s = self.merge_s = 0.0
         wanted = {spec.name for spec in specs}

@@ -23,14 +23,9 @@ NUM_SAMPLES = 65_536
 class StageReport:
     """What staging did.
 
-    Args:
-        source_s (`float`):
-            Seconds spent in gathering and merging.
-        copy_s (`float`):
-            Seconds spent in casting and copying.
-        swallowed_fraction (`float`, *optional*):
-            Share of the watched elements that moved since they were staged last and whose value in the server's dtype
-            did not, in [0, 1]. None if none moved, or at the first time.
+    `source_s` seconds were spent in gathering and merging, and `copy_s` in casting and copying. `swallowed_fraction`
+    is the share in [0, 1] of the watched elements that moved since they were staged last and whose value in the
+    server's dtype did not; it is None if none moved, and at the first time.
     """
 
     source_s: float
@@ -39,12 +34,7 @@ class StageReport:
 
 
 class StagedPolicy:
-    """Stages a policy, and watches on a sample of it what the server's dtype swallows of an update.
-
-    Args:
-        layout ([`PolicyLayout`]):
-            Of the policy.
-    """
+    """Stages a policy of this layout, and watches on a sample of it what the server's dtype swallows of an update."""
 
     def __init__(self, layout: PolicyLayout):
         self.layout = layout
@@ -54,17 +44,10 @@ class StagedPolicy:
     def stage(
         self, source: WeightSource, specs: Sequence[TensorSpec], memories: Sequence[torch.Tensor]
     ) -> StageReport:
-        """Cast and copy these tensors.
+        """Cast and copy these tensors, which are all of the layout, or a part of it in its order.
 
-        If a tensor cannot be staged, the rest of a collective source is still taken: the other ranks gather it too.
-
-        Args:
-            source ([`WeightSource`]):
-                The policy.
-            specs (`Sequence[TensorSpec]`):
-                What is staged: all of the layout, or a part of it in its order.
-            memories (`Sequence[torch.Tensor]`):
-                Buffers of shape `(layout.num_bytes,)`, uint8, one for each server.
+        `memories` are buffers of shape `(layout.num_bytes,)`, uint8, one for each server. If a tensor cannot be
+        staged, the rest of a collective source is still taken: the other ranks gather it too.
 
         Raises:
             `ValueError`: if the source does not follow its manifest.
