@@ -6,7 +6,6 @@ import json
 import logging
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -272,14 +271,6 @@ def test_arguments_arrive_untouched_and_the_exit_code_is_the_files(run, tmp_path
     arguments = ["serve", "--env.x", "1", "--help", "--no-shim", "wandb", "--", "-x"]
     assert run(str(program), *arguments) == 7
     assert capsys.readouterr().out == f"__main__ {[str(program), *arguments]}\n"
-
-
-def test_sigterm_ends_the_file_as_if_python_ran_it(tmp_path):
-    program = tmp_path / "env.py"
-    program.write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\n")
-    command = [sys.executable, "-m", "trl_atropos.cli.main", "env", str(program)]
-    result = subprocess.run(command, capture_output=True, timeout=120)
-    assert result.returncode == -signal.SIGTERM, result.stderr
 
 
 @pytest.mark.parametrize(

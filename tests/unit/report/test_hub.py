@@ -2,94 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
+from hub_runs import NUM_STEPS, trainer
 from hub_standin import READ_TOKEN, TOKEN, HubStandin
 from huggingface_hub import ModelCard
-from launcher import run_launcher
-from peft import AutoPeftModelForCausalLM, LoraConfig
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from tiny_models import byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import ModelConfig
 
-from trl_atropos import AtroposConfig, AtroposParser, AtroposTrainer
-from trl_atropos.cli.main import main
+from trl_atropos import AtroposConfig, AtroposParser
 from trl_atropos.cli.push_run import Push, run_push
 from trl_atropos.errors import HubUploadError, PreflightError
 from trl_atropos.loss.loss_types import BUILT_IN_LOSSES
 
 
-NUM_STEPS = 4
 MODEL_FILES = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
 DESCRIPTION = {"README.md", "reward.png", "training_config.yaml"}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandin]:
-    with HubStandin() as standin:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", standin.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield standin
-
-
-@pytest.fixture
-def data_path(tmp_path: Path) -> str:
-    path = tmp_path / "data.jsonl"
-    groups = [
-        {
-            "tokens": [[5, 6, 7 + number, 8 + i] for i in range(2)],
-            "masks": [[-100, -100, 7 + number, 8 + i] for i in range(2)],
-            "scores": [0.0, 1.0 + number],
-            "inference_logprobs": [[1.0, 1.0, -3.0, -3.0]] * 2,
-            "env_id": number % 2,
-        }
-        for number in range(NUM_STEPS)
-    ]
-    path.write_text("".join(json.dumps(group) + "\n" for group in groups))
-    return str(path)
-
-
-@pytest.fixture
-def base_model(tmp_path: Path) -> str:
-    path = tmp_path / "base"
-    tiny_llama(vocab_size=257).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return str(path)
-
-
-def trainer(tmp_path: Path, data_path: str, base_model: str, **options: Any) -> AtroposTrainer:
-    lora = options.pop("lora", False)
-    args = AtroposConfig(
-        output_dir=str(tmp_path / "out"),
-        data_path=data_path,
-        learning_rate=1e-2,
-        max_length=16,
-        report_to="none",
-        use_cpu=True,
-        env_names=["word|problems", "capitals"],
-        **{
-            "per_device_train_batch_size": 2,
-            "save_steps": 2,
-            "push_to_hub": True,
-            "hub_model_id": "user/model",
-            **options,
-        },
-    )
-    peft_config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora else None
-    return AtroposTrainer(base_model, args, processing_class=byte_tokenizer(), peft_config=peft_config)
 
 
 def stored(hub: HubStandin, repo: str, directory: Path, revision: str = "main") -> Path:
@@ -265,32 +202,6 @@ def test_what_cannot_be_merged_is_refused_before_training(hub, tmp_path, data_pa
         trainer(tmp_path, data_path, base_model, push_merged=True, push_to_hub=False)
 
 
-def test_two_ranks_push_once(hub, tmp_path, data_path, base_model):
-    script = tmp_path / "two_ranks.py"
-    script.write_text(
-        "import sys\n"
-        "from pathlib import Path\n"
-        f"sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!r}]\n"
-        "from test_hub import trainer\n"
-        f"options = dict(lora=True, push_merged=True, per_device_train_batch_size=1, ddp_backend='gloo')\n"
-        f"run = trainer(Path({str(tmp_path)!r}), {data_path!r}, {base_model!r}, **options)\n"
-        "run.train()\n"
-        "run.save_model()\n"
-        "run.push_to_hub()\n"
-    )
-    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
-    status, log = run_launcher(
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script],
-        timeout_s=300,
-        environment=environment,
-    )
-    assert status == 0, log
-    assert "adapter_model.safetensors" in hub.files["user/model"]["main"]
-    assert "model.safetensors" in hub.files["user/model-merged"]["main"]
-    repos = [repo for repo, _, message in hub.commits if not message.startswith("Training in progress")]
-    assert set(repos) == {"user/model", "user/model-merged"}
-
-
 def test_offline_mode_with_push_to_hub_is_refused_before_training(hub, tmp_path, data_path, base_model, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
@@ -360,28 +271,6 @@ def test_push_merges_an_adapter(hub, tmp_path, data_path, base_model):
     ids = torch.arange(12)[None]
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, run.model(ids).logits, rtol=1e-5, atol=1e-5)
-
-
-def test_push_on_the_command_line(hub, tmp_path, data_path, base_model, monkeypatch, capsys):
-    run = trainer(tmp_path, data_path, base_model, push_to_hub=False)
-    run.train()
-    command = ["push", str(tmp_path / "out"), "--hub_model_id", "user/model"]
-    capsys.readouterr()
-    assert main([*command, "--dry_run"]) == 0
-    assert "model.safetensors" in capsys.readouterr().out and hub.requests == []
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert main(command) == 1
-    assert capsys.readouterr().err.count("hf auth login") == 1 and hub.commits == []
-    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
-    pushed = subprocess.run(
-        [sys.executable, "-m", "trl_atropos.cli.main", *command],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **environment},
-    )
-    assert pushed.returncode == 0, pushed.stderr
-    assert hub.url in pushed.stdout and "model.safetensors" in hub.files["user/model"]["main"]
 
 
 def test_weights_of_a_run_before_in_the_same_directory_are_not_pushed(hub, tmp_path, data_path, base_model):

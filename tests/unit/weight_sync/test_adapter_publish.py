@@ -13,15 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from scripted_server import ScriptedServer
 from tiny_models import tiny_gpt2, tiny_llama
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.multiprocessing import spawn
 
 from trl_atropos.errors import PreflightError, VLLMServerError, WeightSyncError
 from trl_atropos.weight_sync.client import AtroposVLLMClient
@@ -176,33 +172,6 @@ class TestWhatIsTaken:
         model = policy()
         assert take_adapter(model, torch.float32).config.inference_mode
         assert not model.peft_config["default"].inference_mode
-
-
-def take_on_two_ranks(rank: int, rendezvous: str, output: Path) -> None:
-    """What each rank of an FSDP2 model takes, and what it holds afterwards."""
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-    model = policy(r=3)
-    base = model.get_base_model()
-    for layer in base.model.layers:
-        fully_shard(layer)
-    fully_shard(base)
-    held = [parameter.to_local().clone() for parameter in model.parameters()]
-    tensors = take_adapter(model, torch.bfloat16).tensors
-    is_sharded = all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    is_unchanged = all(torch.equal(p.to_local(), before) for p, before in zip(model.parameters(), held, strict=True))
-    torch.save((tensors, is_sharded and is_unchanged), output / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_every_rank_of_a_sharded_policy_takes_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    spawn(take_on_two_ranks, (f"file://{tmp_path / 'rendezvous'}", tmp_path), nprocs=2)
-    expected = take_adapter(policy(r=3), torch.bfloat16).tensors
-    for rank in range(2):
-        tensors, is_as_before = torch.load(tmp_path / f"{rank}.pt")
-        assert is_as_before
-        assert tensors.keys() == expected.keys()
-        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 class LoraServer(ScriptedServer):

@@ -20,7 +20,7 @@ from trl_atropos.cli.launch.services import ExternalService, Service, check_port
 from trl_atropos.errors import PreflightError
 
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 SLEEP = [sys.executable, "-c", "import time; time.sleep(300)"]
 
 # Writes its own process id and those of two children: a plain one, and one in a session of its own, which is how a
