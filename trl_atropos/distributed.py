@@ -48,14 +48,11 @@ def sum_over_ranks(
 def run_on_main_process(function: Callable[[], T]) -> T:
     """Call `function` on rank 0 and give every rank its value, or raise its error on every rank.
 
-    An error that only rank 0 knew would leave the others in their next collective until it times out.
-
-    Args:
-        function (`Callable[[], T]`):
-            Called on rank 0 only. Its value must be picklable.
+    The value must be picklable. An error that only rank 0 knew would leave the others in their next collective until
+    it times out.
 
     Raises:
-        [`TrlAtroposError`]: the one that `function` raised, on every rank.
+        TrlAtroposError: the one that `function` raised, on every rank.
     """
     if not is_distributed():
         return function()
@@ -77,7 +74,8 @@ def run_on_main_process(function: Callable[[], T]) -> T:
         raise failure
     if outcome[1] is not None:
         raise outcome[1]
-    return outcome[0]
+    value: T = outcome[0]
+    return value
 
 
 @contextmanager

@@ -94,11 +94,11 @@ class HubUploadError(TrlAtroposError, OSError):
 
     Args:
         what (`str`):
-            See [`TrlAtroposError`].
+            What happened, with values and position.
         why (`str`):
-            See [`TrlAtroposError`].
+            Why it matters, or the usual cause.
         fix (`str`):
-            See [`TrlAtroposError`].
+            The option or the command that mends it.
         is_lasting (`bool`, *optional*, defaults to `False`):
             Whether the same would happen again: a token without rights, and not a broken connection.
     """
@@ -129,11 +129,11 @@ class VLLMServerError(WeightSyncError):
 
     Args:
         what (`str`):
-            See [`TrlAtroposError`].
+            What happened, with values and position.
         why (`str`):
-            See [`TrlAtroposError`].
+            Why it matters, or the usual cause.
         fix (`str`):
-            See [`TrlAtroposError`].
+            The option or the command that mends it.
         status_code (`int`, *optional*, defaults to `500`):
             HTTP status, 400 or more.
         detail (`str`, *optional*, defaults to `""`):

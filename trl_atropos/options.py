@@ -18,13 +18,9 @@ PositiveInt = Annotated[int, POSITIVE]
 
 
 def check_declared(options: object, declared_by: type) -> None:
-    """Refuse values that are not what the fields in the body of a class declare.
+    """Refuse values that are not what the fields in the body of the dataclass `declared_by` declare.
 
-    Args:
-        options (`object`):
-            An instance of the class, or of one that inherits from it.
-        declared_by (`type`):
-            A dataclass.
+    `options` is an instance of that class, or of one that inherits from it.
 
     Raises:
         ValueError: naming option, value, and what it may be.

@@ -37,7 +37,7 @@ class RolloutOrigin:
         env_id (`int`, *optional*):
             The API's number of the environment.
         group (`int`):
-            Number of its group in the batch, from 0.
+            Number of the rollout's group in the batch, from 0.
         rollout (`int`):
             Number of the rollout in its group, from 0.
     """
@@ -76,9 +76,9 @@ class Rollout:
         teacher_token_ids (`torch.Tensor` of shape `(T, K)`, int64, *optional*):
             The likeliest tokens of a teacher for each position, for distillation; -1 where it named fewer.
         teacher_logprobs (`torch.Tensor` of shape `(T, K)`, float32, *optional*):
-            Their logprobs in nats under the teacher; -inf where there is no token.
+            Logprobs in nats of these tokens under the teacher; -inf where there is no token.
         origin ([`RolloutOrigin`], *optional*):
-            Where it came from; None if made by hand.
+            Where the rollout came from; None if it was made by hand.
         messages (`tuple[dict, ...]`, *optional*):
             The turns as the environment shows them, for people; the tokens are what is trained.
         policy_version (`int`, *optional*):
@@ -118,7 +118,7 @@ class Rollout:
 
         Args:
             policy_version (`int`):
-                The trainer's.
+                Version of the trainer's policy now.
         """
         return None if self.policy_version is None else abs(policy_version - self.policy_version)
 
@@ -129,7 +129,7 @@ class RolloutGroup:
 
     Args:
         rollouts (`tuple[Rollout, ...]`):
-            At least one.
+            The rollouts, at least one.
         env_id (`int`, *optional*):
             The API's number of the environment that sent the group.
         unknown_fields (`tuple[str, ...]`, *optional*):
@@ -153,9 +153,9 @@ class RejectedGroup:
         num_rollouts (`int`):
             How many rollouts are lost with it, as far as that can be told.
         error (`AtroposProtocolError`):
-            Why.
+            Why it was refused.
         reason (`str`, *optional*, defaults to `"invalid"`):
-            The same in one word, to be counted: the name of the field, mostly.
+            The same in one word, for counting: mostly the name of the field.
     """
 
     index: int

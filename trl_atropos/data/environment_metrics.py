@@ -23,13 +23,9 @@ SHARED = {
 
 
 def environment_name(env_id: int | None, env_names: Sequence[str] | None) -> str:
-    """How metrics and tables name an environment.
+    """How metrics and tables name an environment: by its entry in the option `env_names`, else by its number.
 
-    Args:
-        env_id (`int`, *optional*):
-            The API's number of it.
-        env_names (`Sequence[str]`, *optional*):
-            See `AtroposConfig`.
+    `env_id` is the API's number of the environment; None if the group did not say it.
     """
     if env_id is None:
         return "env_unknown"
@@ -41,12 +37,8 @@ def environment_name(env_id: int | None, env_names: Sequence[str] | None) -> str
 class EnvironmentMetrics:
     """Makes the metrics `env/<name>/...` of every step; on rank 0.
 
-    Environments with a name, and those that sent anything before, are reported in every step: one that has fallen silent
-    has a `batch_frac` of 0, and a mean over several steps counts those without it.
-
-    Args:
-        env_names (`Sequence[str]`, *optional*):
-            See `AtroposConfig`.
+    Environments with a name in the option `env_names`, and those that sent anything before, are reported in every
+    step: one that has fallen silent has a `batch_frac` of 0, and a mean over several steps counts those without it.
     """
 
     def __init__(self, env_names: Sequence[str] | None):
@@ -65,22 +57,12 @@ class EnvironmentMetrics:
     ) -> dict[str, Metric]:
         """The metrics of one optimizer step.
 
-        Args:
-            groups (`Sequence[RolloutGroup]`):
-                What is trained, as validation left it.
-            rejected (`Sequence[RejectedGroup]`):
-                What was refused since the last step.
-            stale (`Sequence[RolloutGroup]`):
-                What was dropped as too old since the last step.
-            policy_version (`int`):
-                The trainer's, when the step begins.
-            eos_token_ids (`frozenset[int]`, *optional*):
-                Tokens that end a completion, if they are known.
-            fetched_ago_s (`float`, *optional*):
-                Seconds since the groups were fetched.
+        `groups` are trained, as validation left them; `rejected` and `stale` are what was refused, and what was
+        dropped as too old, since the last step. `policy_version` is the trainer's when the step begins.
+        `eos_token_ids` are the tokens that end a completion, None if they are unknown; the groups were fetched
+        `fetched_ago_s` seconds ago, None if that is unknown.
 
-        Returns:
-            `dict[str, Metric]`: by `env/<name>/` and the names of `metrics.ENVIRONMENT_METRICS`.
+        The names behind `env/<name>/` are those of `ENVIRONMENT_METRICS` in `report/metric_help.py`.
         """
         names = [self._name(group.env_id) for group in groups for _ in group.rollouts]
         dropped = [self._name(group.env_id) for group in rejected for _ in range(group.num_rollouts)]

@@ -83,7 +83,7 @@ TRAINER_CHECKS: tuple[Check[TrainerFacts], ...] = (
 
 
 class TrainerHistory:
-    """Counts what came over the last `WINDOW` batches, and tells what is found in it once.
+    """Counts what came over the last `WINDOW` batches, and tells once what is found in it.
 
     `max_staleness` is the option, in publishes; None: no limit.
     """

@@ -26,19 +26,10 @@ MicroBatch = list[Rollout]
 class Dealer:
     """Cuts the rollouts of an optimizer step into the micro-batches of every rank.
 
-    Args:
-        batch_size (`int`):
-            Rollouts of a step, over all ranks, at most.
-        micro_batch_size (`int`):
-            Rollouts of one forward pass on one rank, if there is no token budget.
-        rank (`int`):
-            This data-parallel rank.
-        world_size (`int`):
-            Number of data-parallel ranks.
-        max_tokens (`int`, *optional*):
-            The token budget of a forward pass. Then `micro_batch_size` is not used.
-        layout (`Callable[[], str]`, *optional*):
-            How rollouts will be laid out, asked when a step is dealt: it decides what one costs of the token budget.
+    A step has at most `batch_size` rollouts over all `world_size` data-parallel ranks, of which this process is number
+    `rank`. A forward pass of one rank takes `micro_batch_size` rollouts or, if `max_tokens` is not None, as many as
+    fit into that token budget. `layout` tells how rollouts will be laid out, which decides what one costs of the
+    budget; it is asked when a step is dealt, because the layout is found out only when the model is there.
     """
 
     batch_size: int
@@ -65,23 +56,14 @@ class Dealer:
 def deal_by_count(
     rollouts: Sequence[Rollout], *, micro_batch_size: int, num_micro_batches: int, world_size: int
 ) -> list[list[MicroBatch]]:
-    """Cut the rollouts into micro-batches of a fixed number of rollouts.
+    """Cut the rollouts of an optimizer step into micro-batches of a fixed number of rollouts.
 
-    Groups stay together as far as the size allows, those with the longest rollouts first: little is padded, prompts are
-    shared, and all ranks work on sequences of like length at the same time.
+    There are at most `micro_batch_size` x `num_micro_batches` x `world_size` rollouts; after a dropped group there are
+    fewer, and the last micro-batches may be empty. Groups stay together as far as the size allows, those with the
+    longest rollouts first: little is padded, prompts are shared, and all ranks work on sequences of like length at the
+    same time.
 
-    Args:
-        rollouts (sequence of [`Rollout`]):
-            Of one optimizer step; at most `micro_batch_size` x `num_micro_batches` x `world_size`.
-        micro_batch_size (`int`):
-            Rollouts of one forward pass.
-        num_micro_batches (`int`):
-            Of each rank.
-        world_size (`int`):
-            Number of data-parallel ranks.
-
-    Returns:
-        `list[list[MicroBatch]]`: for each rank, its micro-batches; after a dropped group the last ones may be empty.
+    Returns the `num_micro_batches` micro-batches of each rank.
     """
     flat = [rollout for group in _longest_first(rollouts) for rollout in group]
     cut = [flat[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(num_micro_batches * world_size)]
@@ -91,25 +73,17 @@ def deal_by_count(
 def deal_by_tokens(
     rollouts: Sequence[Rollout], *, max_tokens: int, layout: str, world_size: int
 ) -> list[list[MicroBatch]]:
-    """Cut the rollouts into as few micro-batches as a token budget allows, of like cost, as many for every rank.
+    """Cut the rollouts of an optimizer step into as few micro-batches as a token budget allows, of like cost.
 
-    Groups stay together unless one alone exceeds the budget. The costliest are dealt first, each to the micro-batch with
-    the least work so far ([Graham 1969](https://doi.org/10.1137/0117039): at most 4/3 of the best possible maximum);
-    where only a tighter packing fits, first-fit decreasing takes its place.
+    `max_tokens` is the number of positions that a forward pass computes at most, without the padding between trees; a
+    single rollout above it gets a micro-batch of its own. `layout` is one of `layouts.LAYOUTS`: with `tree`, a shared
+    prefix costs once.
 
-    Args:
-        rollouts (sequence of [`Rollout`]):
-            Of one optimizer step.
-        max_tokens (`int`):
-            Positions that a forward pass computes at most; the padding between trees is not counted. A single rollout
-            above it gets a micro-batch of its own.
-        layout (`str`):
-            One of `layouts.LAYOUTS`: with `tree`, a shared prefix costs once.
-        world_size (`int`):
-            Number of data-parallel ranks.
+    Groups stay together unless one alone exceeds the budget. The costliest are dealt first, each to the micro-batch
+    with the least work so far ([Graham 1969](https://doi.org/10.1137/0117039): at most 4/3 of the best possible
+    maximum); where only a tighter packing fits, first-fit decreasing takes its place.
 
-    Returns:
-        `list[list[MicroBatch]]`: for each rank, its micro-batches; some may be empty, so that all ranks have as many.
+    Returns the micro-batches of each rank; some may be empty, so that all ranks have as many.
     """
     bundles = [bundle for group in _longest_first(rollouts) for bundle in _split(group, layout, max_tokens)]
     costs = [_cost(bundle, layout) for bundle in bundles]
@@ -130,15 +104,9 @@ def deal_by_tokens(
 class RolloutCollator:
     """Makes the tensors of a micro-batch.
 
-    Args:
-        layout (`str`):
-            One of `layouts.LAYOUTS`.
-        temperature (`float`):
-            Sampling temperature of rollouts for which the wire names none.
-        applies_temperature (`bool`, *optional*, defaults to `True`):
-            Whether the server's logprobs are those after temperature. If not, the trainer's are not either.
-        pad_token_id (`int`, *optional*, defaults to `0`):
-            Id of the padding; never attended to, never trained.
+    `layout` is one of `layouts.LAYOUTS`. `temperature` is the sampling temperature of rollouts for which the wire
+    names none. `applies_temperature` says whether the server's logprobs are those after temperature; if not, the
+    trainer's are not either. `pad_token_id` is never attended to and never trained.
     """
 
     layout: str
@@ -150,18 +118,23 @@ class RolloutCollator:
         """Collate rollouts that have advantages.
 
         A rollout is computed up to the token that predicts its last trained token: nothing depends on the rest. One
-        without trained tokens is counted and not computed.
+        without trained tokens is counted and not computed. Without any trained token, a dummy sequence is laid out, so
+        that a rank without data still takes part in every collective of the step.
 
-        Returns:
-            `dict[str, Any]`: what the layout needs (`layouts.layout_inputs`); `prediction_index` (U,) int64, positions
-            over all rows, `targets` (U,) int64 and `temperature` (U,) float32 of the scored positions; `token_index`
-            (N,) int64, the scored position of each trained token; `advantages`, `inference_logprobs`, `ref_logprobs`
-            (N,) float32, the last two NaN where unknown; `rollout_index` (N,) int64; `num_rollout_tokens` (R,) int64;
-            `advantage_scale` (R,) float32; `num_rollouts`, those without trained tokens included; `names`, how messages
-            name each of the R rollouts; `num_sequence_tokens`, positions without sharing and padding; with a teacher
-            `teacher_token_ids` (U, K) int64 and `teacher_logprobs` (N, K) float32, 0 and -inf where there is no token.
-            Without any trained token, a dummy
-            sequence is laid out, so that a rank without data still takes part in every collective of the step.
+        The batch holds
+
+        - what the layout needs (`layouts.layout_inputs`);
+        - of the scored positions: `prediction_index` (U,) int64, counted over all rows, `targets` (U,) int64, and
+          `temperature` (U,) float32;
+        - of the trained tokens: `token_index` (N,) int64, the scored position of each; `advantages`,
+          `inference_logprobs` and `ref_logprobs` (N,) float32, the last two in nats and NaN where unknown; and
+          `rollout_index` (N,) int64;
+        - of the rollouts: `num_rollout_tokens` (R,) int64, `advantage_scale` (R,) float32, and `names`, with which
+          messages name them;
+        - `num_rollouts`, which counts those without trained tokens too, and `num_sequence_tokens`, the number of
+          positions without sharing and padding;
+        - with a teacher: `teacher_token_ids` (U, K) int64 and `teacher_logprobs` (N, K) float32 in nats, 0 and -inf
+          where there is no token; U is N then.
         """
         groups = [[r for r in group if r.num_trained_tokens] for group in _by_group(rollouts)]
         trained = [rollout for group in groups for rollout in group]
@@ -210,10 +183,11 @@ def _score_equal_tokens_once(batch: dict[str, Any]) -> dict[str, Any]:
     # One number instead of three columns: torch.unique of rows took five times as long as all else in here.
     scored = (batch["prediction_index"] * num_targets + batch["targets"]) * temperatures.numel() + temperature_index
     _, token_index = torch.unique(scored, return_inverse=True)
-    any_of = torch.zeros(int(token_index.max()) + 1 if token_index.numel() else 0, dtype=torch.int64)
-    any_of[token_index] = torch.arange(token_index.numel())
+    # For each scored position, one of the trained tokens that have it.
+    example_of = torch.zeros(int(token_index.max()) + 1 if token_index.numel() else 0, dtype=torch.int64)
+    example_of[token_index] = torch.arange(token_index.numel())
     for name in ("prediction_index", "targets", "temperature"):
-        batch[name] = batch[name][any_of]
+        batch[name] = batch[name][example_of]
     return {**batch, "token_index": token_index}
 
 

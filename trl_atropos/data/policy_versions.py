@@ -25,17 +25,10 @@ PolicyVersionLookup = Callable[[Sequence[str]], Sequence["int | None"]]
 
 
 def with_policy_versions(groups: Sequence[RolloutGroup], lookup: PolicyVersionLookup) -> list[RolloutGroup]:
-    """Look up which policy sampled every rollout, in one request.
+    """Look up which policy sampled every rollout of a batch, in one request.
 
-    Args:
-        groups (`Sequence[RolloutGroup]`):
-            Of one batch.
-        lookup (`PolicyVersionLookup`):
-            Asks the servers.
-
-    Returns:
-        `list[RolloutGroup]`: with the version of the oldest policy that sampled a trained token of each rollout. None
-        where that of any run of trained tokens is unknown: never a guess. A version that the environment sent stays.
+    A rollout gets the version of the oldest policy that sampled any of its trained tokens; None where that of any run
+    of trained tokens is unknown: never a guess. A version that the environment sent stays.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     keys = [
@@ -55,14 +48,7 @@ def with_policy_versions(groups: Sequence[RolloutGroup], lookup: PolicyVersionLo
 def set_policy_versions(
     groups: Sequence[RolloutGroup], versions: Sequence[Sequence[int | None]]
 ) -> list[RolloutGroup]:
-    """Give every rollout of every group its version.
-
-    Args:
-        groups (`Sequence[RolloutGroup]`):
-            Of one batch.
-        versions (`Sequence[Sequence[int | None]]`):
-            One for each rollout of each group.
-    """
+    """Give every rollout of every group its version: `versions` has one row per group with one entry per rollout."""
     return [
         replace(
             group,

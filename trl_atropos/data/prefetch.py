@@ -12,12 +12,7 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Takes items from an iterator, on request one ahead on a thread.
-
-    Args:
-        items (`Iterator[T]`):
-            Advanced by one thread at a time.
-    """
+    """Takes items from an iterator, on request one ahead on a thread. One thread at a time advances the iterator."""
 
     def __init__(self, items: Iterator[T]):
         self._items = items

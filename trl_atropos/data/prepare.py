@@ -15,7 +15,7 @@ from .sources import FetchedBatch
 
 
 class Progress(Protocol):
-    """How far the trainer has come, asked whenever it matters: both move while batches are fetched."""
+    """How far the trainer has come, asked whenever it matters: it moves on while batches are fetched."""
 
     @property
     def policy_version(self) -> int:
@@ -37,17 +37,10 @@ class Progress(Protocol):
 class PreparedBatch:
     """A batch that is checked and whose policies are looked up.
 
-    Args:
-        fetched ([`~data.sources.FetchedBatch`]):
-            As it came.
-        batch ([`RolloutBatch`]):
-            Its good groups, with policy versions, and the refused ones.
-        fetched_version (`int`, *optional*):
-            The trainer's policy version when it came; None if that is not known any more.
-        fetched_at (`float`):
-            When it came, by `time.monotonic`.
-        fetch_s (`float`):
-            Seconds that fetching and checking took.
+    `batch` has the good groups of `fetched`, with policy versions, and the refused ones; it is empty if the batch was
+    lost. `fetched_version` is the trainer's policy version when the batch came, None if that is not known any more;
+    `fetched_at` is when it came, by `time.monotonic`; `fetch_s` is the number of seconds that fetching and checking
+    took.
     """
 
     fetched: FetchedBatch
@@ -61,15 +54,9 @@ class PreparedBatch:
 class BatchPreparer:
     """Checks batches and looks up which policies sampled them. Runs on rank 0, on the prefetching thread.
 
-    Args:
-        limits ([`WireLimits`]):
-            Vocabulary and length that validation enforces.
-        progress ([`Progress`]):
-            Of the trainer.
-        lookup (`PolicyVersionLookup`, *optional*):
-            Maps rollout keys to the versions that sampled them. None: unknown.
-        journal ([`Journal`], *optional*):
-            Where the versions are noted, for a resume: the server remembers them for a while only.
+    `lookup` maps rollout keys to the versions that sampled them; None: they are unknown unless the environment sent
+    them. The versions are noted in `journal` for a resume, because the server remembers them for a while only; None
+    for recorded data.
     """
 
     limits: WireLimits

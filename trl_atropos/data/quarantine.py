@@ -24,19 +24,12 @@ WINDOW = 20
 class Quarantine:
     """Keeps refused groups with the reason, counts them per environment and reason, and ends the run at too many.
 
-    Args:
-        path (`str` or `os.PathLike`):
-            JSON lines with the keys `batch`, `group`, `env_id`, `reason`, `error` and `raw`. Created at the first refused
-            group; a group that is there already, because a resume replays it, is not written again.
-        max_dropped_fraction (`float`):
-            Mean share of refused groups over the last 20 batches beyond which the run ends. Batches before the first count as
-            good, so that one bad group at the start ends nothing that it would not end later.
+    The file `path` has JSON lines with the keys `batch`, `group`, `env_id`, `reason`, `error` and `raw`. It is created
+    at the first refused group; a group that is there already, because a resume replays it, is not written again.
 
-    Attributes:
-        num_groups (`int`):
-            Groups refused since the start.
-        fractions (`deque[float]`):
-            Share of refused groups of the last batches.
+    The run ends when the mean share of refused groups over the last 20 batches, `fractions`, exceeds
+    `max_dropped_fraction`. Batches before the first count as good, so that one bad group at the start ends nothing
+    that it would not end later. `num_groups` is the number of groups refused since the start of the run.
     """
 
     def __init__(self, path: str | os.PathLike[str], max_dropped_fraction: float):
@@ -48,15 +41,7 @@ class Quarantine:
         self._known = {(entry["batch"], entry["group"]) for entry in self._entries()}
 
     def add(self, batch: int, raw_groups: Sequence[dict[str, Any]], rejected: Sequence[RejectedGroup]) -> None:
-        """Take the refused groups of a batch.
-
-        Args:
-            batch (`int`):
-                Its number.
-            raw_groups (`Sequence[dict]`):
-                All of its groups.
-            rejected (`Sequence[RejectedGroup]`):
-                The refused ones.
+        """Take the refused groups of the batch with the number `batch`; `raw_groups` are all groups of that batch.
 
         Raises:
             AtroposProtocolError: too many groups of the last batches were refused.
@@ -95,11 +80,11 @@ class Quarantine:
         self._count_batch(1.0, error)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must say of it."""
+        """What a checkpoint must hold of the quarantine."""
         return {"num_quarantined": self.num_groups, "rejected_fractions": list(self.fractions)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`; what is missing there is as at the start."""
+        """Go on from what `state_dict` returned; what is missing there is as at the start of a run."""
         self.num_groups = state.get("num_quarantined", 0)
         self.fractions.clear()
         self.fractions.extend(state.get("rejected_fractions", []))

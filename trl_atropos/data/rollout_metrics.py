@@ -19,16 +19,10 @@ def rollout_metrics(
 ) -> dict[str, Metric]:
     """What is known of rollouts before they are trained: rewards, lengths, logprobs and age.
 
-    Args:
-        groups (`Sequence[RolloutGroup]`):
-            What is trained in one optimizer step, or one environment's part of it; as validation left it.
-        policy_version (`int`):
-            The trainer's, when the step begins.
-        eos_token_ids (`frozenset[int]`, *optional*):
-            Tokens that end a completion. None: `completions/clipped_ratio` is left out.
-
-    Returns:
-        `dict[str, Metric]`: names as in `report/metric_help.py`; without data where there are no groups.
+    `groups` are what is trained in one optimizer step, or one environment's part of it, as validation left it; without
+    any, the metrics have no data. `policy_version` is the trainer's when the step begins. `eos_token_ids` are the
+    tokens that end a completion; None: `completions/clipped_ratio` is left out. `report/metric_help.py` explains the
+    names.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     metrics = {
@@ -45,12 +39,9 @@ def rollout_metrics(
 
 
 def dropped_metrics(stale: Sequence[RolloutGroup]) -> dict[str, Metric]:
-    """How many rollouts were dropped as too old, and how long they were: long ones take longer to sample, and are stale
-    more often.
+    """How many rollouts of an optimizer step were dropped as too old, and how long they were in trained tokens.
 
-    Args:
-        stale (`Sequence[RolloutGroup]`):
-            The dropped groups of one optimizer step.
+    Long ones take longer to sample, and are stale more often.
     """
     lengths = [float(rollout.num_trained_tokens) for group in stale for rollout in group.rollouts]
     return {
@@ -60,18 +51,10 @@ def dropped_metrics(stale: Sequence[RolloutGroup]) -> dict[str, Metric]:
 
 
 def are_truncated(rollouts: Sequence[Rollout], eos_token_ids: frozenset[int]) -> Tensor:
-    """Which rollouts end in the middle of a completion: with a trained token that is none of these.
+    """Which rollouts end in the middle of a completion, (B,) bool: with a trained token that ends none.
 
-    The wire does not say why a completion ended: one that a stop string ended looks like one that was cut off.
-
-    Args:
-        rollouts (`Sequence[Rollout]`):
-            The rollouts.
-        eos_token_ids (`frozenset[int]`):
-            Tokens that end a completion.
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`, bool.
+    `eos_token_ids` are the tokens that end a completion. The wire does not say why one ended: a completion that a stop
+    string ended looks like one that was cut off.
     """
     last = torch.tensor([int(rollout.labels[-1]) for rollout in rollouts], dtype=torch.int64)
     return (last != IGNORE_INDEX) & ~torch.isin(last, torch.tensor(sorted(eos_token_ids), dtype=torch.int64))

@@ -37,18 +37,10 @@ DELAY_GROWTH = 1.25
 class FetchedBatch:
     """A batch as it came.
 
-    Args:
-        number (`int`):
-            Counts the batches of the run, from 0; the journal's number. A batch that was lost does not count: it has the number
-            of the next one.
-        raw_groups (`list[dict]`):
-            Its groups as JSON gave them; empty if it was lost.
-        is_replayed (`bool`, *optional*, defaults to `False`):
-            Whether it was fetched before a resume.
-        versions (`dict`, *optional*):
-            The journal's mark `versions`, if it is replayed and has one.
-        loss (`AtroposBatchLost`, *optional*):
-            Why the API could not hand the batch out that it took from its queue.
+    `number` counts the batches of the run from 0, as the journal does. `raw_groups` are its groups as JSON gave them.
+    A batch that the API took from its queue and could not hand out has no groups, `loss` says why, and its `number` is
+    that of the next batch: it does not count. `is_replayed` says that the batch was fetched before a resume, and
+    `versions` is the mark of that name in the journal, if a replayed batch has one.
     """
 
     number: int
@@ -61,34 +53,13 @@ class FetchedBatch:
 class ApiBatches:
     """The batches of a live API, each on the disk before it is handed on. Iterate once.
 
-    An API that goes away is waited for; one that was restarted is registered with again.
+    An API that goes away is waited for; one that was restarted is registered with again, by calling `register`.
 
-    Args:
-        client ([`AtroposClient`]):
-            The API.
-        journal ([`Journal`]):
-            Where each batch is written.
-        options ([`~data.options.DataOptions`]):
-            How long to wait.
-        register (`Callable[[], None]`):
-            Registers this trainer.
-
-    Attributes:
-        num_restarts (`int`):
-            How often the API was restarted.
-        num_batches_maybe_lost (`int`):
-            Requests for a batch that were sent and whose answer did not arrive.
-        num_batches_lost (`int`):
-            Batches that the API could not write as JSON.
+    `num_restarts` counts the restarts of the API, `num_batches_maybe_lost` the requests for a batch that were sent and
+    whose answer did not arrive, `num_batches_lost` the batches that the API could not write as JSON.
     """
 
-    def __init__(
-        self,
-        client: AtroposClient,
-        journal: Journal,
-        options: DataOptions,
-        register: Callable[[], None],
-    ):
+    def __init__(self, client: AtroposClient, journal: Journal, options: DataOptions, register: Callable[[], None]):
         self.client = client
         self.journal = journal
         self.options = options
@@ -183,14 +154,18 @@ class ApiBatches:
 
 
 def replayed_batches(journal: Journal, first: int) -> Iterator[FetchedBatch]:
-    """The batches of a journal from `first` on: fetched before a resume, and not trained in what the checkpoint holds."""
+    """The batches of a journal from number `first` on: fetched before a resume, and not trained in what the checkpoint
+    holds.
+    """
     versions = {mark["batch"]: mark for mark in journal.marks("versions")}
     for batch in journal.batches(first):
         yield FetchedBatch(batch.number, batch.raw_groups, is_replayed=True, versions=versions.get(batch.number))
 
 
 def offline_batches(data: OfflineData, first: int, num_batches: int) -> Iterator[FetchedBatch]:
-    """The batches `first` to `num_batches` of recorded data, one pass after the other."""
+    """The batches from number `first` up to, not including, number `num_batches` of recorded data, one pass after the
+    other.
+    """
     for batch in itertools.islice(data.batches(first), num_batches - first):
         yield FetchedBatch(batch.number, batch.raw_groups)
 

@@ -13,15 +13,10 @@ STALE_ROLLOUTS = ("drop", "downweight")
 
 @dataclass(frozen=True)
 class StalenessResult:
-    """The groups of a step, sorted by age.
+    """The groups of a batch, sorted by age.
 
-    Args:
-        kept (`list[RolloutGroup]`):
-            What is trained, in order; those above the limit with a smaller `advantage_scale` if they are down-weighted.
-        dropped (`list[RolloutGroup]`):
-            What is not.
-        num_downweighted (`int`):
-            Groups of `kept` that count less.
+    `kept` is trained, in order; `num_downweighted` of these groups are above the limit and have a smaller
+    `advantage_scale`. `dropped` is not trained.
     """
 
     kept: list[RolloutGroup]
@@ -30,19 +25,11 @@ class StalenessResult:
 
 
 def group_staleness(group: RolloutGroup, policy_version: int, fetched_version: int | None) -> int | None:
-    """The staleness of a group: that of its stalest rollout ([`Rollout.staleness`]).
+    """The staleness of a group, in publishes: that of its stalest rollout ([`Rollout.staleness`]).
 
-    Args:
-        group ([`RolloutGroup`]):
-            The group.
-        policy_version (`int`):
-            The trainer's.
-        fetched_version (`int`, *optional*):
-            The trainer's when the group was fetched: no rollout is from a later policy. For rollouts of unknown version it
-            gives the least that the staleness can be.
-
-    Returns:
-        `int`, *optional*: None if nothing is known.
+    `policy_version` is the trainer's now. `fetched_version` is what it was when the group was fetched, None if that is
+    unknown: no rollout is from a later policy, so for rollouts of unknown version it gives the least that the
+    staleness can be. The staleness is None if nothing is known.
     """
     of_unknown = None if fetched_version is None else abs(policy_version - fetched_version)
     staleness = [rollout.staleness(policy_version) for rollout in group.rollouts]
@@ -57,17 +44,12 @@ def limit_staleness(
     max_staleness: int | None,
     stale_rollouts: str,
 ) -> StalenessResult:
-    """Drop or down-weight the groups that are staler than `max_staleness`, whole: half a group has another mean reward.
+    """Drop or down-weight the groups of a batch that are staler than `max_staleness`.
 
-    Args:
-        groups (`Sequence[RolloutGroup]`):
-            Of one batch.
-        policy_version (`int`), fetched_version (`int`, *optional*):
-            See [`group_staleness`].
-        max_staleness (`int`, *optional*):
-            Largest staleness that is trained as it is, in publishes. None: no limit.
-        stale_rollouts (`str`):
-            `"drop"`, or `"downweight"`: the advantages of a group of staleness s count `(max_staleness + 1) / (s + 1)`.
+    A group is dropped whole, because half a group has another mean reward. The versions are those of
+    [`group_staleness`]. `max_staleness` is the largest staleness, in publishes, that is trained as it is; None: no
+    limit. `stale_rollouts` is `"drop"`, or `"downweight"`: the advantages of a group of staleness s count
+    `(max_staleness + 1) / (s + 1)`.
     """
     if max_staleness is None:
         return StalenessResult(list(groups), [])

@@ -1,8 +1,8 @@
-"""Rank 0 makes optimizer steps of the batches that come.
+"""Rank 0 makes an optimizer step of each batch that has something to train.
 
-    prepared batch -> staleness -> quarantine -> advantages -> a step, dealt to the ranks
+    prepared batch -> quarantine -> staleness -> advantages -> a step, dealt to the ranks
 
-Shape letters: B rollouts of a batch.
+The other ranks get their share through `stream.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,41 +36,40 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step as rank 0 hands it out: for each rank its micro-batches. Without any, the data is at its end."""
+    """One optimizer step as rank 0 hands it out.
 
-    micro_batches: list[list[MicroBatch]] | None
-    num_tokens: int = 0
-    num_trained: int = 0
-    num_dropped: int = 0
-    metrics: dict[str, Metric] = field(default_factory=dict)
+    `micro_batches` are those of each rank. `num_tokens` and `num_trained` count the tokens and the rollouts that are
+    handed out, `num_dropped` the rollouts that were refused or dropped since the step before.
+    """
+
+    micro_batches: list[list[MicroBatch]]
+    num_tokens: int
+    num_trained: int
+    num_dropped: int
+    metrics: dict[str, Metric]
+
+
+@dataclass(frozen=True)
+class _TakenBatch:
+    """A batch with something to train, and what was not trained since the one before it."""
+
+    prepared: PreparedBatch
+    policy_version: int
+    kept: list[RolloutGroup]
+    num_downweighted: int
+    rejected: list[RejectedGroup]
+    stale: list[RolloutGroup]
 
 
 class StepMaker:
     """Takes batches until one has something to train, and deals it. Exists on rank 0 only.
 
-    Args:
-        batches (`Iterator[PreparedBatch]`):
-            Where they come from, in order.
-        dealer ([`~data.micro_batches.Dealer`]):
-            Cuts a step into micro-batches.
-        progress ([`~data.prepare.Progress`]):
-            Of the trainer, asked when a batch is consumed.
-        data ([`~data.options.DataOptions`]):
-            Which batches are trained.
-        step ([`~loss.options.StepOptions`]):
-            What becomes of their rewards, and which logprobs they must have.
-        quarantine ([`~data.quarantine.Quarantine`]):
-            Takes refused groups.
-        journal ([`~wire.journal.Journal`], *optional*):
-            Where dropped groups are noted.
-        eos_token_ids (`frozenset[int]`, *optional*):
-            Tokens that end a completion, if they are known.
+    `progress` is asked when a batch is consumed. `data_options` say which batches are trained, `step_options` what
+    becomes of their rewards and which logprobs they must have. `quarantine` takes refused groups; dropped groups are noted in
+    `journal`, if there is one. `eos_token_ids` are the tokens that end a completion, None if they are unknown.
 
-    Attributes:
-        next_batch (`int`):
-            Number of the first batch that was not handed out.
-        groups (`tuple[RolloutGroup, ...]`):
-            Those of the step that was handed out last.
+    `next_batch` is the number of the first batch that was not handed out; `groups` are those of the step that was
+    handed out last, empty before the first.
     """
 
     def __init__(
@@ -78,8 +77,8 @@ class StepMaker:
         batches: Iterator[PreparedBatch],
         dealer: Dealer,
         progress: Progress,
-        data: DataOptions,
-        step: StepOptions,
+        data_options: DataOptions,
+        step_options: StepOptions,
         *,
         quarantine: Quarantine,
         journal: Journal | None = None,
@@ -88,26 +87,54 @@ class StepMaker:
     ):
         self.next_batch = next_batch
         self.groups: tuple[RolloutGroup, ...] = ()
-        self._data = data
-        self._step = step
+        self._data_options = data_options
+        self._step_options = step_options
         self._dealer = dealer
         self._progress = progress
         self._quarantine = quarantine
         self._journal = journal
         self._eos_token_ids = eos_token_ids
-        self._environment_metrics = EnvironmentMetrics(data.env_names)
-        self._history = TrainerHistory(data.max_staleness)
+        self._environment_metrics = EnvironmentMetrics(data_options.env_names)
+        self._history = TrainerHistory(data_options.max_staleness)
         self._prefetcher = Prefetcher(batches)
 
-    def take(self, *, prefetches: bool) -> Step:
-        """Make the next step; with `prefetches`, begin to fetch the batch of the one after it."""
+    def take(self, *, prefetches: bool) -> Step | None:
+        """Make the next step; None at the end of the data.
+
+        With `prefetches`, begin to fetch the batch of the step after it.
+        """
+        start = time.perf_counter()
+        taken = self._take_batch()
+        if taken is None:
+            return None
+        wait_s = time.perf_counter() - start
+        if prefetches:
+            self._prefetcher.start()
+        self.groups = tuple(taken.kept)
+        for name in self._step_options.required_logprobs:
+            _check_logprobs(taken.kept, name)
+        metrics = {**self._metrics(taken), "perf/batch_wait_s": mean_of(wait_s)}
+        rollouts = with_advantages(taken.kept, self._step_options.scale_rewards)
+        if self._step_options.mask_truncated_completions:
+            assert self._eos_token_ids is not None, "eos_token_ids() refuses a run without any"
+            rollouts = _untrain_truncated(rollouts, self._eos_token_ids)
+        return Step(
+            self._dealer.deal(rollouts),
+            num_tokens=sum(rollout.num_tokens for rollout in rollouts),
+            num_trained=len(rollouts),
+            num_dropped=sum(group.num_rollouts for group in taken.rejected)
+            + sum(len(group.rollouts) for group in taken.stale),
+            metrics=metrics,
+        )
+
+    def _take_batch(self) -> _TakenBatch | None:
+        """Take batches until one has something to train; None at the end of the data."""
         rejected: list[RejectedGroup] = []
         stale: list[RolloutGroup] = []
-        start = time.perf_counter()
         while True:
             prepared = self._prefetcher.take()
             if prepared is None:
-                return Step(None)
+                return None
             if prepared.fetched.loss is not None:
                 self._quarantine.add_lost_batch(prepared.fetched.loss)
                 continue
@@ -116,69 +143,46 @@ class StepMaker:
             rejected += prepared.batch.rejected
             stale += result.dropped
             if result.kept:
-                break
-        wait_s = time.perf_counter() - start
-        if prefetches:
-            self._prefetcher.start()
-        groups = result.kept
-        self.groups = tuple(groups)
-        for name in self._step.required_logprobs:
-            _check_logprobs(groups, name)
-        metrics = self._metrics(prepared, result, rejected, stale, version)
-        metrics["perf/batch_wait_s"] = mean_of(wait_s)
-        rollouts = with_advantages(groups, self._step.scale_rewards)
-        if self._step.mask_truncated_completions:
-            assert self._eos_token_ids is not None, "eos_token_ids() refuses a run without any"
-            rollouts = _untrain_truncated(rollouts, self._eos_token_ids)
-        num_dropped = sum(group.num_rollouts for group in rejected) + sum(len(group.rollouts) for group in stale)
-        num_tokens = sum(rollout.num_tokens for rollout in rollouts)
-        return Step(self._dealer.deal(rollouts), num_tokens, len(rollouts), num_dropped, metrics)
+                return _TakenBatch(prepared, version, result.kept, result.num_downweighted, rejected, stale)
 
     def _sift(self, prepared: PreparedBatch, version: int) -> StalenessResult:
         """Quarantine what was refused, and drop or down-weight what is too old for the policy `version`."""
-        fetched, batch, data = prepared.fetched, prepared.batch, self._data
+        fetched, batch, options = prepared.fetched, prepared.batch, self._data_options
         self.next_batch = fetched.number + 1
         self._quarantine.add(fetched.number, fetched.raw_groups, batch.rejected)
         self._check_size(batch)
         for finding in self._history.add(batch.groups, batch.rejected, version):
             logger.warning(f"{finding} See `{finding.name}` in docs/troubleshooting.md.")
         result = limit_staleness(
-            batch.groups, version, prepared.fetched_version, data.max_staleness, data.stale_rollouts
+            batch.groups, version, prepared.fetched_version, options.max_staleness, options.stale_rollouts
         )
         if result.dropped:
             self._report_stale(fetched.number, batch.groups, result.dropped)
         return result
 
-    def _metrics(
-        self,
-        prepared: PreparedBatch,
-        result: StalenessResult,
-        rejected: Sequence[RejectedGroup],
-        stale: Sequence[RolloutGroup],
-        version: int,
-    ) -> dict[str, Metric]:
-        groups, eos_token_ids = result.kept, self._eos_token_ids
+    def _metrics(self, taken: _TakenBatch) -> dict[str, Metric]:
+        prepared, groups = taken.prepared, taken.kept
         metrics = {
-            **rollout_metrics(groups, version, eos_token_ids),
-            **dropped_metrics(stale),
-            "staleness/downweighted_frac": mean_of(result.num_downweighted / len(groups)),
+            **rollout_metrics(groups, taken.policy_version, self._eos_token_ids),
+            **dropped_metrics(taken.stale),
+            "staleness/downweighted_frac": mean_of(taken.num_downweighted / len(groups)),
             "data/replayed": mean_of(float(prepared.fetched.is_replayed)),
             "data/num_unknown_fields": mean_of(float(sum(len(group.unknown_fields) for group in groups))),
             "perf/fetch_s": mean_of(prepared.fetch_s),
         }
         return metrics | self._environment_metrics.of_step(
             groups,
-            rejected,
-            stale,
-            policy_version=version,
-            eos_token_ids=eos_token_ids,
+            taken.rejected,
+            taken.stale,
+            policy_version=taken.policy_version,
+            eos_token_ids=self._eos_token_ids,
             fetched_ago_s=time.monotonic() - prepared.fetched_at,
         )
 
     def _report_stale(self, number: int, groups: Sequence[RolloutGroup], dropped: Sequence[RolloutGroup]) -> None:
         logger.warning(
             f"Dropped {len(dropped)} of {len(groups)} groups of batch {number}: staler than max_staleness "
-            f"({self._data.max_staleness})."
+            f"({self._data_options.max_staleness})."
         )
         if self._journal is not None:
             origins = [group.rollouts[0].origin for group in dropped]
@@ -197,19 +201,10 @@ class StepMaker:
 
 
 def with_advantages(groups: Sequence[RolloutGroup], scale_rewards: str) -> list[Rollout]:
-    """Give every rollout of a batch token-level advantages.
+    """Give every rollout of an optimizer step token-level advantages, group after group.
 
     Those that the environment sent are kept. A rollout without them gets the advantage of its reward within the group,
-    the same at every trained token.
-
-    Args:
-        groups (sequence of [`RolloutGroup`]):
-            Of one optimizer step.
-        scale_rewards (`str`):
-            See [`~trl_atropos.loss.advantages.group_advantages`].
-
-    Returns:
-        `list[Rollout]`: group after group.
+    the same at every trained token; `scale_rewards` is that of [`~loss.advantages.group_advantages`].
     """
     rewards = [torch.tensor([rollout.reward for rollout in group.rollouts], dtype=torch.float32) for group in groups]
     of_batch = torch.cat(rewards).double() if rewards else torch.zeros(0)

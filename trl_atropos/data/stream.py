@@ -15,32 +15,19 @@ from .prepare import Progress
 from .steps import Step, StepMaker
 
 
-class RolloutStream(IterableDataset):
+class RolloutStream(IterableDataset[list[MicroBatch]]):
     """A stream of this rank's micro-batches.
 
-    Per optimizer step, rank 0 takes one batch and deals it (`steps.py`, `micro_batches.py`). Every rank gets the same number
-    of micro-batches; some may be empty. An item of the stream is a list of micro-batches: one, or with a token budget all of
-    the step; a micro-batch is a list of rollouts with token-level advantages.
+    Per optimizer step, rank 0 takes one batch and deals it (`steps.py`, `micro_batches.py`). Every rank gets the same
+    number of micro-batches; some may be empty. An item of the stream is a list of micro-batches: one, or with a token
+    budget all of the step; a micro-batch is a list of rollouts with token-level advantages.
 
-    Args:
-        dealer ([`~data.micro_batches.Dealer`]):
-            Says which share is this rank's.
-        progress ([`~data.prepare.Progress`]):
-            Of the trainer.
-        open_steps (`Callable[[], StepMaker]`, *optional*):
-            Opens the source; called once, on rank 0. None on the others.
-        num_batches_ahead (`int`, *optional*, defaults to `0`):
-            1: the next batch is fetched while a step is trained.
-        state (`dict`, *optional*):
-            What `state_dict` returned when the checkpoint was saved from which the run goes on.
+    `open_steps` opens the source; it is called once, on rank 0, and may be None on the others. With
+    `num_batches_ahead` at 1 the next batch is fetched while a step is trained, with 0 after it. `state` is what
+    `state_dict` returned when the checkpoint was saved from which the run goes on; None at a start from scratch.
 
-    Attributes:
-        num_tokens (`int`):
-            Tokens handed out since the start of the run, prompts included.
-        num_rollouts_trained (`int`):
-            Rollouts handed out since the start of the run.
-        num_rollouts_dropped (`int`):
-            Rollouts refused or dropped since the start of the run.
+    `num_tokens` (prompts included), `num_rollouts_trained` and `num_rollouts_dropped` count what was handed out,
+    refused and dropped since the start of the run, the part before a resume included.
     """
 
     def __init__(
@@ -70,7 +57,7 @@ class RolloutStream(IterableDataset):
         while True:
             num_left -= 1
             step = self._next_step(prefetches=self._num_batches_ahead > 0 and num_left > 0)
-            if step.micro_batches is None:
+            if step is None:
                 return
             self.num_tokens += step.num_tokens
             self.num_rollouts_trained += step.num_trained
@@ -94,7 +81,7 @@ class RolloutStream(IterableDataset):
         return () if self._steps is None else self._steps.groups
 
     def state_dict(self) -> dict[str, Any]:
-        """On rank 0, what a checkpoint must say of the stream."""
+        """On rank 0, what a checkpoint must hold of the stream."""
         return {"next_batch": self.next_batch, **self.total_metrics()}
 
     def total_metrics(self) -> dict[str, int]:
@@ -114,8 +101,8 @@ class RolloutStream(IterableDataset):
         assert self._open_steps is not None, "rank 0 has a source"
         self._steps = self._open_steps()
 
-    def _next_step(self, *, prefetches: bool) -> Step:
-        def take() -> Step:
+    def _next_step(self, *, prefetches: bool) -> Step | None:
+        def take() -> Step | None:
             assert self._steps is not None, "_open() comes first"
             return self._steps.take(prefetches=prefetches)
 

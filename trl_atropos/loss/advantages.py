@@ -26,16 +26,10 @@ NORMALIZATION_EPS = 1e-8
 
 @dataclass(frozen=True)
 class AdvantageStatistics:
-    """Mean and standard deviation of the advantages of trained tokens.
+    """Mean and unbiased standard deviation of the advantages of `num_trained_tokens` trained tokens.
 
-    Args:
-        mean (`float`):
-            Mean over the trained tokens; 0.0 when there are fewer than two.
-        std (`float`):
-            Unbiased standard deviation; 1.0 when there are fewer than two trained tokens, so that standardising
-            leaves a single token as it is. 0.0 when all advantages are equal.
-        num_trained_tokens (`int`):
-            How many tokens the statistics were made from.
+    With fewer than two tokens the mean is 0.0 and the standard deviation 1.0, so that standardising leaves a single
+    token as it is. The standard deviation is 0.0 when all advantages are equal.
     """
 
     mean: float
@@ -44,29 +38,24 @@ class AdvantageStatistics:
 
 
 def group_advantages(rewards: Tensor, scale_rewards: str, batch_std: float | None = None) -> Tensor:
-    """Advantages of the rollouts of one group, as in [GRPO](https://huggingface.co/papers/2402.03300).
+    """Advantages (G,) float32 of the rollouts of one group, as in [GRPO](https://huggingface.co/papers/2402.03300).
 
     Deviations from the paper, both shared with TRL:
 
     1. 1e-4 is added to the standard deviation.
     2. The standard deviation is the unbiased one.
 
-    Args:
-        rewards (`torch.Tensor` of shape `(G,)`):
-            One reward per rollout; finite. Read in float32, so that rewards that are equal give exactly 0.
-        scale_rewards (`str`):
-            `"group"` divides the centred rewards by the standard deviation of the group. `"batch"` divides by that of
-            all rewards of the step ([PPO Lite](https://huggingface.co/papers/2508.08221)). `"none"` does not divide:
-            the first gives questions with a small spread of rewards more weight
-            ([Dr. GRPO](https://huggingface.co/papers/2503.20783)).
-        batch_std (`float`, *optional*):
-            For `"batch"`: unbiased standard deviation of the rewards of all groups of the step.
+    `rewards` (G,) are finite, and read in float32, so that rewards that are equal give exactly 0; a group of one
+    rollout gives 0. What `scale_rewards` does:
 
-    Returns:
-        `torch.Tensor` of shape `(G,)`, float32: the advantages; 0 for a group of one rollout.
+    - `"group"` divides the centred rewards by the standard deviation of the group;
+    - `"batch"` divides them by `batch_std`, the unbiased standard deviation of all rewards of the step
+      ([PPO Lite](https://huggingface.co/papers/2508.08221));
+    - `"none"` does not divide: `"group"` gives questions with a small spread of rewards more weight
+      ([Dr. GRPO](https://huggingface.co/papers/2503.20783)).
 
     Raises:
-        ValueError: unknown `scale_rewards`, or rewards that are not a vector.
+        ValueError: unknown `scale_rewards`, rewards that are not a vector, or `"batch"` without `batch_std`.
     """
     if scale_rewards not in SCALE_REWARDS:
         raise ValueError(
@@ -104,22 +93,12 @@ def advantage_statistics(
     """Statistics of the trained tokens of all micro-batches and, when `distributed`, of all ranks.
 
     A collective call when `distributed`: every rank of the group must make it, also one that has no data (it passes
-    empty lists). The group must hold data-parallel ranks only; ranks that see the same tokens count them twice.
+    empty lists), and gets the same. The group must hold data-parallel ranks only; ranks that see the same tokens count
+    them twice.
 
-    Args:
-        advantages (sequence of `torch.Tensor` of any shape):
-            One tensor per micro-batch; finite where trained.
-        loss_masks (sequence of `torch.Tensor`, bool):
-            True where a token is trained; each of the shape of its advantages.
-        process_group (`torch.distributed.ProcessGroup`, *optional*):
-            The ranks to reduce over; the default group if not given.
-        distributed (`bool`, *optional*, defaults to `False`):
-            Whether to reduce over ranks.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
-            Where the float64 sums are made: a device that the backend of the group can reduce on.
-
-    Returns:
-        [`AdvantageStatistics`]: the same on every rank.
+    `advantages` has one tensor of any shape per micro-batch, finite where trained; the masks have the same shapes,
+    bool, True where a token is trained. The float64 sums are made on `device`, on which the backend of `process_group`
+    must be able to reduce; None is the default group.
 
     Raises:
         ValueError: a mask that does not fit its advantages, or an advantage that is not finite at a trained position.
@@ -160,19 +139,11 @@ def advantage_statistics(
 
 
 def standardize_advantages(advantages: Tensor, loss_mask: Tensor, statistics: AdvantageStatistics) -> Tensor:
-    """`(A - mean) / (std + 1e-8)` where trained, 0 elsewhere.
+    """`(A - mean) / (std + 1e-8)` where trained, 0 elsewhere; in the shape and dtype of `advantages`.
 
-    Args:
-        advantages (`torch.Tensor` of any shape):
-            Finite where trained; anything, also NaN, elsewhere.
-        loss_mask (`torch.Tensor` of the same shape, bool):
-            True where a token is trained.
-        statistics ([`AdvantageStatistics`]):
-            What to standardise with. A standard deviation of 0 gives exactly 0 everywhere; statistics of a single
-            float32 token leave it as it is.
-
-    Returns:
-        `torch.Tensor` of the shape and dtype of `advantages`, in units of `statistics.std`.
+    `advantages` of any shape are finite where `loss_mask`, bool of the same shape, is True; anything, also NaN,
+    elsewhere. A standard deviation of 0 gives exactly 0 everywhere; statistics of a single float32 token leave it as
+    it is.
 
     Raises:
         ValueError: the mask does not fit the advantages.
@@ -250,11 +221,7 @@ def clip_advantages(advantages: Tensor, clipping: Sequence[float] | None) -> Ten
 
 
 def validate_clipping(clipping: Sequence[float] | None) -> None:
-    """Refuses bounds that are not two finite ascending numbers. `None` (no clipping) passes.
-
-    Args:
-        clipping (sequence of two `float`, *optional*):
-            Smallest and largest advantage.
+    """Refuses bounds that are not two finite ascending numbers. None (no clipping) passes.
 
     Raises:
         ValueError: `clipping` is something else.

@@ -10,17 +10,8 @@ from dataclasses import dataclass
 class Paper:
     """A paper on arXiv.
 
-    Args:
-        key (`str`):
-            Of the BibTeX entry.
-        title (`str`):
-            In full.
-        eprint (`str`):
-            Number on arXiv.
-        year (`int`):
-            Of its first version.
-        author (`str`, *optional*):
-            As BibTeX has it.
+    `key` is that of its BibTeX entry, `title` is in full, `eprint` is its number on arXiv, and `year` that of its
+    first version. `author` is written as BibTeX has it, and empty where the entry names none.
     """
 
     key: str
@@ -30,7 +21,7 @@ class Paper:
     author: str = ""
 
     def bibtex(self) -> str:
-        """The entry."""
+        """The BibTeX entry of the paper."""
         author = f"  author        = {{{self.author}}},\n" if self.author else ""
         return (
             f"@misc{{{self.key},\n  title         = {{{{{self.title}}}}},\n{author}"
@@ -104,17 +95,11 @@ DISTILLATION = Paper(
 class LossType:
     """One built-in loss.
 
-    Args:
-        aggregation (`str`):
-            How its token losses are weighed: `"token"` (mean over the trained tokens of the step), `"rollout"` (mean over
-            rollouts of means over tokens), `"rollout_sum"` (mean over rollouts of sums over tokens) or `"constant"` (sum over
-            tokens and mean over rollouts, divided by `max_completion_length`).
-        meaning (`str`):
-            What follows its name in the help of `--loss_type`.
-        papers (`tuple[Paper, ...]`, *optional*):
-            Where it is from; docs/losses.md says what each gives.
-        is_clipped (`bool`, *optional*, defaults to `False`):
-            Whether it clips the importance ratio to an interval around 1.
+    `aggregation` says how its token losses are weighed: `"token"` (mean over the trained tokens of the step),
+    `"rollout"` (mean over rollouts of means over tokens), `"rollout_sum"` (mean over rollouts of sums over tokens) or
+    `"constant"` (sum over tokens and mean over rollouts, divided by `max_completion_length`). `meaning` follows its
+    name in the help of `--loss_type`. `papers` are those that it is from; docs/losses.md says what each gives.
+    `is_clipped` says whether it clips the importance ratio to an interval around 1.
     """
 
     aggregation: str
@@ -150,14 +135,8 @@ CLIPPED_LOSS_TYPES = tuple(name for name, loss in BUILT_IN_LOSSES.items() if los
 
 
 def papers_of(options: Mapping[str, object]) -> list[Paper]:
-    """The papers of the loss of a run.
-
-    Args:
-        options (`Mapping[str, object]`):
-            Values of `AtroposConfig`, all of them that concern the loss.
-
-    Returns:
-        `list[Paper]`: each once.
+    """The papers of the loss of a run, each once. `options` are the values of `AtroposConfig`, all of them that
+    concern the loss.
     """
     papers = list(BUILT_IN_LOSSES[str(options["loss_type"])].papers)
     used = (

@@ -118,17 +118,10 @@ def policy_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
       batch is trained in one optimizer step; the truncated or masked weight policy at the start / policy that sampled
       multiplies the loss (TRL's `GRPOTrainer` with vLLM).
 
-    Args:
-        inputs ([`LossInputs`]):
-            With `ref_logprobs` if `options.beta` is not 0.
-        options ([`LossOptions`]):
-            Which loss, and its bounds.
-
-    Returns:
-        [`LossOutputs`]: the losses of the tokens, entropy, clip and sampling metrics.
+    The metrics are entropy, clipping, and the difference to the policy that sampled.
 
     Raises:
-        ValueError: `beta` is not 0 and there are no `ref_logprobs`.
+        ValueError: `options.beta` is not 0 and there are no `ref_logprobs`.
     """
     metrics = {"entropy": mean_of(inputs.entropy), **_sampling_metrics(inputs)}
     sampling_difference = _difference_to_sampling(inputs)
@@ -163,7 +156,7 @@ def token_weights(
     num_rollouts: int,
     max_completion_length: int,
 ) -> Tensor:
-    """What the loss of each token is multiplied with before all are summed over the optimizer step.
+    """What the loss of each token is multiplied with before all are summed over the optimizer step, (N,) float32.
 
     | aggregation | weight | the loss is |
     |---|---|---|
@@ -172,22 +165,13 @@ def token_weights(
     | `constant` | 1 / (rollouts of the step x max_completion_length) | a sum over tokens, at a constant scale |
     | `rollout_sum` | 1 / rollouts of the step | a mean over rollouts of sums over tokens |
 
-    Args:
-        rollout_index (`torch.Tensor` of shape `(N,)`, int64):
-            Which rollout of the micro-batch a token belongs to.
-        num_rollout_tokens (`torch.Tensor` of shape `(R,)`, int64):
-            Trained tokens of each rollout of the micro-batch.
-        aggregation (`str`):
-            A value of `AGGREGATIONS`.
-        num_trained_tokens (`int`):
-            Of the whole optimizer step, all micro-batches and ranks.
-        num_rollouts (`int`):
-            Of the whole optimizer step, those without a trained token included.
-        max_completion_length (`int`):
-            Tokens; the constant of `"constant"`.
+    `rollout_index` (N,) int64 says which rollout of the micro-batch a token belongs to, and `num_rollout_tokens` (R,)
+    int64 how many trained tokens each has. `num_trained_tokens` and `num_rollouts` count the whole optimizer step, all
+    micro-batches and ranks, rollouts without a trained token included. `max_completion_length`, in tokens, is the
+    constant of `constant`.
 
-    Returns:
-        `torch.Tensor` of shape `(N,)`, float32.
+    Raises:
+        ValueError: unknown `aggregation`.
     """
     if aggregation == "token":
         scale = 1 / max(num_trained_tokens, 1)
@@ -291,7 +275,9 @@ def _clip_metrics(inputs: LossInputs, importance_ratio: Tensor, low: float, high
 
 
 def _sampling_metrics(inputs: LossInputs) -> dict[str, Metric]:
-    """Of the tokens whose inference logprob is known: made-up ratios of 1 must not hide that the others are off."""
+    """Metrics of the tokens whose inference logprob is known: made-up ratios of 1 must not hide that the others are
+    off.
+    """
     if inputs.inference_logprobs is None:
         return {}
     is_known = ~inputs.inference_logprobs.isnan()

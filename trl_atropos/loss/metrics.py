@@ -37,74 +37,36 @@ class Metric:
 
 
 def mean_of(values: Tensor | float) -> Metric:
-    """A mean in which every element weighs the same.
-
-    Args:
-        values (`torch.Tensor` of any shape or `float`):
-            The values; bool counts as 0 and 1.
-
-    Returns:
-        [`Metric`]: without data if `values` is empty.
-    """
+    """A mean in which every element weighs the same; bool counts as 0 and 1. Without data if `values` is empty."""
     flat = _flatten(values)
     return Metric("mean", flat.sum(), flat.numel())
 
 
 def total(values: Tensor | float) -> Metric:
-    """A sum over elements, micro-batches and ranks.
-
-    Args:
-        values (`torch.Tensor` of any shape or `float`):
-            The values; bool counts as 0 and 1.
-
-    Returns:
-        [`Metric`]: without data if `values` is empty.
-    """
+    """A sum over elements, micro-batches and ranks; bool counts as 0 and 1. Without data if `values` is empty."""
     flat = _flatten(values)
     return Metric("sum", flat.sum(), flat.numel())
 
 
 def minimum_of(values: Tensor | float) -> Metric:
-    """The smallest element; NaN if there is one.
-
-    Args:
-        values (`torch.Tensor` of any shape or `float`):
-            The values.
-
-    Returns:
-        [`Metric`]: without data if `values` is empty.
-    """
+    """The smallest element; NaN if there is one. Without data if `values` is empty."""
     flat = _flatten(values)
     return Metric("min", flat.amin() if flat.numel() else flat.sum(), flat.numel())
 
 
 def maximum_of(values: Tensor | float) -> Metric:
-    """The largest element; NaN if there is one. Also for a number that every rank has alike, such as a version.
+    """The largest element; NaN if there is one. Without data if `values` is empty.
 
-    Args:
-        values (`torch.Tensor` of any shape or `float`):
-            The values.
-
-    Returns:
-        [`Metric`]: without data if `values` is empty.
+    Also for a number that every rank has alike, such as a version.
     """
     flat = _flatten(values)
     return Metric("max", flat.amax() if flat.numel() else flat.sum(), flat.numel())
 
 
 def merge_metrics(name: str, left: Metric, right: Metric) -> Metric:
-    """Combines two partial results of the same metric.
+    """Combines two partial results of the metric `name` to what one would have got from the values of both.
 
-    Args:
-        name (`str`):
-            Name of the metric, for the error.
-        left ([`Metric`]):
-            One partial result; decides the device.
-        right ([`Metric`]):
-            The other.
-
-    Returns:
-        [`Metric`]: what one would have got from the values of both.
+    The result is on the device of `left`.
 
     Raises:
         ValueError: the two are of different kinds.
@@ -133,11 +95,7 @@ class MetricAccumulator:
         self._metrics: dict[str, Metric] = {}
 
     def update(self, metrics: Mapping[str, Metric]) -> None:
-        """Adds the metrics of a micro-batch.
-
-        Args:
-            metrics (`Mapping[str, Metric]`):
-                By name. A name may be absent from some micro-batches and some ranks.
+        """Adds the metrics of a micro-batch. A name may be absent from some micro-batches and some ranks.
 
         Raises:
             ValueError: a name was used before with another kind.
@@ -155,19 +113,12 @@ class MetricAccumulator:
         """Reduces over micro-batches and, when `distributed`, over ranks; then starts anew.
 
         A collective call when `distributed`: every rank of the group must make it, also one that has no metrics. Ranks
-        may hold different names, which is why the names travel with the numbers.
+        may hold different names, which is why the names travel with the numbers. `process_group` None is the default
+        group.
 
-        Args:
-            process_group (`torch.distributed.ProcessGroup`, *optional*):
-                The ranks to reduce over; the default group if not given.
-            distributed (`bool`, *optional*, defaults to `False`):
-                Whether to reduce over ranks.
-            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
-                Where this rank's values are gathered before they are read: on the accelerator that computed them, the
-                host waits for it once instead of once per metric.
-
-        Returns:
-            `dict[str, float]`: the same on every rank; metrics without data are left out.
+        This rank's values are gathered on `device` before they are read: on the accelerator that computed them, the
+        host waits for it once instead of once per metric. Metrics without data are left out; the others are the same
+        on every rank.
 
         Raises:
             ValueError: two ranks used a name with different kinds.

@@ -260,10 +260,11 @@ class StepOptions(LossOptions):
     @property
     def required_logprobs(self) -> tuple[str, ...]:
         """Which logprobs of the wire a rollout must have; one without them stops the run."""
-        required = (
-            ["inference_logprobs"] if self.inference_logprobs == "require" and self.needs_inference_logprobs else []
-        )
-        return (*required, "ref_logprobs") if self.ref_logprobs == "require" else tuple(required)
+        is_required = {
+            "inference_logprobs": self.inference_logprobs == "require" and self.needs_inference_logprobs,
+            "ref_logprobs": self.ref_logprobs == "require",
+        }
+        return tuple(name for name, required in is_required.items() if required)
 
     def __post_init__(self) -> None:
         # TRL takes booleans, too.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,26 +31,21 @@ def prepare_step(
 ) -> tuple[int, dict[str, Metric]]:
     """Normalise and clip the advantages of a step, and weigh its tokens.
 
-    A collective call: every rank makes it, also one whose micro-batches are empty. Statistics and denominators cover all
-    micro-batches of all ranks, so that any split of the same rollouts gives the same gradient.
+    A collective call: every rank makes it, also one whose micro-batches are empty. Statistics and denominators cover
+    all micro-batches of all ranks of `process_group`, which hold every rollout once (None: all ranks), so that any
+    split of the same rollouts gives the same gradient. The backend of the group must be able to reduce on `device`.
+    `max_length`, the longest rollout in tokens, is the constant of `dr_grpo` if `max_completion_length` is not set.
 
-    Args:
-        micro_batches (sequence of `dict`):
-            From [`~data.micro_batches.RolloutCollator`]. Changed: `advantages` are normalised, clipped, and scaled: 0 where the
-            environment asked for that, less where a rollout is down-weighted; `token_weights` (N,), `token_mean_weight`
-            and `teacher_mean_weight` of shape `()` are added, what a mean over the trained tokens, or over those with a
-            teacher, of the step divides by; and `num_with_teacher`, those of the micro-batch.
-        options ([`StepOptions`]):
-            How.
-        max_length (`int`):
-            Longest rollout in tokens: the constant of `dr_grpo` if `max_completion_length` is not set.
-        device (`torch.device`):
-            On which the backend of the process group reduces.
-        process_group (`torch.distributed.ProcessGroup`, *optional*):
-            Ranks that hold every rollout once; all ranks if not given.
+    The micro-batches come from [`~data.micro_batches.RolloutCollator`] and are changed:
 
-    Returns:
-        `tuple[int, dict[str, Metric]]`: trained tokens of the step over all ranks, and metrics of the advantages.
+    - `advantages` are normalised, clipped, and scaled: 0 where the environment asked for that, less where a rollout is
+      down-weighted;
+    - `token_weights` (N,) are added;
+    - `token_mean_weight` and `teacher_mean_weight` () are added: 1 / trained tokens of the step, and 1 / those with a
+      teacher, with which a sum over such tokens becomes a mean;
+    - `num_with_teacher` is added, which counts the tokens with a teacher of the micro-batch.
+
+    Returns the number of trained tokens of the step over all ranks, and metrics of the advantages.
     """
     advantages = [batch["advantages"] for batch in micro_batches]
     masks = [torch.ones_like(values, dtype=torch.bool) for values in advantages]
@@ -101,16 +95,10 @@ def teacher_cross_entropy(student_logprobs: Tensor, batch: dict[str, Any]) -> Te
     ([Hinton et al. 2015](https://huggingface.co/papers/1503.02531)). Deviations: p is not normalised over the named
     tokens, so a teacher that named little mass pulls little; the temperature is 1.
 
-    Args:
-        student_logprobs (`torch.Tensor` of shape `(N, K)`, float32):
-            log q_k, with gradient; anything where the teacher named no token.
-        batch (`dict`):
-            With `teacher_logprobs` (N, K), -inf where there is no token.
-
-    Returns:
-        `torch.Tensor` of shape `()`, in nats.
+    `student_logprobs` (N, K) float32 are log q_k, with gradient; anything where the teacher named no token. The batch
+    has `teacher_logprobs` (N, K), log p_k, -inf where there is no token. All are in nats.
     """
-    teacher_logprobs = batch["teacher_logprobs"]
+    teacher_logprobs: Tensor = batch["teacher_logprobs"]
     is_named = teacher_logprobs > -torch.inf
     # Selected, not multiplied with 0: the logprob of a padded id may be -inf.
     return -(teacher_logprobs[is_named].exp() * student_logprobs[is_named]).sum()
@@ -135,14 +123,11 @@ def _num_with_teacher(batch: dict[str, Any]) -> int:
     return int((batch["teacher_logprobs"] > -torch.inf).any(dim=-1).sum())
 
 
-def check_grad_norm(step: int, grad_norm: Any) -> None:
+def check_grad_norm(step: int, grad_norm: Tensor | float | None) -> None:
     """Refuse a gradient with a norm that is not finite.
 
-    Args:
-        step (`int`):
-            Number of the optimizer step, for the message.
-        grad_norm (`float` or `torch.Tensor`, *optional*):
-            The norm over all parameters and ranks; None if nobody computed it.
+    `grad_norm` is that of the optimizer step number `step`, over all parameters and ranks; None, if nobody computed
+    it, passes.
 
     Raises:
         NonFiniteGradientError: it is NaN or infinite.
@@ -156,11 +141,11 @@ def check_grad_norm(step: int, grad_norm: Any) -> None:
         )
 
 
-@dataclass
 class LossWatch:
     """Remembers which rollouts of a step had a loss that is not finite, without waiting for the accelerator."""
 
-    _seen: list[tuple[list[str], Tensor]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._seen: list[tuple[list[str], Tensor]] = []
 
     def add(self, names: list[str], rollout_losses: Tensor) -> None:
         """Adds the summed losses (R,) of the rollouts of a micro-batch, and how messages name them."""
@@ -169,13 +154,8 @@ class LossWatch:
     def check(self, step: int, device: torch.device) -> None:
         """Raises on every rank if a loss of any rank since the last call was not finite. A collective call.
 
-        A rank that raised alone would leave the others to take the optimizer step and wait for it in the next one.
-
-        Args:
-            step (`int`):
-                Number of the optimizer step, for the message.
-            device (`torch.device`):
-                On which the backend of the process group reduces.
+        A rank that raised alone would leave the others to take the optimizer step number `step` and wait for it in the
+        next one. The backend of the default process group must be able to reduce on `device`.
 
         Raises:
             NonFiniteGradientError: names the rollouts of this rank.

@@ -68,8 +68,7 @@ def advantage_weighted_sft_loss(
 def select_trained(input_ids: Tensor, advantages: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Selects what [`advantage_weighted_sft_loss`] needs of each trained token, with its checks.
 
-    Returns:
-        `tuple` of `torch.Tensor` of shape `(N,)`: prediction positions counted over all rows, targets, advantages.
+    Returns (N,) each: prediction positions counted over all rows, targets, and advantages.
     """
     if input_ids.dim() != 2 or loss_mask.shape != input_ids.shape:
         raise ValueError(
@@ -103,14 +102,7 @@ def weighted_cross_entropy(logprobs: Tensor, advantages: Tensor, num_trained_tok
 def expand_advantages(advantages: Tensor, shape: torch.Size) -> Tensor:
     """Gives every token the advantage of its rollout.
 
-    Args:
-        advantages (`torch.Tensor` of shape `(B, T)`, `(B, 1)` or `(B,)`):
-            Per token, or one per rollout.
-        shape (`torch.Size`):
-            `(B, T)`.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`, float32.
+    Advantages of shape (B, T), (B, 1) or (B,) become `shape`, which is (B, T), in float32.
 
     Raises:
         ValueError: any other shape.

@@ -21,9 +21,12 @@ from .sequence_parallel import SequenceParallel, scaled_for
 
 @dataclass(frozen=True)
 class PolicyForward:
-    """How the trainer scores tokens: the scorer of the policy, with the plan that was found out at start, and the reference if
-    anything needs one. The gradients of all ranks are divided by `num_data_ranks` after they were added up: the shares of a
-    step's rollouts."""
+    """How the trainer scores tokens.
+
+    `scorer` is that of the policy, with the plan that was found out at start; `reference` is None if nothing needs
+    one. Rollouts are dealt in `num_data_ranks` shares, by which the gradients of all ranks are divided after they were
+    added up.
+    """
 
     scorer: PolicyScorer
     reference: ReferencePolicy | None
@@ -43,26 +46,13 @@ def make_forward(
 ) -> PolicyForward:
     """Find out how forward passes are best made. A collective call: the model runs on every rank.
 
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            The unwrapped policy.
-        wrapped (`nn.Module`):
-            The policy as accelerate wrapped it.
-        reference_model (`PreTrainedModel`, *optional*):
-            From [`~policy.load.make_reference_model`], not yet wrapped.
-        accelerator (`Accelerator`):
-            Of the run.
-        layout (`str`):
-            `sequence_layout` of the options.
-        max_length (`int`):
-            Longest rollout in tokens.
-        needs_reference (`bool`):
-            Whether the loss has a KL term to a reference that is computed here.
-        sequence_parallel ([`~policy.sequence_parallel.SequenceParallel`], *optional*):
-            If ranks share sequences.
+    `model` is the unwrapped policy, with or without an adapter; `wrapped` is the policy as accelerate wrapped it.
+    `reference_model` is what [`~policy.load.make_reference_model`] made, not yet wrapped. `layout` is the option
+    `sequence_layout`, `max_length` the longest rollout in tokens. `needs_reference` says whether the loss has a KL
+    term to a reference that is computed here. `sequence_parallel` is None if every rank holds whole sequences.
 
     Raises:
-        [`PreflightError`]: see [`~policy.plan.plan_forward`].
+        PreflightError: as [`~policy.plan.plan_forward`] does.
     """
     sequence_parallel = scaled_for(sequence_parallel, wrapped)
     mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
@@ -85,17 +75,9 @@ def make_forward(
 class ReferencePolicy:
     """Scores tokens under the reference.
 
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            The unwrapped policy.
-        copy_of_start (`PreTrainedModel`, *optional*):
-            From [`~policy.load.make_reference_model`]; None if the policy has an adapter that can be disabled.
-        plan ([`~policy.scoring.ForwardPlan`]):
-            How forward passes are made.
-        accelerator (`Accelerator`):
-            Places and shards the copy as it does the policy.
-        sequence_parallel ([`~policy.sequence_parallel.SequenceParallel`], *optional*):
-            If ranks share sequences.
+    `model` is the unwrapped policy. `copy_of_start` is what [`~policy.load.make_reference_model`] made; None if the
+    policy has an adapter that can be disabled. `plan` says how forward passes are made, and `accelerator` places and
+    shards the copy as it does the policy. `sequence_parallel` is None if every rank holds whole sequences.
     """
 
     def __init__(
@@ -116,11 +98,8 @@ class ReferencePolicy:
     def logprobs(self, wrapped: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Logprobs (U,) in nats of the scored positions of a micro-batch.
 
-        Args:
-            wrapped (`nn.Module`):
-                The wrapped policy; runs without its adapter if there is no copy.
-            batch (`Mapping[str, torch.Tensor]`):
-                See [`~policy.scoring.PolicyScorer`].
+        The batch is as [`~policy.scoring.PolicyScorer`] takes it. `wrapped` is the wrapped policy; it runs without its
+        adapter if there is no copy.
         """
         if self._wrapped_copy is not None:
             return self._scorer(self._wrapped_copy, batch)[0].logprobs
@@ -130,12 +109,16 @@ class ReferencePolicy:
     def _without_adapter(self) -> AbstractContextManager[Any]:
         # A second adapter of that name is TRL's way to give a reference that is not the base model.
         name = "ref" if "ref" in self._model.peft_config else None
-        return use_adapter(self._model, adapter_name=name)
+        context: AbstractContextManager[Any] = use_adapter(self._model, adapter_name=name)
+        return context
 
 
 def _prepare(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    wrapped: nn.Module
     if accelerator.state.deepspeed_plugin is not None:
-        return prepare_deepspeed(model, accelerator)
-    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
-        return prepare_fsdp(model, accelerator)
-    return accelerator.prepare_model(model, evaluation_mode=True)
+        wrapped = prepare_deepspeed(model, accelerator)
+    elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        wrapped = prepare_fsdp(model, accelerator)
+    else:
+        wrapped = accelerator.prepare_model(model, evaluation_mode=True)
+    return wrapped

@@ -30,17 +30,12 @@ LAYOUTS = ("tree", "packed", "padded")
 class Layout:
     """Token sequences as the rows of one forward pass.
 
-    Args:
-        input_ids (`torch.Tensor` of shape `(R, L)`, int64):
-            Token ids; padding behind the last token of a row.
-        position_ids (`torch.Tensor` of shape `(R, L)`, int64):
-            Position of each token in its own sequence; 0 at padding.
-        subtree_end (`torch.Tensor` of shape `(R, L)`, int64, *optional*):
-            For `tree`: the position of the row behind the last token that attends to this one.
-        attention_mask (`torch.Tensor` of shape `(R, L)`, int64, *optional*):
-            For `padded`: 1 at tokens, 0 at padding.
-        token_positions (`tuple` of `torch.Tensor` of shape `(T,)`, int64):
-            For each sequence, where its tokens are, counted over all rows: row * L + position.
+    `input_ids` (R, L) int64 have padding behind the last token of a row. `position_ids` (R, L) int64 are the position
+    of each token in its own sequence, 0 at padding. `token_positions` say for each sequence where its tokens are, (T,)
+    int64, counted over all rows: row * L + position.
+
+    `subtree_end` (R, L) int64 is there for `tree` only: the position of the row behind the last token that attends to
+    this one. `attention_mask` (R, L) int64 is there for `padded` only: 1 at tokens, 0 at padding.
     """
 
     input_ids: Tensor
@@ -52,17 +47,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """Sequences folded into a trie, stored depth first.
+    """Sequences folded into a trie of L tokens, stored depth first.
 
-    Args:
-        input_ids (`torch.Tensor` of shape `(L,)`, int64):
-            The tokens of the trie.
-        position_ids (`torch.Tensor` of shape `(L,)`, int64):
-            Depth of each token.
-        subtree_end (`torch.Tensor` of shape `(L,)`, int64):
-            Position behind the last descendant of each token.
-        token_positions (`tuple` of `torch.Tensor` of shape `(T,)`, int64):
-            For each sequence, in the order given, where its tokens are.
+    Each token of the trie has its id in `input_ids`, its depth in `position_ids`, and in `subtree_end` the position
+    behind its last descendant, (L,) int64 each. `token_positions` say for each sequence, in the order given, where its
+    tokens are, (T,) int64.
     """
 
     input_ids: Tensor
@@ -72,18 +61,14 @@ class PrefixTree:
 
 
 def prefix_tree(sequences: Sequence[Tensor]) -> PrefixTree:
-    """Folds sequences into a trie in which every common prefix is stored once.
+    """Folds sequences of token ids, (T,) int64 each, into a trie in which every common prefix is stored once.
 
-    In lexicographic order, the longest prefix that a sequence shares with any earlier one is the one it shares with the
-    sequence just before it. So each sequence adds its own suffix to the path of its predecessor, and depth-first order
-    comes by itself.
+    There is at least one sequence; they may be equal, or prefixes of each other, or share nothing. L is the number of
+    different prefixes.
 
-    Args:
-        sequences (sequence of `torch.Tensor` of shape `(T,)`, int64):
-            Token ids; at least one sequence. They may be equal, or prefixes of each other, or share nothing.
-
-    Returns:
-        [`PrefixTree`]: L is the number of different prefixes.
+    In lexicographic order, the longest prefix that a sequence shares with any earlier one is the one it shares with
+    the sequence just before it. So each sequence adds its own suffix to the path of its predecessor, and depth-first
+    order comes by itself.
     """
     order = sorted(range(len(sequences)), key=lambda number: sequences[number].tolist())
     num_tokens = sum(sequence.numel() for sequence in sequences)
@@ -106,17 +91,10 @@ def prefix_tree(sequences: Sequence[Tensor]) -> PrefixTree:
 
 
 def tree_layout(groups: Sequence[Sequence[Tensor]], pad_token_id: int = 0) -> Layout:
-    """Lays groups of sequences out as prefix trees, one per group, several in a row where they fit.
+    """Lays groups of sequences, (T,) int64 each, out as prefix trees, one per group, several in a row where they fit.
 
-    Args:
-        groups (sequence of sequences of `torch.Tensor` of shape `(T,)`, int64):
-            The sequences of each group; prefixes are shared inside of a group.
-        pad_token_id (`int`, *optional*, defaults to `0`):
-            Id of the padding behind the trees of a row. It attends to itself only.
-
-    Returns:
-        [`Layout`]: L is the size of the largest tree; `token_positions` in the order of the sequences, group after
-        group.
+    Prefixes are shared inside of a group. L is the size of the largest tree; the padding behind the trees of a row
+    attends to itself only. `token_positions` are in the order of the sequences, group after group.
     """
     trees = [prefix_tree(sequences) for sequences in groups]
     rows = pack_first_fit([tree.input_ids.numel() for tree in trees])
@@ -140,33 +118,21 @@ def tree_layout(groups: Sequence[Sequence[Tensor]], pad_token_id: int = 0) -> La
 
 
 def packed_layout(sequences: Sequence[Tensor]) -> Layout:
-    """Lays sequences out one after the other in one row, without padding.
+    """Lays one or more sequences, (T,) int64 each, out one after the other in one row, without padding.
 
-    Args:
-        sequences (sequence of `torch.Tensor` of shape `(T,)`, int64):
-            Token ids; at least one sequence.
-
-    Returns:
-        [`Layout`]: without a mask: attention implementations for packed rows tell the sequences apart by
-        `position_ids`, which start at 0 for each.
+    There is no mask: attention implementations for packed rows tell the sequences apart by `position_ids`, which start
+    at 0 for each.
     """
     lengths = [sequence.numel() for sequence in sequences]
     input_ids = torch.cat(list(sequences))[None]
     position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
-    return Layout(input_ids, position_ids, None, None, torch.arange(sum(lengths)).split(lengths))
+    return Layout(input_ids, position_ids, None, None, torch.split(torch.arange(sum(lengths)), lengths))
 
 
 def padded_layout(sequences: Sequence[Tensor], pad_token_id: int = 0) -> Layout:
-    """Lays sequences out one a row, padded on the right to the longest.
+    """Lays one or more sequences, (T,) int64 each, out one a row, padded on the right to the longest.
 
-    Args:
-        sequences (sequence of `torch.Tensor` of shape `(T,)`, int64):
-            Token ids; at least one sequence.
-        pad_token_id (`int`, *optional*, defaults to `0`):
-            Id of the padding, which is not attended to.
-
-    Returns:
-        [`Layout`]: with an `attention_mask`.
+    The padding is not attended to: the layout has an `attention_mask`.
     """
     lengths = torch.tensor([sequence.numel() for sequence in sequences])
     input_ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=pad_token_id)
@@ -187,16 +153,7 @@ def layout_inputs(layout: Layout) -> dict[str, Tensor]:
 
 
 def lay_out(layout: str, groups: Sequence[Sequence[Tensor]], pad_token_id: int = 0) -> Layout:
-    """Lays the sequences of groups out.
-
-    Args:
-        layout (`str`):
-            One of `layouts.LAYOUTS`.
-        groups (sequence of sequences of `torch.Tensor` of shape `(T,)`, int64):
-            The sequences of each group.
-        pad_token_id (`int`, *optional*, defaults to `0`):
-            Id of the padding.
-    """
+    """Lays the sequences of groups, (T,) int64 each, out in one of `LAYOUTS`."""
     if layout == "tree":
         return tree_layout(groups, pad_token_id)
     sequences = [sequence for group in groups for sequence in group]
@@ -204,14 +161,9 @@ def lay_out(layout: str, groups: Sequence[Sequence[Tensor]], pad_token_id: int =
 
 
 def tree_attention_mask(subtree_end: Tensor) -> Tensor:
-    """Who attends to whom in a tree layout.
+    """Who attends to whom in a tree layout with the `subtree_end` (R, L) int64.
 
-    Args:
-        subtree_end (`torch.Tensor` of shape `(R, L)`, int64):
-            Of the [`Layout`].
-
-    Returns:
-        `torch.Tensor` of shape `(R, 1, L, L)`, bool: entry `[r, 0, q, k]` says whether position q attends to k.
+    Returns (R, 1, L, L) bool: entry `[r, 0, q, k]` says whether position q attends to k.
     """
     index = torch.arange(subtree_end.shape[1], device=subtree_end.device)
     mask = (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] < subtree_end[:, None, :])
@@ -219,15 +171,10 @@ def tree_attention_mask(subtree_end: Tensor) -> Tensor:
 
 
 def num_computed_tokens(groups: Sequence[Sequence[Tensor]], layout: str) -> int:
-    """Positions that a forward pass over these sequences computes; with `padded` also its padding.
+    """Positions that a forward pass over the sequences of these groups, (T,) int64 each, computes in one of `LAYOUTS`.
 
-    With `tree` without the padding between trees, so that the numbers of groups add up.
-
-    Args:
-        groups (sequence of sequences of `torch.Tensor` of shape `(T,)`, int64):
-            The sequences of each group.
-        layout (`str`):
-            One of `LAYOUTS`.
+    With `padded` the padding counts too; with `tree` the padding between trees does not, so that the numbers of groups
+    add up.
     """
     lengths = [sequence.numel() for group in groups for sequence in group]
     if layout == "padded":
@@ -240,14 +187,8 @@ def num_computed_tokens(groups: Sequence[Sequence[Tensor]], layout: str) -> int:
 def pack_first_fit(sizes: Sequence[int], capacity: int | None = None) -> list[list[int]]:
     """Packs items into as few bins as first-fit decreasing finds: at most 11/9 of the fewest possible, plus one.
 
-    Args:
-        sizes (sequence of `int`):
-            Size of each item.
-        capacity (`int`, *optional*):
-            What a bin holds; the largest size if not given. An item above it gets a bin of its own.
-
-    Returns:
-        `list[list[int]]`: the numbers of the items of each bin, largest first.
+    A bin holds `capacity`, or the largest size if that is None; an item above it gets a bin of its own. Returns the
+    numbers of the items of each bin, largest first.
     """
     capacity = max(sizes, default=0) if capacity is None else capacity
     bins: list[list[int]] = []

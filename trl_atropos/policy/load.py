@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreparedPolicy:
-    """What a trainer starts from: the policy with its adapter, its tokenizer if there is one, and a frozen copy of the starting
-    policy if the KL term needs one."""
+    """What a trainer starts from.
+
+    `model` is the policy with its adapter, `processing_class` its tokenizer, None if it has none, and
+    `reference_model` a frozen copy of the starting policy, None if the KL term needs none.
+    """
 
     model: nn.Module
     processing_class: Any
@@ -90,7 +93,8 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> nn.Module:
             "A PeftModel was given together with a peft_config. It already has an adapter, and training a second one on "
             "top is not what is usually meant. Pass the base model, or leave peft_config out."
         )
-    return get_peft_model(model, peft_config)
+    adapted: nn.Module = get_peft_model(model, peft_config)
+    return adapted
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -125,11 +129,10 @@ def use_sparse_embedding_gradient(model: PreTrainedModel) -> bool:
     """Let a tied embedding give its gradient as the few rows that occur, not as a second matrix of the head's size.
 
     The sum with the head's gradient is dense again, so the optimizer sees no difference; what goes away is a matrix of
-    zeros of that size, filled, added and dropped in each backward pass. Only for one process: DDP would expect a sparse
-    sum.
+    zeros of that size, filled, added and dropped in each backward pass. Only for one process: DDP would expect a
+    sparse sum.
 
-    Returns:
-        `bool`: whether it applies: the weight is tied and trained.
+    Returns whether it applies, which is when the weight is tied and trained.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     applies = (
@@ -144,10 +147,10 @@ def use_sparse_embedding_gradient(model: PreTrainedModel) -> bool:
 
 
 def eos_token_ids(model: nn.Module, processing_class: Any, *, is_required: bool) -> frozenset[int] | None:
-    """Tokens that end a completion: of the tokenizer and of the generation config; None if there is none.
+    """Tokens that end a completion: those of the tokenizer and of the generation config; None if there are none.
 
     Raises:
-        [`PreflightError`]: there is none, and one is required.
+        PreflightError: there are none, and `is_required`.
     """
     of_generation = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [getattr(processing_class, "eos_token_id", None)]

@@ -32,15 +32,11 @@ MAX_TEMPORARY_LOGITS = 2**22
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a forward pass says of N tokens.
+    """What a forward pass says of N tokens, with gradient.
 
-    Args:
-        logprobs (`torch.Tensor` of shape `(N,)`, float32):
-            In nats, at the sampling temperature, with gradient.
-        entropy (`torch.Tensor` of shape `(N,)`, float32):
-            Of the same distribution, in nats, with gradient.
-        teacher_token_logprobs (`torch.Tensor` of shape `(N, K)`, float32, *optional*):
-            In nats at temperature 1, with gradient: the student's, for the tokens that a teacher scored.
+    `logprobs` (N,) and `entropy` (N,), float32 in nats, are those of the distribution at the sampling temperature.
+    `teacher_token_logprobs` (N, K), float32 in nats, are the student's at temperature 1, for the tokens that a teacher
+    scored; None without a teacher.
     """
 
     logprobs: Tensor
@@ -49,28 +45,18 @@ class TokenScores:
 
 
 def next_token_targets(labels: Tensor) -> Tensor:
-    """Moves labels to the position that predicts them.
+    """Moves labels (..., T), -100 where a token is not trained, to the position that predicts them.
 
-    Args:
-        labels (`torch.Tensor` of shape `(..., T)`, int64):
-            Token id where the token is trained, -100 elsewhere.
-
-    Returns:
-        `torch.Tensor` of shape `(..., T)`, int64: entry t is `labels[..., t + 1]`; the last entry, which predicts
-        nothing, is -100. The label of token 0, which nothing predicts, is gone.
+    Entry t becomes `labels[..., t + 1]`. The last position predicts nothing and gets -100; the label of token 0, which
+    nothing predicts, is gone.
     """
     return _shift_left(labels, IGNORE_INDEX)
 
 
 def align_with_targets(values: Tensor) -> Tensor:
-    """Moves per-token values to the position that predicts their token, as [`next_token_targets`] does with labels.
+    """Moves values (..., T) of tokens to the position that predicts their token.
 
-    Args:
-        values (`torch.Tensor` of shape `(..., T)`, any dtype):
-            Entry t belongs to token t: advantages, inference logprobs.
-
-    Returns:
-        `torch.Tensor` of shape `(..., T)`, same dtype: entry t is `values[..., t + 1]`; the last entry is 0.
+    As with labels in [`next_token_targets`], entry t becomes `values[..., t + 1]`; the last entry is 0.
     """
     return _shift_left(values, 0)
 
@@ -87,30 +73,19 @@ def score_hidden_states(
 ) -> TokenScores:
     """Scores tokens from the hidden states that predict them, without ever holding more than `max_logits` logits.
 
-    Up to `max_logits`, the logits are kept for the backward pass. Beyond, the tokens are worked through in pieces, and
-    the backward pass projects each piece again: memory no longer grows with N, at the price of one more projection.
+    Up to `max_logits`, the logits are kept for the backward pass. Beyond, the tokens are worked through in pieces of
+    one row or more, and the backward pass projects each piece again: memory no longer grows with N, at the price of
+    one more projection.
 
-    Args:
-        project (`Callable`):
-            Maps `(n, H)` to logits `(n, V)`, row by row: the output head with whatever the model does to its logits.
-        hidden_states (`torch.Tensor` of shape `(N, H)`, floating):
-            At the prediction positions of the targets.
-        targets (`torch.Tensor` of shape `(N,)`, int64):
-            Token ids, 0 to V - 1.
-        temperature (`torch.Tensor` of shape `(N,)` or `float`, *optional*, defaults to `1.0`):
-            Sampling temperature of each token; greater than 0.
-        vocab_size (`int`):
-            V.
-        teacher_token_ids (`torch.Tensor` of shape `(N, K)`, int64, *optional*):
-            Further tokens to score at the same positions, at temperature 1.
-        max_logits (`int`, *optional*, defaults to 2**26):
-            Numbers; at least one row is held.
+    `project` maps (n, H) to logits (n, V), row by row: the output head with whatever the model does to its logits.
+    `hidden_states` (N, H) are those at the prediction positions of the `targets` (N,) int64, ids from 0 to V - 1.
+    `temperature` is that of sampling, above 0, one or (N,). `teacher_token_ids` (N, K) int64 are further tokens to
+    score at the same positions, at temperature 1.
 
-    Returns:
-        [`TokenScores`]: connected to `hidden_states` also for N = 0.
+    The scores are connected to `hidden_states` also for N = 0.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or a temperature that is not positive.
     """
     num_tokens = hidden_states.shape[:1]
     _check_targets("hidden_states", hidden_states, targets)
@@ -158,17 +133,11 @@ def token_logprobs_and_entropy(
     Works through a few rows at a time, forward and backward: no float32 tensor of N x V is ever made, and nothing of
     that size is kept for the backward but the logits themselves.
 
-    Args:
-        logits (`torch.Tensor` of shape `(N, V)`, floating):
-            At the prediction positions of the targets. Half precision is computed with in float32.
-        targets (`torch.Tensor` of shape `(N,)`, int64):
-            Token ids, 0 to V - 1.
-        temperature (`torch.Tensor` of shape `(N,)` or `float`, *optional*, defaults to `1.0`):
-            Sampling temperature of each token; greater than 0.
+    `logits` (N, V) are those at the prediction positions of the `targets` (N,) int64, ids from 0 to V - 1.
+    `temperature` is that of sampling, above 0, one or (N,).
 
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]` of shapes `(N,)` and `(N,)`, float32 (float64 for float64 logits): the
-        logprobs and the entropies in nats. For N = 0 both are empty, and still connected to `logits`.
+    Returns (N,) each, in nats, float32, or float64 for float64 logits: half precision is computed with in float32. For
+    N = 0 both are empty, and still connected to `logits`.
 
     Raises:
         ValueError: shapes that do not fit, or a temperature that is not positive.
@@ -203,17 +172,15 @@ def _log_softmax_at(logits: Tensor, token_ids: Tensor, temperature: Tensor | flo
             f"The sampling temperature of a token is {temperatures[~is_positive][0].item()}. Under greedy sampling "
             "(temperature 0) a token has no logprob. Set `--temperature` to that of the environment, above 0."
         )
-    logprobs, entropy = _ChunkedLogSoftmax.apply(logits, token_ids, temperatures)
-    return logprobs, entropy
+    # torch declares no types for `Function.apply`.
+    log_softmax_at: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = _ChunkedLogSoftmax.apply
+    return log_softmax_at(logits, token_ids, temperatures)
 
 
 @dataclass
 class CapturedHiddenStates:
-    """What [`capture_hidden_states`] saw.
-
-    Args:
-        value (`torch.Tensor` of shape `(B, T, H)`, *optional*):
-            The hidden states that the model gave to its head; None until its forward ran.
+    """What [`capture_hidden_states`] saw: the hidden states (B, T, H) that the model gave to its head, None until it
+    ran.
     """
 
     value: Tensor | None = field(default=None)
@@ -223,15 +190,12 @@ class CapturedHiddenStates:
 def capture_hidden_states(head: nn.Module) -> Iterator[CapturedHiddenStates]:
     """Inside this context, the output head of a causal language model is given no position, and its input is kept.
 
-    `model(...).logits` has shape `(B, 0, V)`: its sum is 0 and ties the model's own output to a loss that is made of
-    the hidden states, which is what the hooks of DDP and FSDP wait for.
-
-    Args:
-        head (`torch.nn.Module`):
-            The output head, such as `model.get_output_embeddings()`; with PEFT, its wrapper.
+    `model(...).logits` has shape (B, 0, V): its sum is 0 and ties the model's own output to a loss that is made of the
+    hidden states, which is what the hooks of DDP and FSDP wait for. `head` is what `model.get_output_embeddings()`
+    returns; with PEFT, its wrapper.
 
     Raises:
-        RuntimeError: the head was not called, or not with hidden states of shape `(B, T, H)`.
+        RuntimeError: the head was not called, or not with hidden states of shape (B, T, H).
     """
     captured = CapturedHiddenStates()
 
@@ -245,20 +209,17 @@ def capture_hidden_states(head: nn.Module) -> Iterator[CapturedHiddenStates]:
 
 @contextmanager
 def select_positions_before(head: nn.Module, index: Tensor) -> Iterator[None]:
-    """Inside this context, the output head of a causal language model sees the selected positions only.
+    """Inside this context, the output head of a causal language model sees the positions `index` (N,) int64 only.
 
-    `model(...).logits` has shape `(1, N, V)`. The way for heads that only the model's own forward can call, because
-    their weight is in pieces outside of it (ZeRO-3, FSDP2), and for models that change their logits in an unknown way.
+    They are counted over all rows, from 0 to B T - 1, and `model(...).logits` has shape (1, N, V). No position at all
+    is fine: the logits are then empty, connected to every parameter, and a backward gives zero gradients. `head` is
+    what `model.get_output_embeddings()` returns; with PEFT, its wrapper.
 
-    Args:
-        head (`torch.nn.Module`):
-            The output head, such as `model.get_output_embeddings()`; with PEFT, its wrapper.
-        index (`torch.Tensor` of shape `(N,)`, int64):
-            Positions to keep, counted over all rows: 0 to B T - 1. None at all is fine: the logits are then empty,
-            connected to every parameter, and a backward gives zero gradients.
+    The way for heads that only the model's own forward can call, because their weight is in pieces outside of it
+    (ZeRO-3, FSDP2), and for models that change their logits in an unknown way.
 
     Raises:
-        RuntimeError: the head was not called, or not with hidden states of shape `(B, T, H)`.
+        RuntimeError: the head was not called, or not with hidden states of shape (B, T, H).
     """
     with _replace_input_of(head, lambda hidden_states: hidden_states.flatten(0, 1)[index].unsqueeze(0)):
         yield
@@ -369,7 +330,7 @@ def _shift_left(values: Tensor, fill: float) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module has the mode that it had."""
+    """Eval mode inside; afterwards every module has the mode that it had before."""
     were_training = {module: module.training for module in model.modules()}
     model.eval()
     try:

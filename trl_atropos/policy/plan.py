@@ -64,24 +64,11 @@ def plan_forward(
 
     A collective call: every rank makes the same forward passes, and all take the same decision.
 
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            The unwrapped model.
-        wrapped (`nn.Module`):
-            The model as it will be called.
-        requested (`str`):
-            `"auto"`, or one of `layouts.LAYOUTS`.
-        max_length (`int`):
-            Longest rollout in tokens, prompt included.
-        dtype (`torch.dtype`):
-            In which the forward computes.
-        device (`torch.device`):
-            Where.
-        autocast (`Callable`, *optional*):
-            See [`PolicyScorer`].
+    `model` is the unwrapped model, with or without an adapter; `wrapped` is the model as it will be called.
+    `requested` is `"auto"` or one of `layouts.LAYOUTS`. `max_length` is the longest rollout in tokens, prompt
+    included. The forward computes in `dtype` on `device`; `autocast` is that of [`~policy.scoring.PolicyScorer`].
 
-    Returns:
-        [`ForwardPlan`]: its `fallbacks` are logged as warnings.
+    The `fallbacks` of the plan are logged as warnings.
 
     Raises:
         PreflightError: the layout that was asked for gives other logprobs, or even padded rows do.

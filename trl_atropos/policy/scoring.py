@@ -34,14 +34,9 @@ if TYPE_CHECKING:
 class ForwardPlan:
     """How forward passes are made.
 
-    Args:
-        layout (`str`):
-            One of `layouts.LAYOUTS`.
-        projects_in_pieces (`bool`):
-            Whether the head is called outside of the model's forward, piece by piece. If not, the model's forward makes
-            the logits of all scored positions at once.
-        fallbacks (`tuple[str, ...]`):
-            Why a better way was not taken, one sentence each.
+    `layout` is one of `layouts.LAYOUTS`. `projects_in_pieces` says whether the head is called outside of the model's
+    forward, piece by piece; if not, the model's forward makes the logits of all scored positions at once. `fallbacks`
+    say why a better way was not taken, one sentence each.
     """
 
     layout: str
@@ -50,17 +45,11 @@ class ForwardPlan:
 
 
 class PolicyScorer:
-    """Scores tokens with one model.
+    """Scores tokens with one model, which is given unwrapped, with or without an adapter.
 
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            The unwrapped model.
-        plan ([`ForwardPlan`]):
-            How.
-        autocast (`Callable`, *optional*):
-            Makes the context in which the head runs: the mixed precision that the wrapped model's forward has.
-        sequence_parallel ([`~policy.sequence_parallel.SequenceParallel`], *optional*):
-            With it, a model in training mode runs on this rank's piece of the sequence, and micro-batches have one row.
+    `autocast` makes the context in which the head runs: the mixed precision that the wrapped model's forward has. With
+    `sequence_parallel`, a model in training mode runs on this rank's piece of the sequence, and micro-batches have one
+    row.
     """
 
     def __init__(
@@ -77,18 +66,14 @@ class PolicyScorer:
         self._transform_logits = logits_transform(model.config.get_text_config())
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[TokenScores, Tensor]:
-        """Score a micro-batch.
+        """Score a micro-batch with `model`, the one that accelerate, DDP, DeepSpeed or FSDP wrapped.
 
-        Args:
-            model (`nn.Module`):
-                The model as accelerate, DDP, DeepSpeed or FSDP wrapped it.
-            batch (`Mapping[str, torch.Tensor]`):
-                `input_ids` and what else [`model_inputs`] needs; `prediction_index` (U,) int64, counted over all rows;
-                `targets` (U,) int64; `temperature` (U,) float32; `teacher_token_ids` (U, K) int64 if there is a teacher.
+        The batch has `input_ids` and what else [`model_inputs`] needs; `prediction_index` (U,) int64, counted over all
+        rows; `targets` (U,) int64; `temperature` (U,) float32; and `teacher_token_ids` (U, K) int64 if there is a
+        teacher.
 
-        Returns:
-            `tuple[TokenScores, torch.Tensor]`: of the U positions; and a zero of shape `()` that ties the model's own
-            output to the loss, for the wrappers whose hooks wait for its gradient.
+        Returns the scores of the U positions, and a zero of shape () that ties the model's own output to the loss, for
+        the wrappers whose hooks wait for its gradient.
         """
         # DeepSpeed's attention leaves evaluation whole.
         if self.sequence_parallel is None or not self.model.training:
@@ -137,14 +122,9 @@ class PolicyScorer:
 def model_inputs(batch: Mapping[str, Tensor], implementation: str, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of the model's forward for a layout.
 
-    Args:
-        batch (`Mapping[str, torch.Tensor]`):
-            `input_ids` (R, L); for `padded` with `attention_mask` (R, L); for `packed` with `position_ids` (R, L); for
-            `tree` with `position_ids` and `subtree_end` (R, L).
-        implementation (`str`):
-            The model's attention implementation.
-        dtype (`torch.dtype`):
-            Of the additive mask that `eager` wants.
+    The batch has `input_ids` (R, L); for `padded` also `attention_mask` (R, L); for `packed` also `position_ids` (R,
+    L); for `tree` also `position_ids` and `subtree_end` (R, L). `implementation` is the model's attention
+    implementation, and `dtype` that of the additive mask which `eager` wants.
     """
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"]}
     if "attention_mask" in batch:

@@ -10,7 +10,7 @@ Shape letters: L positions of a row, U scored positions, K teacher tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,21 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SequenceParallel:
-    """The place of this rank.
+    """The place of this rank among those that share sequences.
 
-    Args:
-        size (`int`):
-            Ranks that share a sequence.
-        rank (`int`):
-            Which piece is this rank's, from 0.
-        group (`torch.distributed.ProcessGroup`):
-            The ranks that share its sequences.
-        data_group (`torch.distributed.ProcessGroup`):
-            The ranks that hold the same piece of other sequences: together they hold every sequence once.
-        data_size (`int`):
-            Into how many shares the rollouts are dealt.
-        gradient_scale (`int`, *optional*, defaults to `1`):
-            Factor of the gradients that makes up for what DeepSpeed divides too much.
+    The `size` ranks of `group` share this rank's sequences, and piece number `rank`, from 0, is this rank's. The ranks
+    of `data_group` hold the same piece of other sequences: together they hold every sequence once. Rollouts are dealt
+    in `data_size` shares. `gradient_scale` is a factor of the gradients that makes up for what DeepSpeed divides too
+    much.
     """
 
     size: int
@@ -53,11 +44,9 @@ class SequenceParallel:
     gradient_scale: int = 1
 
     def bounds(self, length: int) -> tuple[int, int]:
-        """First position of this rank's piece of a row, and the one after its last; the last pieces may be padded.
+        """First position of this rank's piece of a row of `length` tokens, and the one after its last.
 
-        Args:
-            length (`int`):
-                Of the whole row, in tokens.
+        The last pieces may reach beyond the row, and are padded.
         """
         piece = -(-length // self.size)
         return self.rank * piece, (self.rank + 1) * piece
@@ -65,15 +54,12 @@ class SequenceParallel:
     def shard(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """This rank's piece of a micro-batch with one row.
 
-        Args:
-            batch (`Mapping[str, torch.Tensor]`):
-                With `input_ids` (1, L), and of the scored positions `prediction_index` (U,), `targets` (U,), `temperature`
-                (U,), and `teacher_token_ids` (U, K) if there is a teacher.
+        The batch has `input_ids` (1, L), and of the scored positions `prediction_index`, `targets` and `temperature`
+        (U,), and `teacher_token_ids` (U, K) if there is a teacher.
 
-        Returns:
-            `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]`: `input_ids` and `position_ids` of the
-            piece, of shape `(1, ceil(L / size))`; those of the others for the scored positions that lie in it; and which
-            these are, bool (U,).
+        Returns `input_ids` and `position_ids` of the piece, (1, ceil(L / size)); the other entries for the scored
+        positions that lie in it, their `prediction_index` counted in the piece; and which of the U these are, (U,)
+        bool.
         """
         input_ids, index = batch["input_ids"], batch["prediction_index"]
         start, end = self.bounds(input_ids.shape[-1])
@@ -88,13 +74,9 @@ class SequenceParallel:
         return {"input_ids": padded[:, start:end], "position_ids": position_ids}, piece, is_here
 
     def join(self, scores: TokenScores, is_here: Tensor) -> TokenScores:
-        """The scores of the whole row, from those of every piece. A collective of the group.
+        """The scores of the whole row, from those of this rank's piece.
 
-        Args:
-            scores ([`~policy.logprobs.TokenScores`]):
-                Of this rank's piece.
-            is_here (`torch.Tensor` of shape `(U,)`, bool):
-                From `shard`.
+        A collective call of the ranks of `group`. `is_here` (U,) bool is what `shard` returned with the piece.
         """
         columns = [scores.logprobs.unsqueeze(-1), scores.entropy.unsqueeze(-1)]
         if scores.teacher_token_logprobs is not None:
@@ -102,7 +84,9 @@ class SequenceParallel:
         local = torch.cat(columns, dim=-1)
         everywhere = local.new_zeros(is_here.numel(), local.shape[-1])
         everywhere = everywhere.index_put((is_here.nonzero().squeeze(-1),), local)
-        everywhere = _SumOverGroup.apply(everywhere, self.group, self.gradient_scale)
+        # torch declares no types for `Function.apply`.
+        sum_over_group: Callable[[Tensor, dist.ProcessGroup, int], Tensor] = _SumOverGroup.apply
+        everywhere = sum_over_group(everywhere, self.group, self.gradient_scale)
         logprobs, entropy, *_ = everywhere.unbind(dim=-1)
         return TokenScores(logprobs, entropy, None if scores.teacher_token_logprobs is None else everywhere[:, 2:])
 
@@ -127,16 +111,11 @@ class _SumOverGroup(torch.autograd.Function):
 
 
 def scaled_for(sequence_parallel: SequenceParallel | None, wrapped: nn.Module) -> SequenceParallel | None:
-    """With the `gradient_scale` that the wrapped policy needs.
+    """The same with the `gradient_scale` that the policy needs, which accelerate has wrapped.
 
-    Where ranks share sequences, DeepSpeed divides the sum of all gradients by the number of data-parallel ranks, since the
-    pieces of a sequence add up. ZeRO-3, as far as it scatters gradients (its default), divides by the number of all ranks.
-
-    Args:
-        sequence_parallel ([`SequenceParallel`], *optional*):
-            If ranks share sequences.
-        wrapped (`nn.Module`):
-            The policy as accelerate wrapped it.
+    Where ranks share sequences, DeepSpeed divides the sum of all gradients by the number of data-parallel ranks, since
+    the pieces of a sequence add up. ZeRO-3, as far as it scatters gradients (its default), divides by the number of
+    all ranks. None, if no ranks share sequences, stays None.
     """
     if sequence_parallel is None:
         return None
@@ -148,12 +127,7 @@ def scaled_for(sequence_parallel: SequenceParallel | None, wrapped: nn.Module) -
 def use_sequence_parallel(accelerator: Accelerator) -> SequenceParallel | None:
     """Find out which ranks share sequences, and leave the cutting of these to [`SequenceParallel`]. A collective call.
 
-    Args:
-        accelerator (`Accelerator`):
-            Of the run.
-
-    Returns:
-        [`SequenceParallel`], *optional*: None if every rank holds whole sequences.
+    Returns None if every rank holds whole sequences.
     """
     parallelism = getattr(accelerator, "parallelism_config", None)
     if parallelism is None or parallelism.sp_size == 1:

@@ -35,27 +35,21 @@ def tree_sdpa(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention with a mask in which no query sees a later key.
+    """Attention of one layer with a mask in which no query sees a later key.
 
-    Args:
-        module (`nn.Module`):
-            The attention layer.
-        query (`torch.Tensor` of shape `(R, heads, L, D)`), key, value (`(R, key-value heads, L, D)`):
-            With rotary embeddings applied.
-        attention_mask (`torch.Tensor` of shape `(R, 1, L, L)`, bool or floating, *optional*):
-            From [`~policy.layouts.tree_attention_mask`], or any causal mask. Without one, and with a key-value cache, this is
-            `sdpa`.
-        dropout (`float`, *optional*, defaults to `0.0`), scaling (`float`, *optional*), is_causal (`bool`, *optional*):
-            As for `sdpa`.
+    `query` is (R, heads, L, D), `key` and `value` are (R, key-value heads, L, D), with rotary embeddings applied.
+    `attention_mask` (R, 1, L, L), bool or floating, is that of [`~policy.layouts.tree_attention_mask`] or any causal
+    mask; if it is None, and with a key-value cache, this is `sdpa`. The other arguments are those of `sdpa`.
 
-    Returns:
-        `tuple[torch.Tensor, None]`: the output of shape `(R, L, heads, D)`, and no weights.
+    Returns the output (R, L, heads, D), and no weights.
     """
     length = query.shape[2]
     if attention_mask is None or key.shape[2] != length or length <= BLOCK_QUERIES:
-        return sdpa_attention_forward(
+        output: Tensor
+        output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
+        return output, None
     num_groups = getattr(module, "num_key_value_groups", 1)
     key, value = repeat_kv(key, num_groups), repeat_kv(value, num_groups)
     blocks = []

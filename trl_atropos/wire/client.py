@@ -57,7 +57,7 @@ class Registration:
         checkpoint_dir (`str`):
             Where environments keep their own state, on a disk that they share with the trainer.
         save_checkpoint_interval (`int`):
-            Every how many steps they save it.
+            Number of steps from one such save to the next.
         starting_step (`int`):
             First value of the API's step counter.
         num_steps (`int`):
@@ -95,9 +95,9 @@ class EnvironmentStatus:
 
     Args:
         env_id (`int`):
-            The API's number of it, from 0 in the order of registration.
+            The API's number of the environment, from 0 in the order of registration.
         self_queue_size (`int`):
-            Number of its groups in the queue, in units of the group size that it registered.
+            Number of groups of the environment in the queue, in units of the group size that it registered.
         max_group_size (`int`):
             Rollouts of the largest group in the queue, of whichever environment; 1 if the queue is empty.
         unallocated_fraction (`float`):
@@ -206,7 +206,7 @@ class AtroposClient:
 
         Args:
             env_id (`int`):
-                The API's number of it.
+                The API's number of the environment.
 
         Returns:
             [`EnvironmentStatus`], *optional*: None for HTTP 500: no such environment, or all weights sum to 0.

@@ -53,18 +53,7 @@ _HELP = {
 
 
 class GroupRefused(AtroposProtocolError):
-    """A group that cannot be trained.
-
-    Args:
-        what (`str`):
-            See [`~errors.TrlAtroposError`].
-        why (`str`):
-            See [`~errors.TrlAtroposError`].
-        fix (`str`):
-            See [`~errors.TrlAtroposError`].
-        reason (`str`, *optional*, defaults to `"invalid"`):
-            The same in one word, to be counted: the name of the field, mostly.
-    """
+    """A group that cannot be trained. `reason` says why in one word, for counting; mostly it is the name of the field."""
 
     def __init__(self, what: str, why: str, fix: str, reason: str = "invalid"):
         super().__init__(what, why, fix)
@@ -72,20 +61,10 @@ class GroupRefused(AtroposProtocolError):
 
 
 def integers(values: object, name: str, where: str, widths: Sequence[int] | None = None) -> torch.Tensor:
-    """A list of integers as an int64 tensor.
+    """The list `values` of the field `name` as an int64 tensor (E,).
 
-    Args:
-        values (`list[int]`):
-            At least one.
-        name (`str`):
-            The field they come from.
-        where (`str`):
-            How messages name the group and the rollout.
-        widths (`Sequence[int]`, *optional*):
-            If `values` is a list of lists made flat: the length of each.
-
-    Returns:
-        `torch.Tensor` of shape `(E,)`, int64.
+    `where` is how messages name group and rollout. If `values` is a list of lists made flat, `widths` are their
+    lengths.
 
     Raises:
         AtroposProtocolError: not a list, or a value that is not an integer of 64 bits.
@@ -94,7 +73,7 @@ def integers(values: object, name: str, where: str, widths: Sequence[int] | None
 
 
 def numbers(values: object, name: str, where: str, widths: Sequence[int] | None = None) -> torch.Tensor:
-    """A list of numbers as a float64 tensor; arguments and errors like [`integers`]."""
+    """A list of numbers as a float64 tensor (E,); arguments and errors are those of [`integers`]."""
     return _tensor(values, {int, float}, "d", torch.float64, "a number", name, where, widths)
 
 
@@ -108,7 +87,7 @@ def _tensor(
     where: str,
     widths: Sequence[int] | None,
 ) -> torch.Tensor:
-    """`typecode`: of `array.array`, three times as fast as `torch.tensor`."""
+    """`typecode` is that of `array.array`, which is three times as fast as `torch.tensor`."""
     if not isinstance(values, list):
         raise bad_field(name, f"{where}: `{name}` is {show(values)}, not a list.")
     # Exact types, because both constructors take True for 1 in silence.
@@ -130,7 +109,7 @@ def are_logprobs(values: torch.Tensor) -> torch.Tensor:
 
 
 def refuse_trained(bad: torch.Tensor, values: Any, name: str, where: str, widths: Sequence[int] | None = None) -> None:
-    """Raises with the first of E values where `bad`, bool of shape `(E,)`, is True: at trained tokens only."""
+    """Raises with the first of the E values at which `bad`, bool of shape (E,) and False at untrained tokens, is True."""
     if bool(bad.any()):
         index = int(bad.nonzero()[0])
         found = f"`{name}` has {show(values[index])} at the trained position {_place(index, widths)}"

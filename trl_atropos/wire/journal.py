@@ -40,14 +40,7 @@ _DISK_FIX = "Free or mend the disk, or choose another --output_dir."
 
 @dataclass(frozen=True)
 class JournalBatch:
-    """One batch of a journal.
-
-    Args:
-        number (`int`):
-            Counts the batches of the run, from 0.
-        raw_groups (`list[dict]`):
-            Its groups as JSON gave them.
-    """
+    """One batch of a journal: its number, counted in the run from 0, and its groups as JSON gave them."""
 
     number: int
     raw_groups: list[dict[str, Any]]
@@ -56,19 +49,12 @@ class JournalBatch:
 class Journal:
     """A journal that is open for appending. The directory is created if it does not exist.
 
-    If an earlier run was killed in the middle of a write, the unfinished last line is cut off: that group was not used.
+    If an earlier run was killed in the middle of a write, the unfinished last line is cut off: that group was not
+    used.
 
-    Args:
-        directory (`str` or `os.PathLike`):
-            The journal.
-        segment_bytes (`int`, *optional*, defaults to 256 MiB):
-            A segment that is this large is followed by another one.
-        max_bytes (`int`, *optional*):
-            Largest size of all segments. Beyond it, the oldest ones that no resume needs are deleted.
-
-    Attributes:
-        next_batch (`int`):
-            Number of the batch that is appended next.
+    A segment of `segment_bytes` bytes or more is followed by another one. When all segments together have more than
+    `max_bytes` bytes, the oldest ones that no resume needs are deleted; None: they are kept. `next_batch` is the
+    number of the batch that is appended next.
 
     Raises:
         JournalError: the journal cannot be written, or its last line is damaged.
@@ -102,14 +88,9 @@ class Journal:
             self.next_batch = batch.number + 1
 
     def append(self, raw_groups: Sequence[dict[str, Any]]) -> int:
-        """Write the groups of one batch and return when they are on the disk.
+        """Write the groups of one batch, as JSON gave them, and return its number when they are on the disk.
 
-        Args:
-            raw_groups (`Sequence[dict]`):
-                The value of `"batch"`, as JSON gave it. NaN and infinity are kept.
-
-        Returns:
-            `int`: the number of the batch.
+        NaN and infinity are kept.
 
         Raises:
             JournalError: the disk is full or fails.
@@ -142,15 +123,10 @@ class Journal:
         return number
 
     def mark(self, event: str, batch: int, **values: Any) -> None:
-        """Note what became of a batch.
+        """Note what became of the batch with the number `batch`.
 
-        Args:
-            event (`str`):
-                `"versions"`, `"trained"` or `"dropped"`.
-            batch (`int`):
-                Its number.
-            values:
-                What more there is to say, as JSON takes it.
+        The event is `"versions"`, `"trained"` or `"dropped"`; `values` are what more there is to say, as JSON takes
+        it.
 
         Raises:
             JournalError: the disk is full or fails.
@@ -175,11 +151,7 @@ class Journal:
                     yield mark
 
     def batches(self, first: int = 0) -> Iterator[JournalBatch]:
-        """Read batches back, in the order in which they came.
-
-        Args:
-            first (`int`, *optional*, defaults to `0`):
-                Number of the first one.
+        """Read back the batches from number `first` on, in the order in which they came.
 
         Raises:
             JournalError: a line is damaged, or the batch `first` was deleted.
@@ -212,7 +184,7 @@ class Journal:
             yield JournalBatch(number, groups)
 
     def release(self, before: int) -> None:
-        """Say that no resume needs the batches before this number any more."""
+        """Say that no resume needs the batches before the number `before` any more."""
         self._num_released = before
 
     def make_room(self) -> None:
@@ -266,16 +238,9 @@ def read_lines(
 ) -> Iterator[tuple[dict[str, Any], int | None]]:
     """Read the groups of a segment or of any file of groups.
 
-    Args:
-        path (`Path`):
-            The file; named in errors.
-        may_be_cut (`bool`):
-            Whether an unfinished last line is left out with a warning: a trainer was killed while it wrote.
-        lines (`Iterator[bytes]`, *optional*):
-            Its lines, if it is not a plain file.
-
-    Yields:
-        `tuple[dict, int | None]`: the group without the journal's key, and the number of its batch if it has that key.
+    Yields each group without the journal's key, and the number of its batch, None if it does not have that key. With
+    `may_be_cut`, an unfinished last line is left out with a warning: a trainer was killed while it wrote. `lines` are
+    those of the file if it is not a plain one; `path` is named in errors.
 
     Raises:
         JournalError: the file cannot be read, or a line is damaged; the message has its number and the checksums.

@@ -60,20 +60,11 @@ def is_absent(value: object) -> bool:
 def parse_options(
     raw: dict[str, Any], num_rollouts: int, where: str
 ) -> tuple[tuple[RolloutOptions, ...], tuple[str, ...]]:
-    """Reads `overrides`, `group_overrides`, `generation_params` and `messages`; refuses `images`.
+    """Reads `overrides`, `group_overrides`, `generation_params` and `messages` of one `ScoredData`; refuses `images`.
 
-    Args:
-        raw (`dict`):
-            One `ScoredData` object, as JSON gave it.
-        num_rollouts (`int`):
-            G.
-        where (`str`):
-            How messages name the group.
-
-    Returns:
-        `tuple[tuple[RolloutOptions, ...], tuple[str, ...]]`: one per rollout; and what came with the group and is not
-        read, each name once: fields that `ScoredData` does not have, malformed `messages`, and, as `overrides.top_p`,
-        keys of the objects in which an environment may put anything.
+    `where` is how messages name the group. Returns the options of each of the `num_rollouts` rollouts, and what came
+    with the group and is not read, each name once: fields that `ScoredData` does not have, malformed `messages`, and,
+    as `overrides.top_p`, keys of the objects in which an environment may put anything.
 
     Raises:
         AtroposProtocolError: an option of the wrong type or outside of its range, or images.

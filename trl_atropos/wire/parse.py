@@ -53,14 +53,9 @@ _LIST_FIELDS = ("tokens", "masks", "scores", "advantages", "inference_logprobs",
 class WireLimits:
     """What the model can take: bounds that the wire itself does not know.
 
-    Args:
-        vocab_size (`int`):
-            Rows of the model's embedding. Token ids are in `[0, vocab_size)`.
-        max_length (`int`):
-            Longest rollout in tokens, prompt included.
-        reads_teacher (`bool`, *optional*, defaults to `False`):
-            Whether the run distils. If not, `distill_token_ids` and `distill_logprobs` are not looked at, because they
-            are the largest fields of the wire.
+    Token ids are in [0, `vocab_size`), the rows of the model's embedding. `max_length` is the longest rollout in
+    tokens, prompt included. `reads_teacher` says whether the run distils; if not, `distill_token_ids` and
+    `distill_logprobs` are not looked at, because they are the largest fields of the wire.
     """
 
     vocab_size: int
@@ -69,20 +64,13 @@ class WireLimits:
 
 
 def parse_batch(raw_groups: object, limits: WireLimits) -> RolloutBatch:
-    """Checks every group of one answer of `/batch` and keeps the good ones.
+    """Checks every group of the value of `"batch"` in an answer of `/batch`, as JSON gave it, and keeps the good ones.
 
-    Args:
-        raw_groups (`list[dict]`):
-            The value of `"batch"`, as JSON gave it.
-        limits ([`WireLimits`]):
-            Bounds of the model.
-
-    Returns:
-        [`RolloutBatch`]: the good groups, in the order of the wire; the bad ones in `rejected`, each with its error.
+    The good groups come in the order of the wire; the bad ones are in `rejected`, each with its error, and do not
+    raise.
 
     Raises:
-        AtroposProtocolError: `raw_groups` is not a list, is empty, or holds something that is not an object. A bad
-            group does not raise.
+        AtroposProtocolError: `raw_groups` is not a list, is empty, or holds something that is not an object.
     """
     if not isinstance(raw_groups, list) or not raw_groups:
         raise _not_a_batch(f"The batch is {show(raw_groups)}, not a list of groups.")
@@ -109,18 +97,9 @@ def parse_batch(raw_groups: object, limits: WireLimits) -> RolloutBatch:
 
 
 def parse_group(raw: object, limits: WireLimits, *, index: int = 0) -> RolloutGroup:
-    """Checks one group of the wire and makes tensors of it.
+    """Checks one `ScoredData` object, as JSON gave it, and makes tensors of it: (T,) each, those of a teacher (T, K).
 
-    Args:
-        raw (`dict`):
-            One `ScoredData` object, as JSON gave it.
-        limits ([`WireLimits`]):
-            Bounds of the model.
-        index (`int`, *optional*, defaults to 0):
-            Position in the batch, from 0; named in the error.
-
-    Returns:
-        [`RolloutGroup`]: G rollouts whose tensors have shape `(T,)`, those of a teacher `(T, K)`.
+    `index` is the position of the group in the batch, from 0.
 
     Raises:
         AtroposProtocolError: anything in the group that cannot be trained; the message names group, rollout, field,

@@ -30,15 +30,8 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What a pass over the data found.
-
-    Args:
-        num_batches (`int`):
-            Optimizer steps that one pass makes.
-        num_groups (`int`):
-            Groups.
-        num_rollouts (`int`):
-            Rollouts.
+    """What one pass over the data found: `num_batches` optimizer steps of `num_groups` groups with `num_rollouts`
+    rollouts.
     """
 
     num_batches: int
@@ -47,14 +40,10 @@ class DataSummary:
 
 
 class OfflineData:
-    """Groups in the order of the data, dealt to batches of at most so many rollouts; groups are never split.
+    """Groups in the order of the data, dealt to batches of at most `batch_size` rollouts; groups are never split.
 
-    Args:
-        data_path (`str`):
-            A journal directory, a `.jsonl` or `.jsonl.gz` file, a directory written by `Dataset.save_to_disk`, or a
-            dataset's id on the Hub, whose `train` split is read.
-        batch_size (`int`):
-            Rollouts of one optimizer step.
+    `data_path` is a journal directory, a `.jsonl` or `.jsonl.gz` file, a directory written by `Dataset.save_to_disk`,
+    or a dataset's id on the Hub, whose `train` split is read.
 
     Raises:
         PreflightError: there is no such data.
@@ -110,11 +99,9 @@ class OfflineData:
         return DataSummary(num_batches, num_groups, num_rollouts)
 
     def batches(self, first: int = 0) -> Iterator[JournalBatch]:
-        """The batches, one pass after the other without end.
+        """The batches from number `first` on, one pass after the other without end.
 
-        Args:
-            first (`int`, *optional*, defaults to `0`):
-                How many to leave out: those that were trained before a resume.
+        The batches before it were trained before a resume, and still count.
         """
         number = 0
         while True:

@@ -16,28 +16,20 @@ DIGEST_BYTES = 16
 
 
 def rollout_key(token_ids: Sequence[int], num_prompt_tokens: int) -> str:
-    """Return the key of what one call sampled.
+    """The key of what one call sampled, as 32 hexadecimal digits.
 
-    Args:
-        token_ids (`Sequence[int]`):
-            Prompt and completion ids, in order, without padding.
-        num_prompt_tokens (`int`):
-            How many of them the call was given. The same ids with another border are another call's.
-
-    Returns:
-        `str`: 32 hexadecimal digits; equal for equal arguments on machines of the same byte order.
+    `token_ids` are prompt and completion without padding; the first `num_prompt_tokens` of them were given to the
+    call. The same ids with another border are another call's. Equal arguments give equal keys on machines of the same
+    byte order.
     """
     return span_keys(token_ids, [(num_prompt_tokens, len(token_ids))])[0]
 
 
 def span_keys(token_ids: Sequence[int], spans: Iterable[tuple[int, int]]) -> list[str]:
-    """Return the keys of the calls that sampled parts of a sequence, in one pass over it.
+    """The keys of the calls that sampled parts of a sequence, in one pass over it.
 
-    Args:
-        token_ids (`Sequence[int]`):
-            The sequence.
-        spans (`Iterable[tuple[int, int]]`):
-            Start and end of what each call sampled, ascending: its prompt is everything before.
+    `spans` are start and end of what each call sampled, ascending: the prompt of a call is everything before its
+    start.
     """
     digest = blake2b(digest_size=DIGEST_BYTES)
     keys, num_digested = [], 0

@@ -28,30 +28,19 @@ MAX_TEACHER_PROBABILITY = 1 + 1e-3
 def parse_teacher(
     token_ids: object, logprobs: object, trained: torch.Tensor, vocab_size: int, where: str
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """Checks what a teacher says about one rollout.
+    """Checks what a teacher says about one rollout, `distill_token_ids` and `distill_logprobs` as JSON gave them.
 
-    What cannot be used at a trained token is refused; at any other token it is left out, because nothing reads it.
+    If either is a list at all, it has T entries. `trained` (T,) bool are the tokens that count, ids are in [0,
+    `vocab_size`), and `where` is how messages name the rollout. What cannot be used at a trained token is refused; at
+    any other token it is left out, because nothing reads it.
 
-    Args:
-        token_ids (`list[list[int]]`, *optional*):
-            `distill_token_ids` of the rollout, as JSON gave it. If it is a list at all, it has T entries.
-        logprobs (`list[list[float]]`, *optional*):
-            `distill_logprobs` of the rollout, likewise.
-        trained (`torch.Tensor` of shape `(T,)`, bool):
-            The tokens that count.
-        vocab_size (`int`):
-            Token ids are in `[0, vocab_size)`.
-        where (`str`):
-            How messages name the rollout.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the ids, int64, -1 where there is no token, and their logprobs, float32,
-        -inf there; both of shape `(T, K)`. None and None if the teacher names no token.
+    Returns the ids (T, K) int64, -1 where there is no token, and their logprobs (T, K) float32 in nats, -inf there;
+    None and None if the teacher names no token.
 
     Raises:
-        AtroposProtocolError: one field without the other, lists of different lengths for one token, a value of the wrong
-            type; at a trained token: an id outside of the vocabulary or twice, a logprob that is not finite or above 0,
-            probabilities that sum to more than 1.
+        AtroposProtocolError: one field without the other, lists of different lengths for one token, a value of the
+            wrong type; at a trained token: an id outside of the vocabulary or twice, a logprob that is not finite or
+            above 0, probabilities that sum to more than 1.
     """
     if token_ids is None and logprobs is None:
         return None, None
