@@ -13,6 +13,7 @@ from ..weight_sync.transports.backends import (
     describe_no_transport,
     find_backend,
 )
+from ..weight_sync.transports.shm_segment import ENLARGE
 from .finding import GIB, NOT_ASKED, Check, Unread, known
 from .tokenizers import TokenizerFacts, other_special_ids, other_tokens
 from .vllm import EXCEEDS_MAX_LENGTH, WITHOUT_POLICY_VERSIONS
@@ -259,7 +260,7 @@ SERVER_CHECKS: tuple[Check[ServerConfigFacts], ...] = (
         "error",
         _no_room_for_segment,
         "The policy travels to the server through it.",
-        "Enlarge it (mount -o remount,size=..., or --shm-size / --ipc=host for a container).",
+        ENLARGE,
         needs=("backend", "segment_bytes", "free_shared_memory_bytes"),
         describe=_describe_segment,
     ),

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from ..errors import VLLMServerError, WeightSyncError
 from ..weight_sync.http import Answer, ServerSession
+from ..weight_sync.transports.backends import MIDDLEWARE
 from .finding import NOT_ASKED, Check, Unread, known
 
 
@@ -72,7 +73,6 @@ DEV_MODE_ROUTES = {
     "/finish_weight_update",
     "/weight_info",
 }
-_MIDDLEWARE = "--middleware trl_atropos.serving.generate_endpoint.GenerateEndpoint"
 
 
 def _vllm_without_dev_mode(facts: VLLMFacts) -> str | None:
@@ -111,7 +111,7 @@ WITHOUT_POLICY_VERSIONS: Check[ServerLook] = Check(
     "warning",
     _vllm_without_policy_versions,
     "Staleness is unknown: old rollouts can neither be dropped nor counted.",
-    f"Start the server with `{_MIDDLEWARE}`.",
+    f"Start the server with `--middleware {MIDDLEWARE}`.",
     needs=("knows_policy_versions",),
     describe=lambda facts: "The server remembers which policy sampled a rollout.",
 )
@@ -148,7 +148,7 @@ VLLM_CHECKS: tuple[Check[VLLMFacts], ...] = (
         "error",
         _vllm_without_generate,
         "Environments with `server_type: vllm` ask it for token ids and logprobs, and get a 404 without it.",
-        f"Start the server with `trl vllm-serve {_MIDDLEWARE}`, a plain `vllm serve` with `--enable-scale-out` too.",
+        f"Start the server with `trl vllm-serve --middleware {MIDDLEWARE}`, a plain `vllm serve` with `--enable-scale-out` too.",
     ),
     WITHOUT_POLICY_VERSIONS,
     Check(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 
@@ -68,7 +67,7 @@ class AsyncGRPOWeightTransfer:
         Raises:
             [`WeightSyncError`]: if a worker cannot be connected.
         """
-        with self._naming_the_state():
+        with self._link.naming_the_state(self.policy_version + 1):
             self._link.open(self._layout)
 
     def pause(self) -> None:
@@ -78,7 +77,7 @@ class AsyncGRPOWeightTransfer:
             [`WeightSyncError`]: if the server cannot be paused.
         """
         self._link.phase_s = {}
-        with self._naming_the_state():
+        with self._link.naming_the_state(self.policy_version + 1):
             self._link.pause()
 
     def send_weights(self, iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -104,7 +103,7 @@ class AsyncGRPOWeightTransfer:
                 "Make them from the model that is trained, with PolicyWeights(model, dtype).manifest().",
             ) from exc
         self._sent_version = None
-        with self._naming_the_state():
+        with self._link.naming_the_state(version):
             self._link.transfer(self._layout.specs)
             self._link.finish(version)
         self._sent_version = version
@@ -121,7 +120,7 @@ class AsyncGRPOWeightTransfer:
                 "The server is paused and holds no complete policy.",
                 "Send the weights again, or restart the server.",
             )
-        with self._naming_the_state():
+        with self._link.naming_the_state(self.policy_version + 1):
             self._link.resume()
             if self._sent_version is not None:
                 self._link.verify(self._sent_version, None)
@@ -130,13 +129,6 @@ class AsyncGRPOWeightTransfer:
     def destroy(self) -> None:
         """Release the transport. The server keeps its policy."""
         self._link.close()
-
-    @contextmanager
-    def _naming_the_state(self) -> Iterator[None]:
-        try:
-            yield
-        except WeightSyncError as exc:
-            raise self._link.describe(exc, self.policy_version + 1) from exc
 
 
 class _Stream:

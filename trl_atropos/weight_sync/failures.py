@@ -96,11 +96,8 @@ def _take(
 
 def _attempt(step: Callable[[ServerLink], None], link: ServerLink, version: int) -> WeightSyncError | None:
     try:
-        step(link)
+        with link.naming_the_state(version):
+            step(link)
     except WeightSyncError as exc:
-        return link.describe(exc, version)
-    except BaseException:
-        # Ctrl-C, or a defect: whoever is told nothing else must know in which state the server is.
-        logger.error(f"Publishing version {version} to {link.client.base_url} was ended. {link.secure()}")
-        raise
+        return exc
     return None

@@ -18,6 +18,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ReadTimeoutError
 
 from ..errors import PreflightError, VLLMServerError, VLLMServerUnreachable, WeightSyncError, WeightSyncTimeout
+from .transports.backends import MIDDLEWARE
 
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ UNKNOWN_ROUTE = '{"detail":"Not Found"}'
 
 MISSING_ROUTES = {
     "_lora_adapter": "Start the server with --enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment.",
-    "/atropos/": "Start the server with --middleware trl_atropos.serving.generate_endpoint.GenerateEndpoint.",
+    "/atropos/": f"Start the server with --middleware {MIDDLEWARE}.",
     "": "Start the server with `trl vllm-serve` (vLLM 0.32 or newer), or VLLM_SERVER_DEV_MODE=1.",
 }
 """What a server lacks that answers 404, by a part of the route that was asked for."""

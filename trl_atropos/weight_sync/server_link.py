@@ -202,20 +202,27 @@ class ServerLink:
         """Give the server's device memory back until the next publish. Requests in flight are kept."""
         self.client.sleep(SLEEP_LEVEL)
 
-    def describe(self, exc: WeightSyncError, version: int) -> WeightSyncError:
-        """Name server and state in an error of a publish, after making sure that no unproven policy is served."""
-        kind = next(
-            kind for kind in (PublishConflictError, WeightSyncTimeout, WeightSyncError) if isinstance(exc, kind)
-        )
-        error = kind(
-            f"Publishing policy version {version} to {self.client.base_url} failed in state `{self.state}`: {exc.what}",
-            f"{exc.why} {self.secure()}",
-            exc.fix,
-        )
-        error.__cause__ = exc
-        return error
+    @contextmanager
+    def naming_the_state(self, version: int) -> Iterator[None]:
+        """Within the context, an error of publishing this version names server and state, after making sure that no
+        unproven policy is served.
+        """
+        try:
+            yield
+        except WeightSyncError as exc:
+            kinds = (PublishConflictError, WeightSyncTimeout, WeightSyncError)
+            kind = next(kind for kind in kinds if isinstance(exc, kind))
+            raise kind(
+                f"Publishing policy version {version} to {self.client.base_url} failed in state `{self.state}`: {exc.what}",
+                f"{exc.why} {self._secure()}",
+                exc.fix,
+            ) from exc
+        except BaseException:
+            # Ctrl-C, or a defect: whoever is told nothing else must know in which state the server is.
+            logger.error(f"Publishing version {version} to {self.client.base_url} was ended. {self._secure()}")
+            raise
 
-    def secure(self) -> str:
+    def _secure(self) -> str:
         """Make sure, after a failure, that an unproven policy is not served, and say in which state the server is."""
         self.is_paused = False
         if self.state == "verified":

@@ -76,4 +76,5 @@ def weight_sync(client: VLLMControl, policy_version: int, **options: Any) -> Ite
 def vocab_size_of(model: nn.Module) -> int:
     """The number of rows of the model's embedding."""
     config: Any = model.config
-    return config.get_text_config().vocab_size
+    vocab_size: int = config.get_text_config().vocab_size
+    return vocab_size

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...trainer.yaml_file import read_yaml
-from ...weight_sync.transports.backends import SHARED_MEMORY_BACKEND
+from ...weight_sync.transports.backends import MIDDLEWARE, SHARED_MEMORY_BACKEND
 from .config import EnvironmentConfig, LaunchConfig
 
 
@@ -18,7 +18,7 @@ HOST = "127.0.0.1"
 
 DEFAULT_VLLM_ARGS: dict[str, Any] = {
     "weight-transfer-config": {"backend": SHARED_MEMORY_BACKEND},
-    "middleware": "trl_atropos.serving.generate_endpoint.GenerateEndpoint",
+    "middleware": MIDDLEWARE,
 }
 """Arguments of `trl vllm-serve` unless `vllm_args` names others."""
 

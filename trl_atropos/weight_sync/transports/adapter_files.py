@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from ...errors import PreflightError, VLLMServerError, WeightSyncError
 from ..weights.adapter import Adapter, AdapterNeeds
+from .backends import MIDDLEWARE
 
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def check_server(client: VLLMControl, needs: AdapterNeeds, *, keep: int = 2) -> 
         raise PreflightError(
             f"{where} cannot route requests to an adapter.",
             "Environments name the model, and would be answered by the starting checkpoint for ever.",
-            "Start it with --middleware trl_atropos.serving.generate_endpoint.GenerateEndpoint.",
+            f"Start it with --middleware {MIDDLEWARE}.",
         ) from exc
 
 

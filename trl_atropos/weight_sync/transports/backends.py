@@ -1,4 +1,4 @@
-"""The weight transfer backends that a trainer can send to, one row of `BACKENDS` each.
+"""What a server is started with: the weight transfer backends, one row of `BACKENDS` each, and our middleware.
 
 vLLM's plugin reads the table in every process of a server, so it imports nothing: classes are named, and loaded on
 first use.
@@ -12,6 +12,9 @@ from dataclasses import dataclass
 SHARED_MEMORY_BACKEND = "trl_atropos_shm"
 GLOO_BACKEND = "trl_atropos_gloo"
 NCCL_BACKEND = "nccl"
+
+MIDDLEWARE = "trl_atropos.serving.generate_endpoint.GenerateEndpoint"
+"""What `--middleware` of a server names, so that it answers `/generate` and routes requests to adapters."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     import torch
 
     from ..control import VLLMControl
+    from .gloo import GlooTransport
+    from .nccl import NcclTransport
+    from .shm import SharedMemoryTransport
+
+    # The table names classes as text; that each of them fits the protocol shows here.
+    _FIT: tuple[type[WeightTransport], ...] = (SharedMemoryTransport, GlooTransport, NcclTransport)
 
 
 def make_transport(

@@ -100,7 +100,8 @@ def start_broadcast(group: ProcessGroupGloo, data: torch.Tensor) -> Work:
     options = BroadcastOptions()
     options.rootRank = TRAINER_RANK
     options.rootTensor = 0
-    return group.broadcast([data], options)  # type: ignore[attr-defined]
+    work: Work = group.broadcast([data], options)  # type: ignore[attr-defined]
+    return work
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,8 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
     def worker(self) -> int:
         """Number of this worker among all tensor-, pipeline- and data-parallel ones of the server, from 0."""
         config = self.parallel_config
-        return config.data_parallel_index * config.world_size + config.rank
+        number: int = config.data_parallel_index * config.world_size + config.rank
+        return number
 
     def init_transfer_engine(self, init_info: TInitInfo) -> None:
         """Connect to a trainer. A second call replaces the first: the trainer was restarted, or connects again."""

@@ -20,7 +20,8 @@ def local_address_towards(host: str) -> str:
         family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(address)
-            return probe.getsockname()[0]
+            own: str = probe.getsockname()[0]
+            return own
     except OSError as exc:
         raise WeightSyncError(
             f"There is no route to {host}: {exc}.",

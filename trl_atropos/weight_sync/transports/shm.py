@@ -21,7 +21,7 @@ import torch
 from ...errors import WeightSyncError
 from ..base import PolicyLayout, TensorSpec, TransferReport
 from .reports import WorkerReport, check_reports, checksum, describe_tensors, expected_report
-from .shm_segment import REPORT_BYTES, SEGMENT_DIR, SEGMENT_PATTERN, segment_path
+from .shm_segment import ENLARGE, REPORT_BYTES, SEGMENT_DIR, SEGMENT_PATTERN, segment_path
 
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _create_segment(path: str, num_bytes: int) -> mmap.mmap:
             f"A shared-memory segment of {num_bytes / 2**20:.0f} MiB does not fit: {exc}; "
             f"{free.f_bavail * free.f_frsize / 2**20:.0f} MiB are free in {os.path.dirname(path)}.",
             "The segment holds one copy of the policy in the server's dtype.",
-            "Enlarge it (mount -o remount,size=..., or --shm-size / --ipc=host for a container).",
+            ENLARGE,
         ) from exc
     finally:
         os.close(descriptor)

@@ -14,6 +14,9 @@ REPORT_BYTES = 4096
 """Size of one worker's report: a JSON object padded with NUL bytes."""
 
 SEGMENT_DIR = "/dev/shm"
+ENLARGE = f"Enlarge {SEGMENT_DIR} (mount -o remount,size=..., or --shm-size / --ipc=host for a container)."
+"""What mends a file system that is too small for a segment."""
+
 SEGMENT_PATTERN = re.compile(r"trl_atropos-[0-9a-f]{32}")
 
 
