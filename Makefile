@@ -38,17 +38,17 @@ replay: $(INSTALLED) ## Train the rollouts that the quickstart recorded once mor
 		--model_name_or_path "$(MODEL)" --data_path runs/quickstart/model/journal --output_dir runs/replay $$ARGS
 	@$(BIN)/python examples/scripts/compare_losses.py runs/quickstart/model runs/replay
 
-check: $(INSTALLED) ## Linter, formatter, type checker, unit tests; some of them build the documents.
+check: $(INSTALLED) ## Linter, formatter, type checker, unit tests; some of them build the documents. ARGS="-k journal"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q tests/unit
+	@packaging/run_tests.sh "$(VENV)" unit
 
 docs: $(INSTALLED) ## Build the documents into site/; warnings are errors.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-test: check ## Everything: what `check` does, then the tests with real servers.
-	$(BIN)/pytest tests/protocol tests/invariant tests/e2e
+test: check ## Everything: what `check` does, then the tests with processes, ranks and real servers. ARGS="-k journal"
+	@packaging/run_tests.sh "$(VENV)" rest
 
 bench: $(INSTALLED) ## Time publishing, the training step, logprobs, ingest and overlap; one JSON line per case.
 	@$(BIN)/python benchmarks/publish.py

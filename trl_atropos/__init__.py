@@ -25,6 +25,9 @@ _EXPORTS = {
     "WeightTransport": "weight_sync.base",
     "advantage_weighted_sft_loss": "loss.weighted_sft",
     "clip_advantages": "loss.advantages",
+    "maximum_of": "loss.metrics",
+    "mean_of": "loss.metrics",
+    "minimum_of": "loss.metrics",
     "normalize_advantages": "loss.advantages",
 }
 
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
     from .loss.losses import LossFunction as LossFunction
     from .loss.losses import LossInputs as LossInputs
     from .loss.losses import LossOutputs as LossOutputs
+    from .loss.metrics import maximum_of as maximum_of
+    from .loss.metrics import mean_of as mean_of
+    from .loss.metrics import minimum_of as minimum_of
     from .loss.weighted_sft import advantage_weighted_sft_loss as advantage_weighted_sft_loss
     from .trainer.atropos_config import AtroposConfig as AtroposConfig
     from .trainer.atropos_trainer import AtroposTrainer as AtroposTrainer

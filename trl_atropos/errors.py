@@ -11,7 +11,7 @@
     +-- PreflightError            (RuntimeError)      a server or an option that cannot work together with this run
     +-- NonFiniteGradientError    (ArithmeticError)   a gradient is NaN or infinite; the optimizer step was not taken
     +-- HubUploadError            (OSError)           the Hub did not take an upload; training goes on
-    +-- ProcessFailedError        (ChildProcessError) a process of `trl-atropos launch` ended (cli/processes.py)
+    +-- ProcessFailedError        (ChildProcessError) a process of `trl-atropos launch` ended (cli/launch/processes.py)
     +-- WeightSyncError           (RuntimeError)      a publish failed; says in which state the server is
         +-- WeightSyncTimeout     (TimeoutError)      a phase of a publish exceeded its deadline
         +-- PublishConflictError  (RuntimeError)      another trainer publishes to the same server

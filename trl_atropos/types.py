@@ -3,7 +3,7 @@
 Shape letters: T tokens of one rollout, K tokens that a teacher names for a position.
 
 Every per-token tensor is aligned with the token it belongs to (label position): entry t describes token t, which the
-model predicts from tokens 0..t-1. The causal shift happens once, in `logprobs.py`.
+model predicts from tokens 0..t-1. The causal shift happens once, in `policy/logprobs.py`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import requests
 import torch
 from tiny_models import byte_tokenizer, tiny_llama, tiny_qwen3
 from transformers import AutoTokenizer
+from trl.scripts.vllm_serve import build_command, make_parser
 
 from trl_atropos import AtroposConfig
 
@@ -92,6 +93,14 @@ def running(*command: str, log_path: Path) -> Iterator[None]:
         process.wait()
 
 
+def trl_vllm_serve(arguments: list[str]) -> list[str]:
+    """The command that `trl vllm-serve` turns itself into. Its own start, which imports TRL first, is part of test_training.py."""
+    options, others = make_parser(prog="trl vllm-serve").parse_args_and_config(
+        arguments, return_remaining_strings=True
+    )
+    return build_command(options, others)
+
+
 class VLLMServer:
     """A `trl vllm-serve` process (plain `vllm serve` without dev mode) with our middleware and one of our engines.
 
@@ -111,19 +120,17 @@ class VLLMServer:
         self.url = f"http://{HOST}:{port}"
         self.log_path = log_path
         self.process: subprocess.Popen | None = None
-        bin_dir = Path(sys.executable).parent
-        program = (
-            [bin_dir / "trl", "vllm-serve", "--model", model] if has_dev_mode else [bin_dir / "vllm", "serve", model]
-        )
-        self.command = [
-            *map(str, program),
+        arguments = [
             *("--host", HOST, "--port", str(port), "--max-model-len", "256"),
             *("--weight-transfer-config", f'{{"backend": "{backend}"}}'),
             *("--middleware", "trl_atropos.serving.generate_endpoint.GenerateEndpoint"),
             *extra_args,
         ]
+        plain = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *arguments]
+        self.command = trl_vllm_serve(["--model", str(model), *arguments]) if has_dev_mode else plain
         self.environment = {
             **os.environ,
+            **({"VLLM_SERVER_DEV_MODE": "1"} if has_dev_mode else {}),
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
+from ..options import check_declared
+
 
 LOCAL_TRACKER = "trackio"
 
@@ -45,6 +47,7 @@ class ReportOptions:
     )
 
     def __post_init__(self) -> None:
+        check_declared(self, ReportOptions)
         if self.prometheus_path is not None and not self.prometheus_path.endswith(".prom"):
             raise ValueError(
                 f"prometheus_path is {self.prometheus_path}. node_exporter reads files that end in .prom only. Give it that ending."

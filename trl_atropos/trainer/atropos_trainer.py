@@ -45,10 +45,10 @@ from ..weight_sync.base import WeightTransport
 from ..weight_sync.publisher import WeightSync
 from ..wire.parse import WireLimits
 from .atropos_config import AtroposConfig
-from .base_trainer import HubUploads
 from .callbacks import StepCallback
 from .checkpoints import find_checkpoint
 from .evaluation import Evaluator
+from .hub_uploads import HubUploads
 from .preflight import check_launch
 from .run_data import RunData
 from .servers import Connection, open_connection

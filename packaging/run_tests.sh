@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Runs a part of the tests in several processes. Usage: packaging/run_tests.sh VENV {unit|rest}
+# ARGS holds further arguments of pytest, quoted as for a shell; tests that it names are run instead of the whole part.
+set -euo pipefail
+
+venv=$1
+part=$2
+cores=$(getconf _NPROCESSORS_ONLN)
+case $part in
+    # They wait a lot, so that there is one process more than cores.
+    unit) directories=(tests/unit) distribution=worksteal workers=$((cores < 7 ? cores + 1 : 8)) ;;
+    # A file stays in one process, because its tests share a server that takes half a minute to start.
+    rest) directories=(tests/process tests/protocol tests/invariant tests/e2e) distribution=loadfile workers=2 ;;
+    *) echo "run_tests: $part is neither unit nor rest." >&2 && exit 2 ;;
+esac
+
+eval "arguments=(${ARGS:-})"
+named=() options=()
+has_named=false
+for argument in ${arguments[@]+"${arguments[@]}"}; do
+    path=${argument%%::*}
+    if [[ $path != tests* || ! -e $path ]]; then
+        options+=("$argument")
+        continue
+    fi
+    has_named=true
+    for directory in "${directories[@]}"; do
+        if [[ $path/ == $directory/* ]]; then named+=("$argument"); fi
+    done
+done
+if $has_named; then
+    [ ${#named[@]} -gt 0 ] || exit 0
+    directories=("${named[@]}")
+fi
+
+status=0
+# The processes that tests start import the same files again and again: compiled ones, whatever the shell says of that.
+PYTHONDONTWRITEBYTECODE='' "$venv/bin/pytest" -q -n "${WORKERS:-$workers}" --dist "$distribution" \
+    "${directories[@]}" ${options[@]+"${options[@]}"} || status=$?
+# A part may have no test that is asked for: pytest's exit code 5.
+[ "$status" != 5 ] || [ ${#options[@]} = 0 ] || status=0
+exit "$status"
