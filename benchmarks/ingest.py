@@ -52,7 +52,7 @@ import torch  # noqa: E402
 from live_api import ApiProcess  # noqa: E402
 
 from trl_atropos.data.micro_batches import RolloutCollator, deal_by_count  # noqa: E402
-from trl_atropos.data.stream import with_advantages  # noqa: E402
+from trl_atropos.data.steps import with_advantages  # noqa: E402
 from trl_atropos.policy.layouts import LAYOUTS  # noqa: E402
 from trl_atropos.types import RolloutBatch  # noqa: E402
 from trl_atropos.wire.client import AtroposClient, Registration  # noqa: E402

@@ -23,6 +23,7 @@ from trl_atropos import AtroposConfig
 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+FORKING = Path(__file__).parent / "forking"
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 240.0
 VOCAB_SIZE = 320
@@ -131,6 +132,7 @@ class VLLMServer:
         self.environment = {
             **os.environ,
             **({"VLLM_SERVER_DEV_MODE": "1"} if has_dev_mode else {}),
+            "PYTHONPATH": os.pathsep.join([str(FORKING), os.environ.get("PYTHONPATH", "")]),
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",

@@ -49,6 +49,11 @@ class Policy:
         return [spec for spec in self.layout.specs if part in spec.name]
 
 
+LOGIT_SPACING = 2.0**-5
+"""Between neighbours in bfloat16 from 4 to 8, where the largest logits of the model lie (5.9): a server that sums in another
+order, as two workers do, may answer with the neighbour."""
+
+
 class Connection:
     """A running server and an open transport."""
 
@@ -137,7 +142,7 @@ def test_a_publish_moves_the_policy_and_every_server_answers_alike(connection, m
     after = connection.publish(trained(model_dir, 1))
     assert max_abs_diff(before, after) > 10 * BF16_NOISE
     first = results.setdefault("published", after)
-    assert max_abs_diff(first, after) < BF16_NOISE
+    assert max_abs_diff(first, after) <= LOGIT_SPACING
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from trl_atropos.data.micro_batches import deal_by_tokens
-from trl_atropos.data.stream import with_advantages
+from trl_atropos.data.steps import with_advantages
 from trl_atropos.errors import NonFiniteGradientError
 from trl_atropos.loss.losses import LossFunction, LossInputs, LossOutputs
 from trl_atropos.loss.options import LOSS_TYPES

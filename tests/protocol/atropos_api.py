@@ -109,6 +109,8 @@ def wait_for_batch(
     refresh_interval_s: float = 10.0,
 ) -> list[Any]:
     """The groups of the next batch, as the trainer waits for them; they are in the journal `directory`."""
-    options = DataOptions(batch_timeout_s=timeout_s, refresh_interval=refresh_interval_s, api_timeout_s=5.0)
+    options = DataOptions(refresh_interval=refresh_interval_s, api_timeout_s=5.0)
+    # Not as an argument: 0, which asks once, is no option for a run.
+    options.batch_timeout_s = timeout_s
     batches = ApiBatches(client, Journal(directory), options, lambda: client.register(make_registration()))
     return next(iter(batches)).raw_groups

@@ -58,7 +58,7 @@ LIBRARIES_OF = {
             "vllm",
         ),
     },
-    "serving": {"vllm"},
+    "serving": {"vllm", "torch"},
     "checks": set(),
     "data": {"torch"},
     "report": {

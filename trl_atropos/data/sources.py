@@ -101,7 +101,7 @@ class ApiBatches:
                     raise data_timeout(elapsed, inspect_api(self.client, has_waiting_trainer=True))
                 if elapsed >= next_report:
                     logger.info(describe_wait(elapsed, inspect_api(self.client, has_waiting_trainer=True)))
-                    next_report = elapsed + PROGRESS_INTERVAL_S
+                    next_report = time.monotonic() - start + PROGRESS_INTERVAL_S
             except (AtroposConnectionError, AtroposRegistrationError) as exc:
                 self._recover(exc)
                 start, delay, next_report = time.monotonic(), FIRST_DELAY_S, PROGRESS_INTERVAL_S
