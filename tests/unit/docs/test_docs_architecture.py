@@ -226,7 +226,7 @@ def test_the_page_of_the_api_has_every_public_name():
         (misplaced, "```\nall ranks  loss/step.py policy_loss  what\n```", ["loss/step.py policy_loss"]),
         (unknown_words, "`LossGone`, `LossInputs`, `perf/gone_s`, `/batch`", ["LossGone", "perf/gone_s"]),
         (wrong_dotted_names, "trl_atropos.loss.losses.LossInputs, trl_atropos.LossInputs", ["loss.losses.LossInputs"]),
-        (wrong_dotted_names, "trl_atropos.losses.mean_of, trl_atropos.loss.metrics.mean_of", ["losses.mean_of"]),
+        (wrong_dotted_names, "trl_atropos.losses.total, trl_atropos.loss.metrics.total", ["losses.total"]),
         (wrong_dotted_names, "`trl_atropos.loss.metrics.gone` of trl_atropos.loss.metrics", ["loss.metrics.gone"]),
     ],
 )

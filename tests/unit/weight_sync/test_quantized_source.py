@@ -1,7 +1,8 @@
-"""A bitsandbytes base is published dequantised. Needs bitsandbytes, which runs on a CPU, too."""
+"""A bitsandbytes base is published dequantised."""
 
 from __future__ import annotations
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -10,8 +11,6 @@ from torch import nn
 
 from trl_atropos.weight_sync.weights.source import PolicyWeights
 
-
-bnb = pytest.importorskip("bitsandbytes")
 
 BITS = ["nf4", "int8"]
 # bitsandbytes rearranges rows of whole blocks only, and a block of NF4 has 64 weights.
