@@ -65,7 +65,9 @@ class Publishing:
 
     def publisher_of(self, servers: ServerGroup) -> PolicyPublisher:
         """One for these servers, with the probe of this one."""
-        return PolicyPublisher(self.options, self.facts.dtype, servers, make_probe=lambda model: self.probe)
+        # Not through `self`, which would keep itself and its descriptors alive.
+        probe = self.probe
+        return PolicyPublisher(self.options, self.facts.dtype, servers, make_probe=lambda model: probe)
 
     def publish(self, model: torch.nn.Module, policy_version: int) -> PublishReport:
         """Publish as the trainer does."""

@@ -197,9 +197,9 @@ def test_requests_end_with_the_adapter_and_the_version_that_they_began_with(trai
         for seed in seeds:
             names.append(trainer.publish(policies[seed], seed))
             pending.append(executor.submit(generate, url, PROMPT, 230))
-            wait_until(lambda: names[-1] in routed_adapter(trainer.client).num_in_flight)
             # However fast the machine is, none ends before the last one is published.
             trainer.client.pause()
+            wait_until(lambda: names[-1] in routed_adapter(trainer.client).num_in_flight)
         in_flight = routed_adapter(trainer.client).num_in_flight
         still_loaded = trainer.client.list_models()[1:]
         trainer.client.resume()
