@@ -177,7 +177,9 @@ class PolicyPublisher:
 
     def deliver(self, version: int) -> PublishReport:
         """Bring what was pushed onto every server."""
-        return self._on_main(lambda: self._require_servers().deliver(version, self._reference))
+        # Let go: it holds the model that was pushed.
+        reference, self._reference = self._reference, None
+        return self._on_main(lambda: self._require_servers().deliver(version, reference))
 
     @contextmanager
     def weight_sync(
@@ -236,12 +238,13 @@ class PolicyPublisher:
         """Return the function that computes the answers that servers must give. For a sharded model that is a
         collective, which is done here if it is needed.
         """
+        dtype = self._dtype
         if not is_sharded(model):
-            return lambda: probe.reference(model, self._dtype)
+            return lambda: probe.reference(model, dtype)
         if not self._on_main(lambda: self._require_servers().needs_probe):
             return None
         # Every rank takes part in the forward pass, so it cannot wait for the server.
-        reference = probe.reference(model, self._dtype, is_collective=True)
+        reference = probe.reference(model, dtype, is_collective=True)
         return lambda: reference
 
     # Modes
