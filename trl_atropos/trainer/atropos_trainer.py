@@ -43,6 +43,7 @@ from ..report.completions import make_completions_table
 from ..report.watching import Watching
 from ..weight_sync.base import WeightTransport
 from ..weight_sync.publisher import WeightSync
+from ..weight_sync.session import vocab_size_of
 from ..wire.parse import WireLimits
 from .atropos_config import AtroposConfig
 from .callbacks import StepCallback
@@ -222,7 +223,9 @@ class AtroposTrainer(HubUploads):
             self,
             dealer,
             WireLimits(
-                vocab_size=self._vocab_size, max_length=args.max_length, reads_teacher=args.distillation_coef > 0
+                vocab_size=vocab_size_of(self.model),
+                max_length=args.max_length,
+                reads_teacher=args.distillation_coef > 0,
             ),
             None if self._connection is None else self._connection.servers,
             is_main_process=self.is_world_process_zero(),
@@ -473,7 +476,3 @@ class AtroposTrainer(HubUploads):
         metrics["policy_version"] = float(self.policy_version)
         totals = self._data.stream.total_metrics() if self._data else {}
         return {**metrics, **{name: float(value) for name, value in totals.items()}}
-
-    @property
-    def _vocab_size(self) -> int:
-        return self.model.config.get_text_config().vocab_size

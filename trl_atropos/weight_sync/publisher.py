@@ -284,7 +284,6 @@ class PolicyPublisher:
         adapter that takes less is cheaper.
         """
         self.push(model, version)
-        reference = self._reference
         # The first one warms the server up.
         self._publish_adapter(model, version)
         report = self._publish_adapter(model, version)
@@ -297,10 +296,10 @@ class PolicyPublisher:
             f"alone {stage_s:.3f} s."
         )
         if self._mode == "adapter":
+            self._reference = None
             self._on_main(lambda: self._require_servers().release())
             return report
         self._on_main(lambda: self._require_adapters().withdraw())
-        self._reference = reference
         return self.deliver(version)
 
     def close(self) -> None:
