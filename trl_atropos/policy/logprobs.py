@@ -17,17 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..types import IGNORE_INDEX
+from .log_softmax import check_temperature, chunks, log_softmax_at
 
 
-MAX_LOGITS = 2**26
-"""Logits held for the backward pass at a time: 256 MiB in float32. More are computed again there instead."""
-
-MAX_TEMPORARY_LOGITS = 2**22
-"""Logits that are worked on at a time, in float32: 16 MiB for each temporary."""
+MAX_LOGITS = {"cpu": 2**26, "cuda": 2**28}
+"""Logits held for the backward pass at a time, by device: 256 MiB in float32, 512 MiB in bfloat16. More are computed
+again there instead; each piece reads the head's weight once more, so that larger pieces are faster."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,11 @@ def score_hidden_states(
     *,
     vocab_size: int,
     teacher_token_ids: Tensor | None = None,
-    max_logits: int = MAX_LOGITS,
+    max_logits: int | None = None,
 ) -> TokenScores:
     """Scores tokens from the hidden states that predict them, without ever holding more than `max_logits` logits.
 
-    Up to `max_logits`, the logits are kept for the backward pass. Beyond, the tokens are worked through in pieces of
+    Up to `max_logits`, `MAX_LOGITS` of the device if not given, the logits are kept for the backward pass. Beyond, the tokens are worked through in pieces of
     one row or more, and the backward pass projects each piece again: memory no longer grows with N, at the price of
     one more projection.
 
@@ -96,20 +94,25 @@ def score_hidden_states(
                 "with its own. Select both with the same index."
             )
 
+    # Here once, and not in each piece: it waits for the device.
+    check_temperature(temperature)
+    device_type = hidden_states.device.type
+    max_logits = MAX_LOGITS.get(device_type, MAX_LOGITS["cuda"]) if max_logits is None else max_logits
+
     def score(hidden: Tensor, targets: Tensor, temperature: Tensor | float, ids: Tensor | None) -> tuple[Any, ...]:
         # The pieces must not share autocast's half precision copy of the head's weight: the gradients of the pieces would
         # be added up in half precision.
-        device_type = hidden.device.type
         with torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type), cache_enabled=False):
             logits = project(hidden)
-        scores = token_logprobs_and_entropy(logits, targets, temperature)
-        return scores if ids is None else (*scores, _log_softmax_at(logits, ids, 1.0)[0])
+        logprobs, entropy = log_softmax_at(logits, targets[:, None], temperature)
+        scores = logprobs.squeeze(-1), entropy
+        return scores if ids is None else (*scores, log_softmax_at(logits, ids, 1.0)[0])
 
     rows = max(max_logits // vocab_size, 1)
     if targets.numel() <= rows:
         return TokenScores(*score(hidden_states, targets, temperature, teacher_token_ids))
     pieces = []
-    for piece in _chunks(targets.numel(), rows):
+    for piece in chunks(targets.numel(), rows):
         pieces.append(
             checkpoint(
                 score,
@@ -130,8 +133,7 @@ def token_logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Logprobs of the targets under `softmax(logits / temperature)`, and its entropy, both with gradient.
 
-    Works through a few rows at a time, forward and backward: no float32 tensor of N x V is ever made, and nothing of
-    that size is kept for the backward but the logits themselves.
+    No float32 tensor of N x V is ever made, and nothing of that size is kept for the backward but the logits themselves.
 
     `logits` (N, V) are those at the prediction positions of the `targets` (N,) int64, ids from 0 to V - 1.
     `temperature` is that of sampling, above 0, one or (N,).
@@ -143,7 +145,8 @@ def token_logprobs_and_entropy(
         ValueError: shapes that do not fit, or a temperature that is not positive.
     """
     _check_targets("logits", logits, targets)
-    logprobs, entropy = _log_softmax_at(logits, targets[:, None], temperature)
+    check_temperature(temperature)
+    logprobs, entropy = log_softmax_at(logits, targets[:, None], temperature)
     return logprobs.squeeze(-1), entropy
 
 
@@ -153,28 +156,6 @@ def _check_targets(name: str, rows: Tensor, targets: Tensor) -> None:
             f"{name} has shape {tuple(rows.shape)}, targets has shape {tuple(targets.shape)}, expected two dimensions and "
             "one, of the same length. Each target needs the position that predicts it. Select both with the same mask."
         )
-
-
-def _log_softmax_at(logits: Tensor, token_ids: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Logprobs (N, K) of `token_ids` (N, K), and entropies (N,), under `softmax(logits / temperature)`."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    temperatures = torch.as_tensor(temperature, dtype=dtype, device=logits.device)
-    if temperatures.dim() == 0:
-        temperatures = temperatures.expand(logits.shape[:1])
-    if temperatures.shape != logits.shape[:1]:
-        raise ValueError(
-            f"temperature has shape {tuple(temperatures.shape)}, targets has shape {tuple(logits.shape[:1])}. Each "
-            "token is scored at the temperature it was sampled with. Pass one number, or one per target."
-        )
-    is_positive = (temperatures > 0) & temperatures.isfinite()
-    if not is_positive.all():
-        raise ValueError(
-            f"The sampling temperature of a token is {temperatures[~is_positive][0].item()}. Under greedy sampling "
-            "(temperature 0) a token has no logprob. Set `--temperature` to that of the environment, above 0."
-        )
-    # torch declares no types for `Function.apply`.
-    log_softmax_at: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = _ChunkedLogSoftmax.apply
-    return log_softmax_at(logits, token_ids, temperatures)
 
 
 @dataclass
@@ -253,73 +234,6 @@ def _replace_input_of(head: nn.Module, replace: Callable[[Tensor], Tensor]) -> I
             "head's weight does that, and so does a head that belongs to another model. Pass "
             "`model.get_output_embeddings()` of the model that runs, and turn `--use_liger_kernel` off."
         )
-
-
-class _ChunkedLogSoftmax(torch.autograd.Function):
-    """Gathered log-softmax and entropy. The backward recomputes each chunk's softmax from the saved logits.
-
-    A custom function instead of one checkpoint per chunk: the gradients of the chunks go straight into one buffer of
-    the dtype of the logits, where autograd would add up one padded one per chunk.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, token_ids: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = temperatures.new_empty(token_ids.shape)
-        entropy, row_max, log_normalizer = (torch.empty_like(temperatures) for _ in range(3))
-        for rows in _chunks(logits.shape[0], _rows_at_a_time(logits)):
-            row_max[rows] = logits[rows].amax(dim=-1).to(temperatures.dtype)
-            shifted = _shift_and_scale(logits[rows], row_max[rows], temperatures[rows])
-            log_normalizer[rows] = shifted.exp().sum(dim=-1).log()
-            log_softmax = shifted.sub_(log_normalizer[rows, None])
-            logprobs[rows] = log_softmax.gather(-1, token_ids[rows])
-            # entr(0) is 0, where p * log p is NaN for a token whose logit is -inf.
-            entropy[rows] = torch.special.entr(log_softmax.exp_()).sum(dim=-1)
-        ctx.save_for_backward(logits, token_ids, temperatures, row_max, log_normalizer, entropy)
-        # An entropy that no loss uses costs nothing in the backward.
-        ctx.set_materialize_grads(False)
-        return logprobs, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor | None, None, None]:
-        logits, token_ids, temperatures, row_max, log_normalizer, entropy = ctx.saved_tensors
-        if grad_logprobs is None:
-            grad_logprobs = temperatures.new_zeros(token_ids.shape)
-        grad_scaled = grad_logprobs / temperatures[:, None]
-        total_grad = grad_scaled.sum(dim=-1)
-        grad_logits = torch.empty_like(logits)
-        for rows in _chunks(logits.shape[0], _rows_at_a_time(logits)):
-            shifted = _shift_and_scale(logits[rows], row_max[rows], temperatures[rows])
-            log_softmax = shifted.sub_(log_normalizer[rows, None])
-            if grad_entropy is None:
-                # d logprob / d scaled = onehot(token) - softmax
-                grad = log_softmax.exp_().mul_(-total_grad[rows, None])
-            else:
-                softmax = log_softmax.exp()
-                # d entropy / d scaled = -softmax * (log softmax + entropy), 0 where the softmax is 0
-                weight = (grad_entropy / temperatures)[rows, None]
-                surprise = (log_softmax + entropy[rows, None]).masked_fill_(softmax == 0, 0.0)
-                grad = softmax.mul_(-(surprise.mul_(weight).add_(total_grad[rows, None])))
-            grad.scatter_add_(-1, token_ids[rows], grad_scaled[rows])
-            grad_logits[rows] = grad
-        return grad_logits, None, None
-
-
-def _rows_at_a_time(logits: Tensor) -> int:
-    return max(MAX_TEMPORARY_LOGITS // max(logits.shape[1], 1), 1)
-
-
-def _shift_and_scale(logits: Tensor, row_max: Tensor, temperatures: Tensor) -> Tensor:
-    # The maximum goes before the division: what is rounded then is the distance to it, and a logprob near 0 keeps its
-    # digits however large the logits are.
-    return (logits.to(temperatures.dtype) - row_max[:, None]).div_(temperatures[:, None])
-
-
-def _chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
-    for start in range(0, num_rows, chunk_rows):
-        yield slice(start, start + chunk_rows)
 
 
 def _shift_left(values: Tensor, fill: float) -> Tensor:

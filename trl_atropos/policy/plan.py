@@ -17,9 +17,16 @@ from torch.distributed.tensor import DTensor
 from ..distributed import largest_over_ranks
 from ..errors import PreflightError
 from .layouts import lay_out, layout_inputs
+from .log_softmax import why_not_compiled
 from .logprobs import evaluating
 from .scoring import ForwardPlan, PolicyScorer
-from .tree_attention import TREE_SDPA, register_tree_attention
+from .tree_attention import (
+    MIN_FLEX_LENGTH,
+    TREE_FLEX,
+    TREE_SDPA,
+    flex_gradient_difference,
+    register_tree_attention,
+)
 
 
 if TYPE_CHECKING:
@@ -28,16 +35,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TREE_IMPLEMENTATIONS = ("sdpa", TREE_SDPA, "eager", "flex_attention")
+TREE_IMPLEMENTATIONS = ("sdpa", TREE_SDPA, TREE_FLEX, "eager", "flex_attention")
 """Attention implementations that take an arbitrary mask."""
 
 CHECK_LENGTH = 24
 """Longest made-up sequence in tokens: long enough to fork twice."""
 
+FLEX_CHECK_LENGTH = MIN_FLEX_LENGTH
+"""Longest made-up sequence in tokens for flex attention: their trees are longer, and have blocks of every kind."""
+
 CHECK_TOLERANCE = 1e-4
 PADDED_TOLERANCE_EPS = 40.0
 """Accepted mean |logprob difference| in nats of padded rows: the larger of both, the second in units of the arithmetic's
 epsilon. Rounding in bfloat16 alone makes up to about 10 of them."""
+
+GRADIENT_TOLERANCE_EPS = 8.0
+"""Accepted difference of the gradients of two attention kernels, in units of the arithmetic's epsilon and of their norm;
+on an H200 it was below 0.1 of them in float32, and about 1 in bfloat16."""
 
 LAYOUT_TOLERANCE_RATIO = 4.0
 """Accepted difference of another layout, in units of that of padded rows: both are sums in another order. In bfloat16 a
@@ -75,11 +89,14 @@ def plan_forward(
     """
     config = model.config.get_text_config()
     eps = torch.finfo(dtype).eps
-    groups = _check_sequences(config.vocab_size, min(max_length, CHECK_LENGTH))
     fallbacks: list[str] = []
 
-    def difference(plan: ForwardPlan) -> float:
+    def difference(plan: ForwardPlan, length: int = CHECK_LENGTH) -> float:
+        groups = _check_sequences(config.vocab_size, min(max_length, length))
         return largest_over_ranks(_difference_to_alone(PolicyScorer(model, plan, autocast), wrapped, groups, device))
+
+    if device.type == "cuda" and (reason := why_not_compiled(device.type)) is not None:
+        fallbacks.append(f"logprobs are computed a few rows at a time: torch.compile makes no kernels here ({reason})")
 
     with evaluating(model), torch.no_grad():
         in_pieces, padded_difference = _check_padded(
@@ -87,13 +104,11 @@ def plan_forward(
         )
         tolerance = max(CHECK_TOLERANCE, eps, LAYOUT_TOLERANCE_RATIO * padded_difference)
         for layout in ("tree", "packed", "padded") if requested == "auto" else (requested,):
-            reason = _cannot(layout, config, max_length)
+            reason = _cannot(layout, config, max_length) or _needless(layout, config, requested, device)
             if reason is None and layout != "padded":
                 implementation = config._attn_implementation
-                if layout == "tree" and implementation == "sdpa" and device.type == "cpu":
-                    # For good: gradient checkpointing runs the layers again in the backward pass.
-                    register_tree_attention()
-                    model.set_attn_implementation(TREE_SDPA)
+                if layout == "tree" and implementation == "sdpa":
+                    _use_tree_attention(model, difference, in_pieces, tolerance, max_length, dtype, device, fallbacks)
                 reason = _refused(difference, ForwardPlan(layout, in_pieces), tolerance)
                 if reason is not None and implementation != config._attn_implementation:
                     model.set_attn_implementation(implementation)
@@ -136,10 +151,59 @@ def _check_padded(
     return False, distance
 
 
+def _use_tree_attention(
+    model: PreTrainedModel,
+    difference: Callable[..., float],
+    in_pieces: bool,
+    tolerance: float,
+    max_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    fallbacks: list[str],
+) -> None:
+    """Give a model with `sdpa` the attention that computes no more of a tree than it needs.
+
+    For good: gradient checkpointing runs the layers again in the backward pass. On a GPU the long rows, for which it
+    is there, are tried first; if they fail, `sdpa` stays, and multiplies every pair of tokens.
+    """
+    register_tree_attention()
+    if device.type == "cpu":
+        model.set_attn_implementation(TREE_SDPA)
+        return
+    if max_length < MIN_FLEX_LENGTH:
+        return
+    if getattr(model.config.get_text_config(), "attention_dropout", 0.0):
+        fallbacks.append(
+            "attention multiplies every pair of tokens of a tree: flex attention has no attention_dropout"
+        )
+        return
+    model.set_attn_implementation(TREE_FLEX)
+
+    def differences(plan: ForwardPlan) -> float:
+        config = model.config.get_text_config()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        num_key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        of_gradient = flex_gradient_difference(
+            config.num_attention_heads, num_key_value_heads, head_dim, dtype=dtype, device=device
+        )
+        if not largest_over_ranks(of_gradient) <= max(
+            CHECK_TOLERANCE, GRADIENT_TOLERANCE_EPS * torch.finfo(dtype).eps
+        ):
+            raise ValueError(f"its gradient differs from that of sdpa by {of_gradient:.2g} of its norm")
+        return difference(plan, FLEX_CHECK_LENGTH)
+
+    reason = _refused(differences, ForwardPlan("tree", in_pieces), tolerance)
+    if reason is not None:
+        model.set_attn_implementation("sdpa")
+        fallbacks.append(f"attention multiplies every pair of tokens of a tree: flex attention is not used, {reason}")
+
+
 def _refused(difference: Callable[[ForwardPlan], float], plan: ForwardPlan, tolerance: float) -> str | None:
     """Why the comparison speaks against a layout; None if it does not."""
     try:
         distance = difference(plan)
+    except torch.OutOfMemoryError:
+        raise
     except MODEL_ERRORS as exc:
         return f"the model cannot take it ({type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else 'no reason given'})"
     if distance <= tolerance:
@@ -163,6 +227,17 @@ def _cannot(layout: str, config: Any, max_length: int) -> str | None:
     if chunk is not None and chunk < max_length:
         return f"the model's attention chunks of {chunk} tokens are shorter than max_length ({max_length})"
     return None
+
+
+def _needless(layout: str, config: Any, requested: str, device: torch.device) -> str | None:
+    """Why `auto` leaves a layout out that would work; None if it does not.
+
+    On one H200 a step with 512/2048/8 (prompt, completion, rollouts) took 2.0 s in packed rows with `sdpa`, 0.9 s in
+    padded ones (benchmarks/gpu.py).
+    """
+    if layout != "packed" or requested != "auto" or device.type == "cpu" or config._attn_implementation != "sdpa":
+        return None
+    return "sdpa on a GPU multiplies every pair of tokens of a packed row; --attn_implementation flash_attention_2 does not"
 
 
 def _check_sequences(vocab_size: int, length: int) -> list[list[Tensor]]:

@@ -24,10 +24,15 @@ from .logprobs import (
     select_positions_before,
 )
 from .sequence_parallel import SequenceParallel
+from .tree_attention import MIN_FLEX_LENGTH, TREE_FLEX, TREE_SDPA, tree_block_mask
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+NEEDS_NO_PADDING_MASK = ("sdpa", TREE_SDPA, TREE_FLEX)
+"""Attention implementations that run faster without the mask of padded rows. Others take the padding out with it."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +133,18 @@ def model_inputs(batch: Mapping[str, Tensor], implementation: str, dtype: torch.
     """
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"]}
     if "attention_mask" in batch:
-        return {**inputs, "attention_mask": batch["attention_mask"]}
+        # The padding is on the right, where no causal attention sees it: the kernels without a mask are faster.
+        return (
+            inputs
+            if implementation in NEEDS_NO_PADDING_MASK
+            else {**inputs, "attention_mask": batch["attention_mask"]}
+        )
     inputs["position_ids"] = batch["position_ids"]
     subtree_end = batch.get("subtree_end")
     if subtree_end is None:
         return inputs
-    if implementation == "flex_attention":
-        return {**inputs, "attention_mask": _tree_block_mask(subtree_end)}
+    if implementation == "flex_attention" or (implementation == TREE_FLEX and subtree_end.shape[1] >= MIN_FLEX_LENGTH):
+        return {**inputs, "attention_mask": tree_block_mask(subtree_end)}
     mask = tree_attention_mask(subtree_end)
     if implementation == "eager":
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
@@ -156,14 +166,3 @@ def logits_transform(config: Any) -> Callable[[Tensor], Tensor]:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     return transform
-
-
-def _tree_block_mask(subtree_end: Tensor) -> Any:
-    # Imported here: it is only there where flex attention is.
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < subtree_end[batch, key])
-
-    num_rows, length = subtree_end.shape
-    return create_block_mask(attends, num_rows, None, length, length, device=str(subtree_end.device))

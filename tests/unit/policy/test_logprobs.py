@@ -14,6 +14,7 @@ from tiny_models import tiny_llama
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trl_atropos.policy import log_softmax
 from trl_atropos.policy.logprobs import (
     TokenScores,
     align_with_targets,
@@ -109,7 +110,7 @@ def saved_for_backward(compute: Callable[[], object]) -> list[Tensor]:
 @pytest.fixture
 def few_rows_at_a_time(monkeypatch) -> Callable[[int], None]:
     """Sets how many logits are worked on at a time, which otherwise are more than any test has."""
-    return lambda numel: monkeypatch.setattr("trl_atropos.policy.logprobs.MAX_TEMPORARY_LOGITS", numel)
+    return lambda numel: monkeypatch.setitem(log_softmax.MAX_TEMPORARY_LOGITS, "cpu", numel)
 
 
 class TestTokenLogprobsAndEntropy:
@@ -137,7 +138,7 @@ class TestTokenLogprobsAndEntropy:
         targets = torch.randint(vocab_size, (num_tokens,), generator=generator)
         temperature = 0.5 + torch.rand(num_tokens, generator=generator)
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr("trl_atropos.policy.logprobs.MAX_TEMPORARY_LOGITS", max_temporary_logits)
+            monkeypatch.setitem(log_softmax.MAX_TEMPORARY_LOGITS, "cpu", max_temporary_logits)
             logprobs, entropy = token_logprobs_and_entropy(logits, targets, temperature)
         expected_logprobs, expected_entropy = reference(logits, targets, temperature)
         # float32 resolves 6e-8 of a logprob. Logits of size 100 are only resolved to 4e-6, which must not show.

@@ -6,11 +6,18 @@ import pytest
 import torch
 from scoring_cases import plan, tiny_llama
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from trl_atropos.policy import tree_attention
 from trl_atropos.policy.layouts import tree_attention_mask, tree_layout
-from trl_atropos.policy.tree_attention import TREE_SDPA, tree_sdpa
+from trl_atropos.policy.tree_attention import (
+    TREE_SDPA,
+    flex_gradient_difference,
+    tree_block_mask,
+    tree_flex,
+    tree_sdpa,
+)
 
 
 class Layer(nn.Module):
@@ -112,3 +119,92 @@ def test_a_model_that_is_refused_trees_keeps_its_attention():
     model.model.register_forward_pre_hook(forget_positions, with_kwargs=True)
     assert plan(model).layout == "padded"
     assert model.config._attn_implementation == "sdpa"
+
+
+def dense(mask: BlockMask, length: int) -> torch.Tensor:
+    """Who attends to whom as the kernel reads it: full blocks without the function, needed ones with it, others not."""
+    index = torch.arange(length)
+    size = tree_attention.BLOCK_SIZE
+    num_rows, _, num_blocks = mask.kv_num_blocks.shape
+    seen = torch.zeros(num_rows, 1, length, length, dtype=torch.bool)
+    for row in range(num_rows):
+        allowed = mask.mask_mod(torch.tensor(row), torch.tensor(0), index[:, None], index[None, :])
+        for block in range(num_blocks):
+            queries = slice(block * size, (block + 1) * size)
+            for number, indices, is_full in (
+                (mask.kv_num_blocks, mask.kv_indices, False),
+                (mask.full_kv_num_blocks, mask.full_kv_indices, True),
+            ):
+                for column in indices[row, 0, block, : number[row, 0, block]].tolist():
+                    keys = slice(column * size, (column + 1) * size)
+                    assert not seen[row, 0, queries, keys].any(), "a block is computed once"
+                    seen[row, 0, queries, keys] = True if is_full else allowed[queries, keys]
+    return seen
+
+
+class TestBlocks:
+    @pytest.mark.parametrize("length", [3, 4, 7, 8, 12, 13, 40, 41])
+    def test_the_blocks_are_those_of_the_dense_mask(self, monkeypatch, length):
+        monkeypatch.setattr(tree_attention, "BLOCK_SIZE", 4)
+        third = length // 3
+        prompt = torch.arange(third)
+        left, right = torch.arange(100, 100 + third), torch.arange(200, 200 + length - 2 * third)
+        groups = [[torch.cat([prompt, left]), torch.cat([prompt, right])], [torch.arange(length)]]
+        subtree_end = tree_layout(groups).subtree_end
+        mask = tree_block_mask(subtree_end)
+        assert mask.shape == (2, 1, length, length)
+        assert torch.equal(dense(mask, length), tree_attention_mask(subtree_end))
+
+    def test_blocks_that_nobody_attends_to_are_skipped(self, monkeypatch):
+        monkeypatch.setattr(tree_attention, "BLOCK_SIZE", 4)
+        # A prompt of one block, and four continuations of one block each.
+        prompt = torch.arange(4)
+        groups = [[torch.cat([prompt, torch.arange(100 * i, 100 * i + 4)]) for i in range(1, 5)]]
+        mask = tree_block_mask(tree_layout(groups).subtree_end)
+        assert mask.kv_num_blocks.squeeze().tolist() == [1, 1, 1, 1, 1]
+        # Each continuation sees the prompt without a mask, and none of its sisters.
+        assert mask.full_kv_num_blocks.squeeze().tolist() == [0, 1, 1, 1, 1]
+        assert mask.full_kv_indices[0, 0, 1:, 0].tolist() == [0, 0, 0, 0]
+
+    @pytest.mark.parametrize("num_heads", [4, 6])
+    def test_flex_attention_gives_the_output_of_sdpa(self, monkeypatch, num_heads):
+        monkeypatch.setattr(tree_attention, "_compiled_flex_attention", lambda: flex_attention)
+        length = 13
+        mask = tree_mask(length)
+        subtree_end = mask[:, 0].long().argmax(dim=1) + mask[:, 0].sum(dim=1)
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = (torch.randn(2, heads, length, 16, generator=generator) for heads in (num_heads, 2, 2))
+        layer = Layer()
+        layer.num_key_value_groups = num_heads // 2
+        expected, _ = sdpa_attention_forward(layer, query, key, value, mask, scaling=0.3)
+        for given in (tree_block_mask(subtree_end), mask):
+            output, no_weights = tree_flex(layer, query, key, value, given, scaling=0.3)
+            assert no_weights is None
+            torch.testing.assert_close(output, expected)
+
+    def test_dropout_is_refused(self):
+        states = torch.zeros(2, 4, 13, 16)
+        mask = tree_block_mask(torch.full((2, 13), 13))
+        with pytest.raises(ValueError, match=r"The attention dropout is 0\.1\. Flex attention has none"):
+            tree_flex(Layer(), states, states[:, :2], states[:, :2], mask, dropout=0.1)
+
+    def test_the_check_of_the_gradient_compares_two_ways(self, monkeypatch):
+        # Flex attention has no backward on a CPU; the way with a dense mask stands in for it, once right and once wrong.
+        def attend(query, key, value, block_mask, scale, enable_gqa):
+            mask = tree_attention_mask(block_mask.subtree_end)
+            output, _ = sdpa_attention_forward(self.layer, query, key, value, mask, scaling=scale * self.factor)
+            return output.transpose(1, 2)
+
+        class Mask(BlockMask):
+            def __init__(self, subtree_end):
+                self.subtree_end = subtree_end
+
+        self.layer = Layer()
+        monkeypatch.setattr(tree_attention, "tree_block_mask", Mask)
+        monkeypatch.setattr(tree_attention, "_compiled_flex_attention", lambda: attend)
+        found = []
+        for factor in (1.0, 1.1):
+            self.factor = factor
+            found.append(flex_gradient_difference(4, 2, 16, dtype=torch.float32, device=torch.device("cpu")))
+        assert found[0] < 1e-5
+        assert found[1] > 1e-2

@@ -38,7 +38,7 @@ class StagedPolicy:
 
     def __init__(self, layout: PolicyLayout):
         self.layout = layout
-        self._samples: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._samples: dict[str, torch.Tensor] = {}
         self._stride = max(1, sum(spec.numel for spec in layout.specs) // NUM_SAMPLES)
 
     def stage(
@@ -54,34 +54,52 @@ class StagedPolicy:
         """
         start = time.perf_counter()
         copy_s = 0.0
-        num_moved = num_swallowed = 0
+        counts: dict[torch.device, torch.Tensor] = {}
         tensors = source.tensors(specs)
         try:
             for spec, (name, tensor) in zip(specs, tensors, strict=True):
                 check_same_tensor(spec, name, tensor)
                 copy_start = time.perf_counter()
-                first, *others = (self.layout.view(memory, spec) for memory in memories)
-                first.copy_(tensor.detach())
-                for other in others:
-                    other.copy_(first)
-                moved, swallowed = self._watch(spec, tensor, first)
-                num_moved += moved
-                num_swallowed += swallowed
+                _copy(tensor.detach(), [self.layout.view(memory, spec) for memory in memories])
+                watched = self._watch(spec, tensor.detach())
+                counts[watched.device] = counts[watched.device] + watched if watched.device in counts else watched
                 copy_s += time.perf_counter() - copy_start
         finally:
             if source.is_collective:
                 for _ in tensors:
                     pass
         source_s = time.perf_counter() - start - copy_s
+        wait_start = time.perf_counter()
+        # Reading the counts waits for the device, so also for the copies before them.
+        num_moved, num_swallowed = (
+            sum(column) for column in zip((0, 0), *(c.tolist() for c in counts.values()), strict=True)
+        )
+        copy_s += time.perf_counter() - wait_start
         return StageReport(source_s, copy_s, num_swallowed / num_moved if num_moved else None)
 
-    def _watch(self, spec: TensorSpec, tensor: torch.Tensor, staged: torch.Tensor) -> tuple[int, int]:
-        """How many watched elements moved, and how many of these did not move in the server's dtype."""
-        exact = tensor.detach().flatten()[:: self._stride].clone().cpu()
-        rounded = staged.flatten()[:: self._stride].clone()
+    def _watch(self, spec: TensorSpec, tensor: torch.Tensor) -> torch.Tensor:
+        """How many watched elements moved, and how many of these did not move in the server's dtype; (2,) int64, on
+        the device of the tensor, which is not waited for.
+        """
+        exact = tensor.flatten()[:: self._stride].clone()
         before = self._samples.get(spec.name)
-        self._samples[spec.name] = (exact, rounded)
+        self._samples[spec.name] = exact
         if before is None:
-            return 0, 0
-        has_moved = exact != before[0]
-        return int(has_moved.sum()), int((has_moved & (rounded == before[1])).sum())
+            return torch.zeros(2, dtype=torch.int64, device=exact.device)
+        has_moved = exact != before
+        is_swallowed = has_moved & (exact.to(spec.dtype) == before.to(spec.dtype))
+        return torch.stack([has_moved.sum(), is_swallowed.sum()])
+
+
+def _copy(tensor: torch.Tensor, targets: Sequence[torch.Tensor]) -> None:
+    """Cast and copy a tensor into host memory, without waiting for a GPU that holds it.
+
+    The cast is made on the GPU: otherwise torch copies the wider dtype over, and casts it on one core.
+    """
+    if tensor.device.type != "cpu":
+        tensor = tensor.to(targets[0].dtype)
+    first, *others = targets
+    first.copy_(tensor, non_blocking=True)
+    for other in others:
+        # On a CPU from the first copy, which is cast already.
+        other.copy_(first if tensor.device.type == "cpu" else tensor, non_blocking=True)
