@@ -17,16 +17,24 @@ from transformers.masking_utils import AttentionMaskInterface
 from trl_atropos.policy import scoring
 from trl_atropos.policy.tree_attention import TREE_FLEX, register_tree_attention
 
+from .bench import Bench
+
 
 @dataclass(frozen=True)
 class Variant:
-    """A layout, an attention implementation, and how the model's inputs are made of a micro-batch."""
+    """A layout, an attention implementation, and how the model's inputs are made of a micro-batch.
+
+    `precisions` are those that its kernel has; `is_timed` says whether training steps are worth timing, and `needs_cuda`
+    that there is no backward pass on a CPU.
+    """
 
     name: str
     layout: str
     implementation: str
     make_inputs: Callable[..., dict[str, Any]] = scoring.model_inputs
     is_timed: bool = True
+    needs_cuda: bool = False
+    precisions: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
 
 @contextmanager
@@ -75,11 +83,23 @@ AttentionMaskInterface.register("bench_varlen", lambda *args, **kwargs: None)
 register_tree_attention()
 
 
-VARIANTS = (
+ALL_VARIANTS = (
     Variant("tree, sdpa", "tree", "sdpa"),
-    Variant("tree, flex", "tree", TREE_FLEX),
+    Variant("tree, flex", "tree", TREE_FLEX, needs_cuda=True),
     # Every pair of tokens of the row: 2.0 s at 512/2048/8 on an H200, and minutes in all.
     Variant("packed, sdpa", "packed", "sdpa", is_timed=False),
-    Variant("packed, varlen of torch", "packed", "bench_varlen", varlen_inputs),
+    Variant(
+        "packed, varlen of torch",
+        "packed",
+        "bench_varlen",
+        varlen_inputs,
+        needs_cuda=True,
+        precisions=(torch.bfloat16,),
+    ),
     Variant("padded, sdpa", "padded", "sdpa"),
 )
+
+
+def variants(bench: Bench) -> list[Variant]:
+    """Those that this device has kernels for."""
+    return [variant for variant in ALL_VARIANTS if bench.is_cuda or not variant.needs_cuda]

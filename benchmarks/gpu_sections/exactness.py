@@ -17,7 +17,7 @@ from trl_atropos.policy import scoring
 from trl_atropos.policy.scoring import ForwardPlan, PolicyScorer
 from trl_atropos.types import Rollout
 
-from .attention import VARIANTS, Variant, using
+from .attention import Variant, using, variants
 from .bench import Bench, make_rollouts, qwen3
 
 
@@ -39,7 +39,9 @@ def run(bench: Bench) -> None:
         rollouts = make_rollouts(prompt, completions, model.config.vocab_size)
         reference = score(bench, model, ALONE, [[rollout] for rollout in rollouts], torch.float32)
         for precision in (torch.float32, torch.bfloat16):
-            for variant in (ALONE, *VARIANTS):
+            for variant in (ALONE, *variants(bench)):
+                if precision not in variant.precisions:
+                    continue
                 micro_batches = [[rollout] for rollout in rollouts] if variant is ALONE else [rollouts]
 
                 def compare(

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from trl_atropos import AtroposTrainer
 from trl_atropos.types import Rollout
 
-from .attention import VARIANTS, Variant, using
+from .attention import ALL_VARIANTS, Variant, using
 from .bench import Bench, case_lengths, make_rollouts
 from .train_step import make_trainer, one_step
 
@@ -22,9 +22,11 @@ def run(bench: Bench) -> None:
     trainer, wrapped = make_trainer(bench)
     for case in ("16/8/4",) if bench.is_tiny else ("128/32/8", "512/512/8"):
         rollouts = make_rollouts(*case_lengths(case), trainer.model.config.vocab_size)
-        bench.report(case=case, **profiled(bench, trainer, wrapped, VARIANTS[0], rollouts))
+        bench.report(case=case, **profiled(bench, trainer, wrapped, ALL_VARIANTS[0], rollouts))
         if bench.is_cuda:
-            bench.report(case=case, synchronising_calls=synchronising_calls(trainer, wrapped, VARIANTS[0], rollouts))
+            bench.report(
+                case=case, synchronising_calls=synchronising_calls(trainer, wrapped, ALL_VARIANTS[0], rollouts)
+            )
 
 
 def profiled(

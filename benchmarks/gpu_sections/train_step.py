@@ -12,7 +12,7 @@ from trl_atropos import AtroposConfig, AtroposTrainer
 from trl_atropos.policy.forward import PolicyForward
 from trl_atropos.policy.scoring import ForwardPlan, PolicyScorer
 
-from .attention import VARIANTS, Variant, using
+from .attention import Variant, using, variants
 from .bench import Bench, case_lengths, make_rollouts, qwen3
 
 
@@ -28,7 +28,7 @@ def run(bench: Bench) -> None:
     bench.report(chosen=plan.layout, attention=attention, fallbacks=plan.fallbacks, s=time.perf_counter() - start)
     for case in TINY_CASES if bench.is_tiny else CASES:
         rollouts = make_rollouts(*case_lengths(case), trainer.model.config.vocab_size)
-        for variant in (variant for variant in VARIANTS if variant.is_timed):
+        for variant in (variant for variant in variants(bench) if variant.is_timed):
             bench.attempt(
                 lambda v=variant, r=rollouts: measure(bench, trainer, wrapped, v, r), case=case, variant=variant.name
             )

@@ -178,6 +178,7 @@ def _use_tree_attention(
         )
         return
     model.set_attn_implementation(TREE_FLEX)
+    logger.info("Compiling and comparing the attention over trees, which takes up to a minute")
 
     def differences(plan: ForwardPlan) -> float:
         config = model.config.get_text_config()
