@@ -8,7 +8,6 @@ Shape letters: N scored tokens, V vocabulary, K tokens looked up at each.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -17,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-logger = logging.getLogger(__name__)
 
 MAX_TEMPORARY_LOGITS = {"cpu": 2**22, "cuda": 2**26}
 """Logits that are worked on at a time where nothing is compiled, by device: 16 and 256 MiB for each float32 temporary."""
