@@ -477,6 +477,31 @@ class TestNonFiniteGradient:
         assert not torch.equal(after_step_1["lm_head.weight"], before["lm_head.weight"])
         assert all(torch.equal(value, after_step_1[name]) for name, value in trainer.model.state_dict().items())
 
+    @pytest.mark.parametrize("scale", [2.0**16, 1.0])
+    def test_an_overflow_of_float16_leaves_its_step_out(self, tmp_path, scale):
+        trainer = make_trainer((1, 1, 8), tmp_path, learning_rate=0.01, max_steps=3, save_strategy="no")
+        weights = WeightsAfterEachStep()
+        trainer.add_callback(weights)
+        trainer.pop_callback(StepCallback)
+        trainer.get_train_dataloader = lambda: endless_data([[ragged_rollouts()]] * 5)
+        # That of accelerate for fp16, which needs a GPU.
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer.model.lm_head.weight.register_hook(
+            lambda gradient: gradient * (math.inf if trainer.state.global_step == 1 else 1)
+        )
+        if scale == 1.0:
+            # Nothing is left to halve: the gradient itself is not finite.
+            with pytest.raises(NonFiniteGradientError, match="gradient norm of step 2"):
+                Trainer.train(trainer)
+            return
+        Trainer.train(trainer)
+        _, first, second, third = weights.snapshots
+        assert torch.equal(second["lm_head.weight"], first["lm_head.weight"])
+        assert not torch.equal(third["lm_head.weight"], second["lm_head.weight"])
+        assert trainer.accelerator.scaler.get_scale() == scale / 2
+        skipped = [entry["perf/skipped_steps_frac"] for entry in trainer.state.log_history if "loss" in entry]
+        assert skipped == [0.0, 1.0, 0.0]
+
     def test_a_finite_gradient_passes_through(self, tmp_path):
         trainer = make_trainer((1, 1, 8), tmp_path)
         gradient, _ = step_gradient(trainer, (1, 1, 8), ragged_rollouts())

@@ -14,9 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+import vllm.distributed.device_communicators.pynccl_wrapper as pynccl_wrapper
 from hypothesis import given
 from hypothesis import strategies as st
-from transport_contract import DEADLINE_S, SHORT_S, SLACK_S, SPECS, TransportContract, fill, listening_ports
+from nccl_stand_in import GlooCommunicator, StandInTransport
+from transport_contract import (
+    DEADLINE_S,
+    SHORT_S,
+    SLACK_S,
+    SPECS,
+    ReportingTransportContract,
+    TransportContract,
+    fill,
+    listening_ports,
+)
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
@@ -26,9 +37,9 @@ from trl_atropos.serving import plugin
 from trl_atropos.weight_sync.base import PolicyLayout, TensorSpec
 from trl_atropos.weight_sync.transports.backends import BACKENDS
 from trl_atropos.weight_sync.transports.choose import make_transport
-from trl_atropos.weight_sync.transports.collective import Cancelled, Collective
+from trl_atropos.weight_sync.transports.collective import SAY_S, Cancelled, Collective
 from trl_atropos.weight_sync.transports.gloo import GlooTransport, cut_chunks
-from trl_atropos.weight_sync.transports.nccl import NcclTransport
+from trl_atropos.weight_sync.transports.nccl import NcclTransport, in_packed_order
 from trl_atropos.weight_sync.transports.rendezvous import bind, local_address_towards, server_host
 from trl_atropos.weight_sync.transports.reports import WorkerReport, checksum, view_tensor
 from trl_atropos.weight_sync.transports.shm import SharedMemoryTransport
@@ -38,7 +49,7 @@ def new_chunked_transport(timeout_s: float) -> GlooTransport:
     return GlooTransport(timeout_s, chunk_bytes=100)
 
 
-class TestSharedMemory(TransportContract):
+class TestSharedMemory(ReportingTransportContract):
     engine = "trl_atropos.weight_sync.transports.shm_engine:SharedMemoryEngine"
 
     @pytest.fixture
@@ -62,7 +73,7 @@ class TestSharedMemory(TransportContract):
         assert server.received() == [{}]
 
 
-class TestGloo(TransportContract):
+class TestGloo(ReportingTransportContract):
     engine = "trl_atropos.weight_sync.transports.gloo_engine:GlooEngine"
 
     @pytest.fixture
@@ -139,7 +150,7 @@ class TestGloo(TransportContract):
         transport.close()
 
 
-class TestGlooInManyChunks(TransportContract):
+class TestGlooInManyChunks(ReportingTransportContract):
     engine = "trl_atropos.weight_sync.transports.gloo_engine:GlooEngine"
 
     @pytest.fixture
@@ -208,6 +219,12 @@ class TestRendezvous:
     def test_loopback_faces_loopback(self, host):
         assert local_address_towards(host) in {"127.0.0.1", "::1"}
 
+    def test_a_name_with_both_kinds_of_address_is_met_at_the_older(self, monkeypatch):
+        found = socket.getaddrinfo
+        rows = [*found("::1", 9, type=socket.SOCK_DGRAM), *found("127.0.0.1", 9, type=socket.SOCK_DGRAM)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: rows)
+        assert local_address_towards("localhost") == "127.0.0.1"
+
     def test_an_unknown_host_is_named(self):
         with pytest.raises(WeightSyncError, match=r"no route to no-such-host\.invalid"):
             local_address_towards("no-such-host.invalid")
@@ -227,7 +244,7 @@ class TestRendezvous:
 
 class TestCollective:
     def run(self, function: Callable[[threading.Event], Any], request: Callable[[], None], **options: Any) -> Any:
-        settings = {"timeout_s": 0.3, "can_be_ended": True, **options}
+        settings = {"timeout_s": 0.3, **options}
         return Collective("test broadcast", function, **settings).run_beside(request)
 
     def test_the_value_of_the_collective_is_returned(self):
@@ -237,8 +254,9 @@ class TestCollective:
             lambda: threads.append(threading.current_thread()),
         )
         assert value == 3
-        assert threading.current_thread() in threads
-        assert all(thread.daemon for thread in threads if thread is not threading.current_thread())
+        assert len(threads) == 2
+        # The calling thread waits for both, open to Ctrl-C.
+        assert all(thread.daemon for thread in threads)
 
     def test_the_error_of_the_request_wins(self):
         def request() -> None:
@@ -265,6 +283,17 @@ class TestCollective:
             self.run(collective, request, timeout_s=10.0)
         assert ended.is_set()
 
+    def test_a_failed_request_ends_the_collective_from_outside(self):
+        release = threading.Event()
+
+        def request() -> None:
+            raise VLLMServerError("The server answers 500.", "Why.", "Fix.")
+
+        start = time.monotonic()
+        with pytest.raises(VLLMServerError):
+            self.run(lambda _: release.wait(30), request, timeout_s=20.0, end=release.set)
+        assert time.monotonic() - start < SLACK_S
+
     def test_a_failed_request_does_not_wait_for_what_cannot_be_ended(self):
         release = threading.Event()
 
@@ -273,9 +302,33 @@ class TestCollective:
 
         start = time.monotonic()
         with pytest.raises(VLLMServerError):
-            self.run(lambda _: release.wait(30), request, timeout_s=20.0, can_be_ended=False)
+            self.run(lambda _: release.wait(30), request, timeout_s=20.0, end_s=0.0)
         assert time.monotonic() - start < SLACK_S
         release.set()
+
+    def test_a_collective_that_fails_does_not_wait_for_the_request(self):
+        release = threading.Event()
+
+        def collective(is_cancelled: threading.Event) -> None:
+            raise ImportError("No module named 'vllm'")
+
+        start = time.monotonic()
+        with pytest.raises(WeightSyncError, match="test broadcast failed: ImportError: No module named 'vllm'"):
+            self.run(collective, lambda: release.wait(30) and None, timeout_s=20.0)
+        assert time.monotonic() - start < SAY_S + SLACK_S
+        release.set()
+
+    def test_the_request_may_say_why_the_collective_failed(self, caplog):
+        def collective(is_cancelled: threading.Event) -> None:
+            raise RuntimeError("connection closed by peer")
+
+        def request() -> None:
+            time.sleep(0.1)
+            raise VLLMServerError("The server answers 500.", "Why.", "Fix.")
+
+        with pytest.raises(VLLMServerError, match="answers 500"):
+            self.run(collective, request)
+        assert "ended with RuntimeError: connection closed by peer" in caplog.text
 
     def test_the_error_of_the_collective_has_three_sentences(self):
         def collective(is_cancelled: threading.Event) -> None:
@@ -300,28 +353,29 @@ class FakeGroup:
         self.group = self
         self.store: object | None = object()
         self.socket: object | None = object()
+        self.is_destroyed = False
+
+    def destroy(self) -> None:
+        self.is_destroyed = True
 
 
-class OffDevice(NcclTransport):
-    """The NCCL transport without what touches a device."""
+class OffDevice(StandInTransport):
+    """Without anybody on the other side."""
 
     def __init__(self, error: Exception | None = None, **options: Any):
-        super().__init__(torch.device("cuda"), 5.0, **options)
+        super().__init__(5.0, **options)
         self.error = error
         self.joined: dict[str, Any] = {}
         self.sent: list[str] = []
 
-    def _allocate(self, num_bytes: int) -> torch.Tensor:
-        return torch.zeros(num_bytes, dtype=torch.uint8)
-
-    def _join(self, init_info: dict[str, Any]) -> FakeGroup:
+    def _join(self, init_info: dict[str, Any], listener: socket.socket) -> FakeGroup:
+        listener.close()
         self.joined = init_info
         return FakeGroup()
 
     def _broadcast(self, specs: Any) -> None:
         if self.error is not None:
             raise self.error
-        self.device = torch.device("cpu")
         self.sent = [name for name, _ in self.tensors_on_device(specs)]
 
 
@@ -353,6 +407,16 @@ class StockServer:
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.calls.append("update")
         self.update_info = update_info
+
+
+class TestNcclOverGloo(TransportContract):
+    """vLLM's own engine and ours, with gloo in the place of libnccl (nccl_stand_in.py)."""
+
+    engine = "nccl_stand_in:StandInEngine"
+
+    @pytest.fixture
+    def new_transport(self):
+        return StandInTransport
 
 
 class TestNccl:
@@ -402,6 +466,15 @@ class TestNccl:
         assert server.update_info["names"] == transport.sent == [spec.name for spec in SPECS[1:]]
         assert report.num_bytes == sum(spec.num_bytes for spec in SPECS[1:])
 
+    def test_larger_elements_come_first_where_the_own_order_would_cut_one(self):
+        # 70 bytes of bfloat16, then float32: vLLM cannot view the second.
+        assert [spec.dtype.itemsize for spec in SPECS] == [2, 4, 2, 4, 2]
+        assert [spec.name for spec in in_packed_order(SPECS)] == [
+            *("layers.0.bias", "layers.1.scale"),
+            *("layers.0.weight", "layers.1.weight", "layers.2.weight"),
+        ]
+        assert in_packed_order(SPECS[1:]) == SPECS[1:]
+
     def test_an_error_of_the_broadcast_is_read(self):
         server, layout = StockServer(), PolicyLayout(SPECS)
         transport = OffDevice(error=RuntimeError("unhandled cuda error"))
@@ -409,13 +482,35 @@ class TestNccl:
         with pytest.raises(WeightSyncError, match="NCCL broadcast failed: RuntimeError: unhandled cuda error"):
             transport.send(layout.specs)
 
-    def test_closing_lets_go_of_the_port(self):
+    def test_closing_ends_the_communicator_and_lets_go_of_the_port(self):
         transport = OffDevice()
         transport.open(StockServer(), PolicyLayout(SPECS))
         group = transport._group
         transport.close()
         transport.close()
+        assert group.is_destroyed
         assert (group.store, group.socket) == (None, None)
+
+    def test_a_missing_library_is_named_before_the_server_hears_of_it(self, monkeypatch):
+        def is_missing() -> None:
+            raise OSError("libnccl.so.2: cannot open shared object file")
+
+        server, transport = StockServer(), OffDevice()
+        monkeypatch.setattr(pynccl_wrapper, "NCCLLibrary", is_missing)
+        with pytest.raises(WeightSyncError, match=r"cannot use NCCL: OSError: libnccl\.so\.2") as caught:
+            transport.open(server, PolicyLayout(SPECS))
+        assert "VLLM_NCCL_SO_PATH" in caught.value.fix
+        assert server.calls == []
+
+    def test_a_communicator_that_has_switched_itself_off_is_an_error(self, monkeypatch):
+        monkeypatch.setattr(GlooCommunicator, "disabled", True, raising=False)
+        monkeypatch.setattr(
+            GlooCommunicator, "__init__", lambda self, group, device: setattr(self, "available", False)
+        )
+        server = StockServer()
+        server.get_world_size = lambda: 0
+        with pytest.raises(WeightSyncError, match="communicator has switched itself off"):
+            StandInTransport(5.0).open(server, PolicyLayout(SPECS))
 
 
 class TestChoice:

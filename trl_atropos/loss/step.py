@@ -123,6 +123,23 @@ def _num_with_teacher(batch: dict[str, Any]) -> int:
     return int((batch["teacher_logprobs"] > -torch.inf).any(dim=-1).sum())
 
 
+MIN_LOSS_SCALE = 1.0
+"""Scale of the loss in float16 down to which a gradient that is not finite is an overflow: below, nothing was gained."""
+
+
+def is_overflow(grad_norm: Tensor | float | None, loss_scale: float | None) -> bool:
+    """Whether a gradient is not finite because the loss was scaled up too far for float16.
+
+    A scaler finds the largest scale by going beyond it: it then leaves the optimizer step out and halves the scale.
+
+    `grad_norm` is that over all parameters and ranks, None if nobody computed it, and `loss_scale` the factor of the
+    loss, None without a scaler.
+    """
+    if grad_norm is None or loss_scale is None:
+        return False
+    return loss_scale > MIN_LOSS_SCALE and not math.isfinite(float(grad_norm))
+
+
 def check_grad_norm(step: int, grad_norm: Tensor | float | None) -> None:
     """Refuse a gradient with a norm that is not finite.
 
@@ -137,7 +154,7 @@ def check_grad_norm(step: int, grad_norm: Tensor | float | None) -> None:
             f"The gradient norm of step {step} is {float(grad_norm)}.",
             "The optimizer step was not taken: the model and the server hold the last good policy.",
             "Resume from the last checkpoint with a smaller --learning_rate, or set --max_grad_norm; in half "
-            "precision load the model in float32 (--dtype float32).",
+            "precision load the model in float32 (--dtype float32), and take --bf16 for --fp16.",
         )
 
 

@@ -134,6 +134,10 @@ METRICS: dict[str, str] = {
         "Uploads to the Hub that failed since the start. Count. Above 0: the log has the command that repeats them."
     ),
     "perf/has_layout_fallback": "1 if forward passes are not made in the best way, 0 else; the log says why.",
+    "perf/skipped_steps_frac": (
+        "Fraction of steps that the float16 loss scaler left out because the gradient overflowed, 0 to 1. Above 0 after the "
+        "first steps: train with bf16."
+    ),
     "perf/weight_sync_s": "Wall time of the publish, in seconds. Large against step_time: publish less often.",
     "perf/weight_sync_fraction": "Share of the time since the last publish that the publish took, 0 to 1. Large: publish less often.",
     "perf/weight_sync_gather_s": "Part of the publish that gathers sharded weights over ranks, in seconds.",

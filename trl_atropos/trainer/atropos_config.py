@@ -25,7 +25,7 @@ class AtroposConfig(DataOptions, PolicyOptions, StepOptions, WeightSyncOptions, 
     Only the options specific to this trainer are listed by `--help` under their own names; the others are those of
     [`~transformers.TrainingArguments`], of which these defaults differ: `logging_steps` 1, `learning_rate` 1e-6,
     `lr_scheduler_type` constant, `gradient_checkpointing` True, `bf16` True on a GPU, `max_steps` 1000,
-    `num_train_epochs` 1, `ignore_data_skip` True, `logging_nan_inf_filter` False, `report_to` auto.
+    `num_train_epochs` 1, `ddp_find_unused_parameters` False, `ignore_data_skip` True, `logging_nan_inf_filter` False, `report_to` auto.
 
     Raises:
         `ValueError`: at construction, if options contradict each other; the message names both.
@@ -53,6 +53,13 @@ class AtroposConfig(DataOptions, PolicyOptions, StepOptions, WeightSyncOptions, 
     )
     num_train_epochs: PositiveFloat = field(
         default=1.0, metadata={"help": "Passes over `data_path`. Not used with a live API."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={
+            "help": "With DDP, search each step for parameters without a gradient. There are none: every parameter that is "
+            "trained takes part in every micro-batch."
+        },
     )
     ignore_data_skip: bool = field(
         default=True, metadata={"help": "Always True: a live stream cannot be replayed by skipping batches."}

@@ -34,7 +34,7 @@ from ..data.micro_batches import Dealer, RolloutCollator
 from ..distributed import is_distributed, run_on_main_process, without_gradient_sync
 from ..loss.losses import LossFunction, LossInputs, make_loss_function
 from ..loss.metrics import MetricAccumulator, mean_of
-from ..loss.step import LossWatch, check_grad_norm, distillation_loss, prepare_step
+from ..loss.step import LossWatch, check_grad_norm, distillation_loss, is_overflow, prepare_step
 from ..loss.weighted_sft import weighted_sft_loss_of_model
 from ..policy.forward import PolicyForward, make_forward
 from ..policy.load import eos_token_ids, prepare_policy, use_sparse_embedding_gradient
@@ -183,7 +183,7 @@ class AtroposTrainer(HubUploads):
             [`TrlAtroposError`]: before the first step if API, server, data and model do not fit together; later if the data
                 or a publish fails. The server is left paused if it does not hold a complete policy.
         """
-        check_launch(self.accelerator)
+        check_launch(self.accelerator, self.args.n_gpu)
         checkpoint, state = run_on_main_process(lambda: find_checkpoint(self.args.output_dir, resume_from_checkpoint))
         # Another run may wrap the model in another way, and takes other data.
         self._forward, self._data = None, None
@@ -429,6 +429,12 @@ class AtroposTrainer(HubUploads):
         # The last call before optimizer.step(): beyond it one NaN is in every weight and in the optimizer's state.
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._loss_watch.check(self.state.global_step + 1, self.args.device)
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            is_skipped = is_overflow(grad_norm, scaler.get_scale())
+            self._metrics.update({"perf/skipped_steps_frac": mean_of(is_skipped)})
+            if is_skipped:
+                return grad_norm
         check_grad_norm(self.state.global_step + 1, grad_norm)
         return grad_norm
 

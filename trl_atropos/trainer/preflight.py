@@ -52,13 +52,22 @@ class ServerFacts:
     knows_policy_versions: bool
 
 
-def check_launch(accelerator: Accelerator) -> None:
-    """Check that accelerate knows of all processes.
+def check_launch(accelerator: Accelerator, num_gpus: int) -> None:
+    """Check that accelerate knows of all processes, and that each has one of the GPUs at most.
+
+    `num_gpus` is how many GPUs transformers would spread the model of this process over.
 
     Raises:
-        [`PreflightError`]: accelerate counts others, so that gradients would be summed over ranks that the loss does not
-            count.
+        [`PreflightError`]: accelerate counts other processes, so that gradients would be summed over ranks that the loss
+            does not count; or transformers would wrap the model in `nn.DataParallel`, whose replicas share the head.
     """
+    if num_gpus > 1:
+        raise PreflightError(
+            f"This process sees {num_gpus} GPUs, and would train on all of them with nn.DataParallel.",
+            "Its replicas run in threads that share the output head, whose inputs are taken apart here.",
+            f"Start a process for each with `accelerate launch --num_processes {num_gpus}`, or show it one: "
+            "CUDA_VISIBLE_DEVICES=0.",
+        )
     num_ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if num_ranks != accelerator.num_processes:
         raise PreflightError(

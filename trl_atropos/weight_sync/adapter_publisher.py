@@ -86,7 +86,7 @@ class AdapterPublisher:
         else:
             link.check_version()
         if link.options.vllm_enable_sleep_mode:
-            link.client.wake_up()
+            link.wake_up()
         link.phase_s = self._transfer.load(link.client, saved)
         link.phase_s["transfer"] = link.phase_s["load"]
         if link.client.is_paused():

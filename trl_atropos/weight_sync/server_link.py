@@ -147,7 +147,7 @@ class ServerLink:
             if self.options.vllm_enable_sleep_mode:
                 # Only the weights: what the publish replaces. vLLM resumes by itself once everything is awake; if the
                 # cache was awake already, the pause below ends that.
-                self.client.wake_up(["weights"])
+                self.wake_up(["weights"])
             self.client.pause(clear_cache=not self.options.vllm_keep_kv_cache)
         self.is_paused = True
 
@@ -172,7 +172,7 @@ class ServerLink:
         self.is_paused = False
         with self._phase("resume", "resuming"):
             if self.options.vllm_enable_sleep_mode:
-                self.client.wake_up(["kv_cache"])
+                self.wake_up(["kv_cache"])
             self.client.resume()
 
     def verify(self, version: int, expected: ProbeReference | None) -> ProbeResult | None:
@@ -197,6 +197,11 @@ class ServerLink:
         self.version = version
         self.state = "idle"
         return result
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Have the server take its device memory again: all, or what the tags name. The trainer holds none in reserve."""
+        torch.cuda.empty_cache()
+        self.client.wake_up(tags)
 
     def sleep(self) -> None:
         """Give the server's device memory back until the next publish. Requests in flight are kept."""

@@ -15,7 +15,7 @@ from trl_atropos.errors import NonFiniteGradientError
 from trl_atropos.loss.loss_types import AGGREGATIONS
 from trl_atropos.loss.metrics import Metric, MetricAccumulator
 from trl_atropos.loss.options import StepOptions
-from trl_atropos.loss.step import LossWatch, prepare_step, teacher_cross_entropy
+from trl_atropos.loss.step import LossWatch, is_overflow, prepare_step, teacher_cross_entropy
 from trl_atropos.report.metric_help import METRICS
 from trl_atropos.types import Rollout, RolloutOrigin
 
@@ -320,3 +320,18 @@ class TestLossWatch:
         watch.add(["a"], parameter * 2)
         ((_, is_finite),) = watch._seen
         assert not is_finite.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("grad_norm", "loss_scale", "expected"),
+    [
+        (math.inf, 65536.0, True),
+        (math.nan, 2.0, True),
+        (math.inf, 1.0, False),
+        (math.inf, None, False),
+        (3.0, 65536.0, False),
+        (None, 65536.0, False),
+    ],
+)
+def test_a_gradient_that_is_not_finite_is_an_overflow_while_its_scale_can_be_halved(grad_norm, loss_scale, expected):
+    assert is_overflow(grad_norm, loss_scale) is expected

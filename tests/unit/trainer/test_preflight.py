@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_models import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_atropos.errors import PreflightError, WeightSyncError
 from trl_atropos.trainer.atropos_config import AtroposConfig
-from trl_atropos.trainer.preflight import ServerFacts, inspect_run, inspect_server, trainer_side
+from trl_atropos.trainer.preflight import ServerFacts, check_launch, inspect_run, inspect_server, trainer_side
 from trl_atropos.weight_sync.client import AtroposVLLMClient
 
 
@@ -268,3 +269,16 @@ class TestWarnings:
         vllm_config(answers)["model_config"]["max_model_len"] = MAX_LENGTH + 1
         assert inspect(answers) == GOOD_FACTS
         assert [f"up to {MAX_LENGTH + 1} tokens" in message for message in caplog.messages] == [True]
+
+
+class TestLaunch:
+    @pytest.mark.parametrize("num_gpus", [0, 1])
+    def test_a_process_with_one_device_is_accepted(self, num_gpus):
+        check_launch(Accelerator(cpu=True), num_gpus)
+
+    def test_a_process_that_would_spread_over_gpus_is_refused(self):
+        with pytest.raises(
+            PreflightError, match=r"sees 4 GPUs, and would train on all of them with nn\.DataParallel"
+        ) as caught:
+            check_launch(Accelerator(cpu=True), 4)
+        assert "accelerate launch --num_processes 4" in caught.value.fix

@@ -184,7 +184,6 @@ class GlooTransport:
             "gloo rendezvous",
             lambda is_cancelled: self._join(host, is_cancelled),
             timeout_s=self.timeout_s,
-            can_be_ended=True,
         )
         try:
             rendezvous.run_beside(lambda: client.init_weight_transfer_engine(init_info))
@@ -218,7 +217,6 @@ class GlooTransport:
             "gloo broadcast",
             lambda is_cancelled: self._broadcast(chunks, is_cancelled),
             timeout_s=self.timeout_s,
-            can_be_ended=True,
         )
         broadcast.run_beside(lambda: client.update_weights(update_info))
         sent = expected_report(self._sequence, specs, sum(checksums) % CHECKSUM_MODULUS)

@@ -7,6 +7,8 @@ follows TRL's `WeightTransferClient` and vLLM's `NCCLTrainerWeightTransferEngine
 from __future__ import annotations
 
 import logging
+import math
+import socket
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +33,16 @@ RANK_OFFSET = 1
 PACKED_BUFFER_BYTES = 256 * 2**20
 PACKED_NUM_BUFFERS = 2
 
+ABORT_S = 10.0
+"""Seconds that an aborted broadcast is waited for; vLLM gives the abort itself five."""
+
 
 class NcclTransport:
     """`WeightTransport` for a server with `--weight-transfer-config '{"backend": "nccl"}'`, TRL's default.
 
-    HTTP requests run on the calling thread, under their deadline. What NCCL does runs on daemon threads whose errors
-    are read: nothing can interrupt it, so after a failed request such a thread stays until the process ends.
+    What NCCL does runs beside the request that makes the workers join, and the first that fails ends both. A broadcast is
+    ended by aborting its communicator; a rendezvous, in which NCCL may wait for a worker, ends by itself or with the
+    process.
 
     A stock server sends no reports: that it loaded every tensor is only proven by the publisher's logprob probe.
 
@@ -64,14 +70,14 @@ class NcclTransport:
                 "NCCL moves data between CUDA devices only.",
                 """Start the server with --weight-transfer-config '{"backend": "trl_atropos_shm"}' (same host).""",
             )
+        # Before the server is asked for anything: it would wait for a trainer that cannot come.
+        self._check_libraries()
         disconnect(client)
         host = self.host or local_address_towards(server_host(client.base_url))
-        # vLLM binds the port itself: this one is given back and taken again a moment later.
-        with bind(host, self.port) as probe:
-            port = probe.getsockname()[1]
+        listener = bind(host, self.port)
         init_info = {
             "master_address": host,
-            "master_port": port,
+            "master_port": listener.getsockname()[1],
             "rank_offset": RANK_OFFSET,
             "world_size": client.get_world_size() + RANK_OFFSET,
             "packed": True,
@@ -79,7 +85,11 @@ class NcclTransport:
             "packed_num_buffers": PACKED_NUM_BUFFERS,
         }
         rendezvous = Collective(
-            "NCCL rendezvous", lambda _: self._join(init_info), timeout_s=self.timeout_s, can_be_ended=False
+            "NCCL rendezvous",
+            lambda _: self._join(init_info, listener),
+            timeout_s=self.timeout_s,
+            end=listener.close,
+            end_s=0.0,
         )
         self._group = rendezvous.run_beside(lambda: client.init_weight_transfer_engine(init_info))
         self._client = client
@@ -93,8 +103,13 @@ class NcclTransport:
         if self._client is None or self._layout is None or self._memory is None:
             raise RuntimeError("The transport is not open: call open() first.")
         client = self._client
+        specs = in_packed_order(specs)
         broadcast = Collective(
-            "NCCL broadcast", lambda _: self._broadcast(specs), timeout_s=self.timeout_s, can_be_ended=False
+            "NCCL broadcast",
+            lambda _: self._broadcast(specs),
+            timeout_s=self.timeout_s,
+            end=self._leave,
+            end_s=ABORT_S,
         )
         broadcast.run_beside(lambda: client.update_weights(describe_tensors(specs)))
         return TransferReport(sum(spec.num_bytes for spec in specs), load_s=0.0)
@@ -103,27 +118,68 @@ class NcclTransport:
         """Leave the group. See `WeightTransport.close`."""
         self._client = None
         self._layout = None
-        if self._group is not None:
-            # Destroying the communicator waits for the other side; without store and socket it lets go of the port.
-            self._group.group.store = None
-            self._group.group.socket = None
-            self._group = None
+        self._leave()
+
+    def _leave(self) -> None:
+        """Abort the communicator, also while it waits for a worker, and let go of the port."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.destroy()
+            group.group.store = None
+            group.group.socket = None
 
     def _allocate(self, num_bytes: int) -> torch.Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def _join(self, init_info: dict[str, Any]) -> Any:
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+    def _check_libraries(self) -> None:
+        """Refuse to go on without the libraries that the rendezvous needs, which would only say so in a log."""
+        try:
+            from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 
+            NCCLLibrary()
+        except (ImportError, OSError) as exc:
+            raise WeightSyncError(
+                f"The trainer cannot use NCCL: {type(exc).__name__}: {exc}.",
+                "It meets the workers through vLLM's own code, and libnccl.",
+                "Install vllm beside the trainer (pip install trl-atropos[vllm]), or name the library with "
+                """VLLM_NCCL_SO_PATH; on one host --weight-transfer-config '{"backend": "trl_atropos_shm"}' needs neither.""",
+            ) from exc
+
+    def _join(self, init_info: dict[str, Any], listener: socket.socket) -> Any:
+        """Meet the workers, as vLLM's `trainer_init` does, on a port that is ours already."""
+        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+        from vllm.distributed.utils import StatelessProcessGroup
+        from vllm.utils.nccl import unpinned_nccl_env
+
+        self._use_device()
+        group = StatelessProcessGroup.create(
+            init_info["master_address"],
+            init_info["master_port"],
+            rank=0,
+            world_size=init_info["world_size"],
+            store_timeout=math.ceil(self.timeout_s),
+            listen_socket=listener,
+        )
+        with unpinned_nccl_env():
+            communicator = PyNcclCommunicator(group, device=self.device)
+        if communicator.disabled or not communicator.available:
+            raise WeightSyncError(
+                "vLLM's communicator has switched itself off.",
+                "VLLM_DISABLE_PYNCCL is set, or libnccl could not be loaded.",
+                "Unset VLLM_DISABLE_PYNCCL; the trainer's log says which library was tried.",
+            )
+        return communicator
+
+    def _use_device(self) -> None:
+        # A thread begins with device 0.
         torch.cuda.set_device(self.device)
-        return trainer_init(init_info)
 
     def _broadcast(self, specs: Sequence[TensorSpec]) -> None:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
-        torch.cuda.set_device(self.device)
-        # The packing runs on streams of its own, which do not wait for the one that staged the policy.
-        torch.cuda.synchronize(self.device)
+        self._use_device()
+        # Staging has waited for its copies, so that the streams of the packing need not: to wait for the whole device
+        # would be to wait for a broadcast that a dead worker left behind.
         packed_nccl_broadcast_producer(
             iterator=self.tensors_on_device(specs),
             group=self._group,
@@ -138,6 +194,20 @@ class NcclTransport:
         assert self._memory is not None and self._layout is not None
         for spec in specs:
             yield spec.name, self._layout.view(self._memory, spec).to(self.device, non_blocking=True)
+
+
+def in_packed_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """Tensors in an order in which vLLM can unpack them: their own, or that of the size of their elements.
+
+    vLLM packs them without a gap and views each at its dtype, which fails where a bfloat16 tensor of odd size stands
+    before a float32 one. With larger elements first no tensor begins between two of its elements.
+    """
+    start = 0
+    for spec in specs:
+        if start % spec.dtype.itemsize:
+            return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+        start += spec.num_bytes
+    return list(specs)
 
 
 def disconnect(client: VLLMControl) -> None:

@@ -16,8 +16,10 @@ def local_address_towards(host: str) -> str:
         [`WeightSyncError`]: if the host is unknown or cannot be reached.
     """
     try:
-        # Nothing is sent: connecting a datagram socket only chooses the route. Any port will do.
-        family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        # Nothing is sent: connecting a datagram socket only chooses the route. Any port will do. IPv4 first, where a
+        # name has both: vLLM's workers meet nobody at ::1.
+        found = sorted(socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM), key=lambda row: row[0] != socket.AF_INET)
+        family, kind, protocol, _, address = found[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(address)
             own: str = probe.getsockname()[0]
