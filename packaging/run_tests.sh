@@ -10,7 +10,8 @@ case $part in
     # They wait a lot, so that there is one process more than cores.
     unit) directories=(tests/unit) distribution=worksteal workers=$((cores < 7 ? cores + 1 : 8)) ;;
     # A file stays in one process, because its tests share a server that takes half a minute to start.
-    rest) directories=(tests/process tests/protocol tests/invariant tests/e2e) distribution=loadfile workers=2 ;;
+    # They wait for a third of their time, so that there are three on two cores.
+    rest) directories=(tests/process tests/protocol tests/invariant tests/e2e) distribution=loadfile workers=3 ;;
     *) echo "run_tests: $part is neither unit nor rest." >&2 && exit 2 ;;
 esac
 

@@ -29,6 +29,8 @@ def run_launcher(
             # Not those of a launcher above this one.
             **{name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")},
             "OMP_NUM_THREADS": "1",
+            # What the threads of a process did that a library has aborted.
+            "PYTHONFAULTHANDLER": "1",
             "GLOO_SOCKET_IFNAME": "lo",
             "CUDA_VISIBLE_DEVICES": "",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
