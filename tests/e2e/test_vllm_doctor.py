@@ -76,7 +76,7 @@ def test_preflight_of_a_run_that_fits_has_no_warning(
     assert code == 0
     # They are in a launch file.
     assert {name for name, level in levels.items() if level != "ok"} == {"gpu_separation", "environment_tokenizer"}
-    assert levels["api"] == levels["vllm"] == levels["vocabulary_size"] == levels["chat_template"] == "ok"
+    assert levels["api"] == levels["vllm"] == levels["model_config"] == levels["chat_template"] == "ok"
 
 
 def test_preflight_finds_another_tokenizer_and_template_at_the_server(

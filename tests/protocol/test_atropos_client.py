@@ -476,3 +476,12 @@ def test_a_long_answer_is_shortened_in_the_message():
 def test_something_that_is_no_url_is_found_before_any_request(url):
     with pytest.raises(PreflightError, match="The URL of the Atropos API is"):
         AtroposClient(url)
+
+
+def test_an_api_on_this_machine_is_not_asked_through_a_proxy(api, monkeypatch):
+    # Port 9: nobody listens there.
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    AtroposClient(api.base_url, connect_timeout_s=2.0).wait_until_reachable(5.0)

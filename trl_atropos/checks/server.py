@@ -44,9 +44,8 @@ class ServerConfigFacts(TrainerSide):
     Each field but `url` and `served_name` may be [`~checks.finding.Unread`]. `backend` is that of weight transfer,
     None without one. `max_model_len` is the longest sequence that the server generates, in tokens. `served_name` is
     the path or id of its checkpoint, `served_model` has the fields of that checkpoint's config, and `dtype` is the one
-    that it serves in, by torch's name. `accepts_foreign_ids` is whether it takes the first token id beyond the
-    trainer's vocabulary, `has_lora` whether it was started with `--enable-lora`, `loads_adapters` whether
-    `VLLM_ALLOW_RUNTIME_LORA_UPDATING` is set. `served_chat_ids` are `chat_ids` as the server makes them.
+    that it serves in, by torch's name. `has_lora` is whether it was started with `--enable-lora`, `loads_adapters`
+    whether `VLLM_ALLOW_RUNTIME_LORA_UPDATING` is set. `served_chat_ids` are `chat_ids` as the server makes them.
     `segment_bytes` is the size of a policy in the server's dtype, and `free_shared_memory_bytes` what `/dev/shm` has
     left.
     """
@@ -61,7 +60,6 @@ class ServerConfigFacts(TrainerSide):
     served_name: str = field(kw_only=True)
     dtype: str | Unread = NOT_ASKED
     served_model: dict[str, Any] | Unread = NOT_ASKED
-    accepts_foreign_ids: bool | Unread = NOT_ASKED
     loads_adapters: bool | Unread = NOT_ASKED
     served_tokenizer: TokenizerFacts | Unread = NOT_ASKED
     served_chat_ids: tuple[int, ...] | Unread | None = NOT_ASKED
@@ -102,15 +100,6 @@ def _other_model(facts: ServerConfigFacts) -> str | None:
         if theirs.get(name) != value
     ]
     return f"The server at {facts.url} serves {facts.served_name} with {'; '.join(wrong)}." if wrong else None
-
-
-def _other_vocabulary(facts: ServerConfigFacts) -> str | None:
-    if not known(facts.accepts_foreign_ids):
-        return None
-    return (
-        f"The server at {facts.url} accepts token id {known(facts.model)['vocab_size']}, the trainer's vocabulary ends before "
-        "it."
-    )
 
 
 def _raw_logprobs(facts: ServerConfigFacts) -> str | None:
@@ -189,15 +178,6 @@ SERVER_CHECKS: tuple[Check[ServerConfigFacts], ...] = (
         SAME_MODEL,
         needs=("model", "served_model"),
         describe=lambda facts: ", ".join(f"{name} {value}" for name, value in known(facts.model).items()) + ".",
-    ),
-    Check(
-        "vocabulary_size",
-        "error",
-        _other_vocabulary,
-        "Rollouts could carry tokens that the trainer has no embedding for.",
-        SAME_MODEL,
-        needs=("model", "accepts_foreign_ids"),
-        describe=lambda facts: f"The server refuses token id {known(facts.model)['vocab_size']}.",
     ),
     Check(
         "tokenizer",

@@ -305,7 +305,6 @@ def _planned_server(launch: LaunchConfig, trainer: TrainerSide) -> ServerConfigF
         has_lora="enable_lora" in given,
         loads_adapters=bool({**os.environ, **launch.vllm_env}.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING")),
         served_model=config if isinstance(config, Unread) else describe_model(config),
-        accepts_foreign_ids=NOT_RUNNING,
         served_tokenizer=tokenizer if isinstance(tokenizer, Unread) else tokenizer_facts(tokenizer),
         served_chat_ids=NOT_RUNNING if has_template or isinstance(tokenizer, Unread) else chat_ids(tokenizer),
         segment_bytes=size,

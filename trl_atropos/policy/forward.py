@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import use_adapter
 
+from .load import REFERENCE_ADAPTER, keeping_what_is_trained
 from .plan import plan_forward
 from .scoring import ForwardPlan, PolicyScorer
 from .sequence_parallel import SequenceParallel, scaled_for
@@ -98,17 +100,16 @@ class ReferencePolicy:
     def logprobs(self, wrapped: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Logprobs (U,) in nats of the scored positions of a micro-batch.
 
-        The batch is as [`~policy.scoring.PolicyScorer`] takes it. `wrapped` is the wrapped policy; it runs without its
-        adapter if there is no copy.
+        The batch is as [`~policy.scoring.PolicyScorer`] takes it. `wrapped` is the wrapped policy; if there is no copy of
+        the model, it runs with the adapter `REFERENCE_ADAPTER`, or without any.
         """
         if self._wrapped_copy is not None:
             return self._scorer(self._wrapped_copy, batch)[0].logprobs
-        with self._without_adapter():
+        with keeping_what_is_trained(self._model), self._with_adapter_of_start():
             return self._scorer(wrapped, batch)[0].logprobs
 
-    def _without_adapter(self) -> AbstractContextManager[Any]:
-        # A second adapter of that name is TRL's way to give a reference that is not the base model.
-        name = "ref" if "ref" in self._model.peft_config else None
+    def _with_adapter_of_start(self) -> AbstractContextManager[Any]:
+        name = REFERENCE_ADAPTER if REFERENCE_ADAPTER in self._model.peft_config else None
         context: AbstractContextManager[Any] = use_adapter(self._model, adapter_name=name)
         return context
 
@@ -117,8 +118,12 @@ def _prepare(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     wrapped: nn.Module
     if accelerator.state.deepspeed_plugin is not None:
         wrapped = prepare_deepspeed(model, accelerator)
-    elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
-        wrapped = prepare_fsdp(model, accelerator)
+    elif (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
+        # As accelerate prepares the policy: where only rank 0 has loaded the weights, it sends them to the others, which
+        # TRL's `prepare_fsdp` does not.
+        wrapped = (
+            fsdp2_prepare_model(accelerator, model) if plugin.fsdp_version == 2 else prepare_fsdp(model, accelerator)
+        )
     else:
         wrapped = accelerator.prepare_model(model, evaluation_mode=True)
     return wrapped

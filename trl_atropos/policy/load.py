@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import PreflightError
 from .options import PolicyOptions
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
+
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_ADAPTER = "ref"
+"""Name of the adapter that gives the reference where the policy without an adapter does not; TRL's name."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +53,12 @@ def prepare_policy(
 ) -> PreparedPolicy:
     """Load what is given by name, add the adapter, switch dropout off, and copy the reference.
 
-    A policy with an adapter needs no copy: its reference is the policy without the adapter.
+    The reference is the policy that training starts from. With a fresh adapter that is the policy without it; with one
+    that was trained, or whose initialisation changes the base, the adapter is copied ([`add_reference_adapter`]).
 
     Raises:
-        ValueError: a copy is needed, and `sequence_parallel_size` (ranks that share a sequence) is above 1.
+        ValueError: nothing of the policy can be trained; or a copy of a whole model is needed, and
+            `sequence_parallel_size` (ranks that share a sequence) is above 1.
     """
     policy = load_model(model, options)
     if processing_class is None and getattr(policy.config, "_name_or_path", None):
@@ -55,6 +67,9 @@ def prepare_policy(
         )
     if peft_config is not None:
         policy = add_adapter(policy, peft_config)
+    check_trainable(policy)
+    if needs_reference and hasattr(policy, "peft_config"):
+        add_reference_adapter(policy)
     if options.disable_dropout:
         disable_dropout(policy)
     # Before the optimizer's first step: the copy must be of the starting policy.
@@ -68,7 +83,10 @@ def prepare_policy(
 
 
 def load_model(model: str | PreTrainedModel | nn.Module, options: PolicyOptions) -> PreTrainedModel:
-    """Return the policy: the instance itself, or the checkpoint loaded in float32 unless the options say otherwise."""
+    """Return the policy: the instance itself, or the checkpoint loaded in float32 unless the options say otherwise.
+
+    The directory or Hub id of an adapter gives its base model with the adapter, which is trained on.
+    """
     init_kwargs = options.model_init_kwargs or {}
     assert isinstance(init_kwargs, dict), "TrainingArguments parses the options that are dictionaries"
     if not isinstance(model, str):
@@ -81,6 +99,11 @@ def load_model(model: str | PreTrainedModel | nn.Module, options: PolicyOptions)
     kwargs = {"trust_remote_code": options.trust_remote_code, **init_kwargs}
     # A step at lr 1e-6 is below the resolution of bf16 weights: updates would be rounded away.
     kwargs.setdefault("dtype", torch.float32)
+    if find_adapter_config_file(model, revision=kwargs.get("revision")) is not None:
+        from peft import AutoPeftModelForCausalLM
+
+        # What transformers would load is frozen.
+        return AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **kwargs)
     return AutoModelForCausalLM.from_pretrained(model, **kwargs)
 
 
@@ -95,6 +118,95 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> nn.Module:
         )
     adapted: nn.Module = get_peft_model(model, peft_config)
     return adapted
+
+
+def check_trainable(policy: nn.Module) -> None:
+    """Refuse a policy of which nothing is trained, and warn about weights too coarse for small steps.
+
+    Raises:
+        ValueError: no parameter requires a gradient.
+    """
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    if not trained:
+        hint = "Load the adapter with `is_trainable=True`" if hasattr(policy, "peft_config") else "Set requires_grad"
+        raise ValueError(
+            f"No parameter of the policy ({type(policy).__name__}) requires a gradient. Every step would leave it as it is. "
+            f"{hint}, or pass the model by its path, which loads it trainable."
+        )
+    if deepspeed_config() is not None:
+        # It keeps weights in float32 of its own.
+        return
+    coarse = {parameter.dtype for parameter in trained if parameter.dtype in (torch.bfloat16, torch.float16)}
+    if coarse:
+        logger.warning(
+            f"Weights in {', '.join(sorted(map(str, coarse)))} are trained. A step at a learning rate of 1e-6 is below their "
+            "resolution, so most updates are rounded away. Load the model in float32 (the default where it is given by its "
+            "path, or --dtype float32); --bf16 then computes in bfloat16 all the same."
+        )
+
+
+def add_reference_adapter(model: PeftModel) -> None:
+    """Give a policy a frozen copy of its adapter, `REFERENCE_ADAPTER`, unless the policy without it is where it starts.
+
+    Raises:
+        ValueError: several adapters are active, which no single one stands for.
+    """
+    if REFERENCE_ADAPTER in model.peft_config or _starts_without_effect(model):
+        return
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    if len(model.active_adapters) != 1:
+        raise ValueError(
+            f"beta is not 0, and the adapters {model.active_adapters} are active. The reference needs a copy of where the "
+            "policy starts, which is made of one adapter. Merge all but one into the base, or set --beta 0."
+        )
+    (adapter,) = model.active_adapters
+    config = copy.deepcopy(model.peft_config[adapter])
+    config.inference_mode = True
+    if hasattr(config, "init_lora_weights"):
+        # Some initialisations take out of the base what they put into the adapter: that must not happen again.
+        config.init_lora_weights = False
+    weights = get_peft_model_state_dict(model, adapter_name=adapter)
+    before = set(model.parameters())
+    with keeping_what_is_trained(model):
+        model.add_adapter(REFERENCE_ADAPTER, config)
+        set_peft_model_state_dict(model, weights, adapter_name=REFERENCE_ADAPTER)
+        model.set_adapter(adapter)
+    for parameter in set(model.parameters()) - before:
+        parameter.requires_grad_(False)
+
+
+@contextmanager
+def keeping_what_is_trained(model: nn.Module) -> Iterator[None]:
+    """Afterwards, the parameters that a model has now require a gradient as they do now.
+
+    To activate an adapter, PEFT has all of it require one, also what was frozen by hand, and nothing of the others.
+    """
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, is_trained in trained:
+            parameter.requires_grad_(is_trained)
+
+
+def _starts_without_effect(model: PeftModel) -> bool:
+    """Whether a policy computes the same with its adapter as without: fresh LoRA, of which one factor is 0."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return False
+        if isinstance(module, BaseTunerLayer):
+            if not isinstance(module, LoraLayer):
+                return False
+            # Of a linear layer the second factor is 0 at first, of an embedding the first one.
+            factors = [*module.lora_B.parameters(), *module.lora_embedding_A.parameters()]
+            if any(bool(factor.any()) for factor in factors):
+                return False
+    return not any(config.is_prompt_learning for config in model.peft_config.values())
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -163,3 +275,13 @@ def eos_token_ids(model: nn.Module, processing_class: Any, *, is_required: bool)
             "Pass a processing_class with an eos_token, or set --mask_truncated_completions false.",
         )
     return found or None
+
+
+def padding_id(processing_class: Any, vocab_size: int) -> int:
+    """An id with which rows are padded, from 0 to `vocab_size` - 1: the tokenizer's, or 0.
+
+    Nothing attends to padding, so that any id will do that the embedding has; that of a tokenizer with more tokens than
+    the model has rows may not be one.
+    """
+    pad_token_id = getattr(processing_class, "pad_token_id", None)
+    return pad_token_id if pad_token_id is not None and 0 <= pad_token_id < vocab_size else 0

@@ -37,7 +37,7 @@ from ..loss.metrics import MetricAccumulator, mean_of
 from ..loss.step import LossWatch, check_grad_norm, distillation_loss, is_overflow, prepare_step
 from ..loss.weighted_sft import weighted_sft_loss_of_model
 from ..policy.forward import PolicyForward, make_forward
-from ..policy.load import eos_token_ids, prepare_policy, use_sparse_embedding_gradient
+from ..policy.load import eos_token_ids, padding_id, prepare_policy, use_sparse_embedding_gradient
 from ..policy.sequence_parallel import use_sequence_parallel
 from ..report.completions import make_completions_table
 from ..report.watching import Watching
@@ -161,7 +161,8 @@ class AtroposTrainer(HubUploads):
         self._clock = StepClock()
         self._sequence_parallel = use_sequence_parallel(self.accelerator)
         self._data_group = self._sequence_parallel.data_group if self._sequence_parallel else None
-        if self.accelerator.distributed_type == DistributedType.NO:
+        # A compiler knows no sparse gradient.
+        if self.accelerator.distributed_type == DistributedType.NO and not args.torch_compile:
             use_sparse_embedding_gradient(self.model)
         publish = None if args.data_path is not None else self.publish_policy
         self.add_callback(StepCallback(self._mark_trained, publish, args.weight_sync_steps))
@@ -324,7 +325,7 @@ class AtroposTrainer(HubUploads):
             layout=self._get_forward().scorer.plan.layout,
             temperature=self.args.temperature,
             applies_temperature=self._connection is None or self._connection.facts.has_processed_logprobs,
-            pad_token_id=getattr(self.processing_class, "pad_token_id", None) or 0,
+            pad_token_id=padding_id(self.processing_class, vocab_size_of(self.model)),
         )
 
     # Loss

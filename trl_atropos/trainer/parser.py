@@ -17,6 +17,10 @@ from .seed_options import translate_seed_options
 from .yaml_file import read_yaml
 
 
+STRATEGIES = {"eval_strategy", "logging_strategy", "save_strategy"}
+"""Options that take the word `no`, which YAML reads as false where it is not quoted."""
+
+
 class AtroposParser(TrlParser):
     """`TrlParser` for `--config FILE.yaml` and options on the command line, which win.
 
@@ -92,6 +96,9 @@ class AtroposParser(TrlParser):
         if lines and os.environ.get("RANK", "0") == "0":
             title = f"{path} has keys of an AtroposSFTTrainer file:"
             self._print_message("\n  ".join([title, *lines]) + "\n", sys.stderr)
+        for name in STRATEGIES & config.keys():
+            if config[name] is False:
+                config[name] = "no"
         return self.set_defaults_with_config(**config)
 
     def _refuse(self, where: str, name: str, prefix: str = "") -> None:

@@ -178,8 +178,9 @@ def as_server_facts(facts: ServerConfigFacts) -> ServerFacts:
 
 
 def read_server_config(client: AtroposVLLMClient, trainer: TrainerSide) -> ServerConfigFacts:
-    """Read what a server says of itself, and ask it for what it does not say. Changes nothing.
+    """Read what a server says of itself, and ask it for what it does not say.
 
+    Changes nothing, and asks for nothing that its engine would run: an id that an embedding does not have ends an engine.
     It is compared with `trainer`; what is not known there is not asked here.
 
     Raises:
@@ -207,7 +208,6 @@ def read_server_config(client: AtroposVLLMClient, trainer: TrainerSide) -> Serve
         max_model_len=served["max_model_len"],
         served_name=served["model"],
         served_model=served_model,
-        accepts_foreign_ids=_accepts_foreign_ids(client, trainer, served_model, has_tokenizer),
         knows_policy_versions=_knows_policy_versions(client),
         has_lora=info.get("lora_config") is not None,
         loads_adapters=has_adapters and bool(client.get_server_environment().get("VLLM_ALLOW_RUNTIME_LORA_UPDATING")),
@@ -233,26 +233,6 @@ def _read_model(name: str) -> dict[str, Any] | Unread:
         return describe_model(AutoConfig.from_pretrained(name))
     except (OSError, ValueError) as exc:
         return Unread(f"The config of the served model {name} cannot be read here ({type(exc).__name__}).")
-
-
-def _accepts_foreign_ids(
-    client: AtroposVLLMClient, trainer: TrainerSide, served_model: dict[str, Any] | Unread, has_tokenizer: bool
-) -> bool | Unread:
-    """Ask for the first id beyond the trainer's vocabulary: the server's config may be another than the one served."""
-    if isinstance(trainer.model, Unread):
-        return NOT_ASKED
-    if not has_tokenizer:
-        return Unread("The server does not check token ids, and its engine would end of a wrong one.")
-    if not isinstance(served_model, Unread) and served_model != trainer.model:
-        return Unread("The server has another model.")
-    body = {"model": client.model, "prompt": [trainer.model["vocab_size"]], "max_tokens": 1}
-    try:
-        client._post(f"{client.base_url}/v1/completions", json=body)
-    except VLLMServerError as exc:
-        if "out of vocabulary" in exc.detail:
-            return False
-        raise
-    return True
 
 
 def _served_chat_ids(client: AtroposVLLMClient, trainer: TrainerSide) -> tuple[int, ...] | Unread | None:

@@ -54,7 +54,8 @@ class VLLMControl(VLLMClient):
         request_timeout: float = 300.0,
         api_key: str | None = None,
     ):
-        base_url = base_url.rstrip("/")
+        # Environments are given the same address with the prefix of the OpenAI routes; the control routes have none.
+        base_url = base_url.rstrip("/").removesuffix("/v1")
         self._server_session = ServerSession(base_url, request_timeout, api_key)
         with _without_version_warnings():
             super().__init__(base_url=base_url, connection_timeout=connection_timeout)

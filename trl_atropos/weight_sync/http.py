@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import socket
 import threading
 from types import TracebackType
@@ -18,6 +17,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ReadTimeoutError
 
 from ..errors import PreflightError, VLLMServerError, VLLMServerUnreachable, WeightSyncError, WeightSyncTimeout
+from ..network import proxies_for
 from .transports.backends import MIDDLEWARE
 
 
@@ -65,7 +65,8 @@ class ServerSession(requests.Session):
         super().__init__()
         self.base_url = base_url
         self.timeout_s = timeout_s
-        self._proxies = {"no_proxy": host} if _is_this_machine(host := _checked_host(base_url)) else {}
+        _check_url(base_url)
+        self._proxies = proxies_for(base_url)
         # Without an `auth`, requests would take one from ~/.netrc, and put it in the place of the header.
         self.auth = _BearerAuth(_checked_key(api_key))
         self.headers["Connection"] = "close"
@@ -253,7 +254,7 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _checked_host(base_url: str) -> str:
+def _check_url(base_url: str) -> None:
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
         raise PreflightError(
@@ -261,7 +262,6 @@ def _checked_host(base_url: str) -> str:
             "It must have the form http://HOST:PORT or https://HOST:PORT, without a user name.",
             "Correct --vllm_server_base_url; credentials go into --vllm_api_key.",
         )
-    return parts.hostname
 
 
 def _checked_key(api_key: str | None) -> str | None:
@@ -272,16 +272,6 @@ def _checked_key(api_key: str | None) -> str | None:
             "Correct --vllm_api_key, or VLLM_API_KEY in the environment.",
         )
     return api_key
-
-
-def _is_this_machine(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return address.is_loopback or address.is_unspecified
 
 
 def _is_timeout(exc: requests.exceptions.RequestException) -> bool:

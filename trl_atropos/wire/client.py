@@ -27,6 +27,7 @@ from ..errors import (
     PreflightError,
     TrlAtroposError,
 )
+from ..network import proxies_for
 
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ class AtroposClient:
         self.connect_timeout_s = connect_timeout_s
         self.read_timeout_s = read_timeout_s
         self._session = requests.Session()  # its default adapters never retry
+        self._proxies = proxies_for(self.base_url)
         self._session.headers["Connection"] = "close"
 
     def __enter__(self) -> AtroposClient:
@@ -346,7 +348,12 @@ class AtroposClient:
             try:
                 # A redirect would send the request a second time.
                 response = self._session.request(
-                    method, self.base_url + path, json=json, timeout=timeout, allow_redirects=False
+                    method,
+                    self.base_url + path,
+                    json=json,
+                    timeout=timeout,
+                    allow_redirects=False,
+                    proxies=dict(self._proxies),
                 )
             finally:
                 # A kept connection that the server closes at the moment of the next request looks like a lost answer.

@@ -52,7 +52,6 @@ GOOD = ServerConfigFacts(
     served_name="m",
     model=MODEL,
     served_model=MODEL,
-    accepts_foreign_ids=False,
     tokenizer=TOKENIZER,
     served_tokenizer=TOKENIZER,
     chat_ids=(5, 6),
@@ -94,7 +93,6 @@ def test_what_fits_has_an_ok_line_for_every_check() -> None:
         ({"backend": "ipc", "device": "cuda"}, {"weight_transport": "error"}),
         ({"has_tokenizer": False}, {"server_tokenizer": "error"}),
         ({"served_model": {**MODEL, "vocab_size": 33}}, {"model_config": "error"}),
-        ({"accepts_foreign_ids": True}, {"vocabulary_size": "error"}),
         ({"served_tokenizer": replace(TOKENIZER, vocabulary="b" * 64)}, {"tokenizer": "error"}),
         ({"served_tokenizer": replace(TOKENIZER, special_ids=(1, 3))}, {"special_ids": "warning"}),
         ({"served_chat_ids": (5, 7)}, {"chat_template": "warning"}),
@@ -275,8 +273,8 @@ def test_launch_file_is_checked_before_anything_is_started(
     code, found = preflight(capsys, "-c", str(launch_file(tmp_path, model)))
     levels = {name: finding["level"] for name, finding in found.items()}
     assert code == 0
-    assert {name for name, level in levels.items() if level == "unknown"} == {"api", "vocabulary_size"}
-    assert {level for name, level in levels.items() if name not in ("api", "vocabulary_size")} == {"ok"}
+    assert {name for name, level in levels.items() if level == "unknown"} == {"api"}
+    assert {level for name, level in levels.items() if name != "api"} == {"ok"}
     assert not (tmp_path / "run").exists()
 
 

@@ -192,6 +192,14 @@ class TestFilesAndCommandLine:
         )
         assert args.max_steps == 3
 
+    @pytest.mark.parametrize("name", ["save_strategy", "logging_strategy", "eval_strategy"])
+    def test_a_strategy_may_be_a_plain_no(self, tmp_path, name):
+        path = tmp_path / "plain.yaml"
+        path.write_text(f"{name}: no\n")
+        assert yaml.safe_load(path.read_text()) == {name: False}
+        args, _ = parse(tmp_path, path)
+        assert getattr(args, name) == "no"
+
     def test_env_sets_environment_variables(self, tmp_path, monkeypatch):
         monkeypatch.setenv("ATROPOS_TEST_VARIABLE", "before")
         parse(tmp_path, {"env": {"ATROPOS_TEST_VARIABLE": 1}})

@@ -29,7 +29,6 @@ from trl_atropos.weight_sync.client import AtroposVLLMClient
 
 VOCAB_SIZE = 32
 MAX_LENGTH = 64
-REFUSED_ID = (400, {"error": {"message": f"Token id {VOCAB_SIZE} is out of vocabulary"}})
 GOOD_FACTS = ServerFacts("trl_atropos_shm", torch.bfloat16, has_processed_logprobs=True, knows_policy_versions=True)
 
 
@@ -85,7 +84,6 @@ def good_answers(model: Path) -> dict[str, tuple[int, Any]]:
         "/health": (200, {}),
         "/v1/models": (200, {"data": [{"id": "served"}]}),
         "/server_info": (200, {"vllm_config": info}),
-        "/v1/completions": REFUSED_ID,
         "/atropos/policy_versions": (200, {"policy_versions": []}),
     }
 
@@ -144,10 +142,17 @@ def test_server_that_fits_is_described_without_a_warning(answers, caplog):
     assert caplog.messages == []
 
 
-def test_first_id_beyond_the_vocabulary_is_asked_of_the_served_model(answers):
+def test_nothing_is_asked_that_an_engine_would_run(answers, tmp_path):
+    # vLLM takes every id of its tokenizer, also one that the embedding does not have, and its engine ends of that one.
+    model, tokenizer = LlamaForCausalLM(llama_config()), byte_tokenizer()
+    tokenizer.save_pretrained(vllm_config(answers)["model_config"]["model"])
+    args = AtroposConfig(output_dir=str(tmp_path), use_cpu=True, max_length=MAX_LENGTH, weight_sync_mode="merged")
+    trainer = trainer_side(args, model, tokenizer, torch.device("cpu"))
     with serving(answers) as (client, server):
-        inspect_server(client, llama_config(), MAX_LENGTH)
-    assert ("/v1/completions", {"model": "served", "prompt": [VOCAB_SIZE], "max_tokens": 1}) in server.requests
+        inspect_run([client], trainer, args, model)
+    assert {path for path, _ in server.requests} == {
+        *("/health", "/server_info", "/v1/models", "/atropos/policy_versions", "/tokenize"),
+    }
 
 
 class TestRefusedServers:
@@ -187,18 +192,7 @@ class TestRefusedServers:
         (directory / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
         assert "model_type=mistral, the trainer's model has model_type=llama" in refusal(answers).what
 
-    def test_with_a_larger_vocabulary_than_its_config_says(self, answers):
-        answers["/v1/completions"] = (200, {"choices": []})
-        error = refusal(answers)
-        assert f"accepts token id {VOCAB_SIZE}" in error.what
-        assert "--model_name_or_path" in error.fix
-
-    def test_with_a_larger_vocabulary_and_a_config_that_is_not_here(self, answers, tmp_path):
-        vllm_config(answers)["model_config"]["model"] = str(tmp_path / "elsewhere")
-        answers["/v1/completions"] = (200, {"choices": []})
-        assert f"accepts token id {VOCAB_SIZE}" in refusal(answers).what
-
-    @pytest.mark.parametrize("path", ["/server_info", "/v1/completions", "/atropos/policy_versions"])
+    @pytest.mark.parametrize("path", ["/server_info", "/atropos/policy_versions"])
     def test_failure_of_the_server_is_not_taken_for_an_answer(self, answers, path):
         answers[path] = (500, {"error": {"message": "engine dead"}})
         with pytest.raises(WeightSyncError, match=f"{path}.* answered 500: .*engine dead"):
@@ -213,13 +207,6 @@ def test_all_errors_are_said_at_once(answers):
     assert caught.value.what == "2 checks before the start failed."
     assert "weight_transfer_backend: " in caught.value.why and "server_tokenizer: " in caught.value.why
     assert "trl-atropos preflight" in caught.value.fix
-
-
-def test_server_without_a_tokenizer_is_never_sent_an_id_that_would_end_its_engine(answers):
-    vllm_config(answers)["model_config"]["skip_tokenizer_init"] = True
-    with serving(answers) as (client, server), pytest.raises(PreflightError):
-        inspect_server(client, llama_config(), MAX_LENGTH)
-    assert "/v1/completions" not in [path for path, _ in server.requests]
 
 
 def test_errors_of_all_servers_come_together_and_what_could_not_be_read_is_logged(answers, tmp_path, caplog):
@@ -260,7 +247,7 @@ class TestWarnings:
         assert facts.has_processed_logprobs is False
         assert ["raw_logprobs" in message for message in caplog.messages] == [True]
 
-    def test_config_that_is_not_here_leaves_the_vocabulary_to_compare(self, answers, caplog, tmp_path):
+    def test_config_that_is_not_here_is_said_and_not_compared(self, answers, caplog, tmp_path):
         vllm_config(answers)["model_config"]["model"] = str(tmp_path / "elsewhere")
         assert inspect(answers) == GOOD_FACTS
         assert ["cannot be read here" in message for message in caplog.messages] == [True]

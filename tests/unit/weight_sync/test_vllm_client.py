@@ -65,8 +65,9 @@ class TestWhatIsSent:
         AtroposVLLMClient(server.base_url, connection_timeout=5, api_key=api_key).pause()
         assert not any("Authorization" in request.headers for request in server.requests)
 
-    def test_a_trailing_slash_of_the_url_does_not_matter(self, server):
-        AtroposVLLMClient(server.base_url + "/", connection_timeout=5).resume()
+    @pytest.mark.parametrize("end", ["/", "/v1", "/v1/"])
+    def test_the_end_of_the_url_does_not_matter(self, server, end):
+        AtroposVLLMClient(server.base_url + end, connection_timeout=5).resume()
         assert server.routes[-1] == "POST /resume"
 
 

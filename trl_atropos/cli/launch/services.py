@@ -10,6 +10,7 @@ import requests
 
 from ...checks.machine import port_obstacle
 from ...errors import PreflightError
+from ...network import proxies_for
 from .command_lines import HOST
 from .output import LaunchOutput
 from .processes import ManagedProcess, ProcessGroup, failure_of, free_port
@@ -107,7 +108,7 @@ AnyService = Service | ExternalService
 def answers(url: str) -> bool:
     """Return whether a GET of this address succeeds."""
     try:
-        return requests.get(url, timeout=PROBE_TIMEOUT_S).ok
+        return requests.get(url, timeout=PROBE_TIMEOUT_S, proxies=proxies_for(url)).ok
     except (requests.ConnectionError, requests.Timeout):
         return False
 

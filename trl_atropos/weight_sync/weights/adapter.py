@@ -22,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...errors import PreflightError
-from .gathering import gathered, is_piece
+from .gathering import gathered, is_piece, reshard
 from .modules import TRANSPARENT_WRAPPERS
 
 
@@ -104,6 +104,7 @@ def take_adapter(model: PeftModel, dtype: torch.dtype) -> Adapter:
     """
     start = time.perf_counter()
     (adapter,) = model.active_adapters
+    reshard(model)
     factors = {
         f"base_model.model.{_checkpoint_name(name)}.{kind}.weight": factor
         for name, module in model.get_base_model().named_modules()

@@ -38,6 +38,16 @@ def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2 hold every module of a model in pieces again, on this rank alone.
+
+    After a forward pass without a backward some stay whole, and in the dtype of mixed precision; the pieces are exact.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def tensor_holders(module: nn.Module) -> list[nn.Module]:
     """The modules whose parameters make up one module of the policy.
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..base import TensorSpec
 from .checkpoint_names import CheckpointNames
-from .gathering import gathered, is_sharded
+from .gathering import gathered, is_sharded, reshard
 from .merging import base_layer, refuse, served_shape, served_tensor
 from .modules import ServedModule, fused_groups, served_modules
 
@@ -84,6 +84,7 @@ class PolicyWeights:
         other ranks wait for it.
         """
         self.gather_s = self.merge_s = 0.0
+        reshard(self._model)
         wanted = {spec.name for spec in specs}
         failure: BaseException | None = None
         for served in served_modules(self._model):

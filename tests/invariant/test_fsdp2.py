@@ -1,0 +1,53 @@
+"""Under FSDP2 as accelerate wraps a model, the reference is the checkpoint and a publish is exact, on two gloo ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launched_fsdp2 import load, micro_batch
+from launcher import run_launcher
+from tiny_models import tiny_llama
+
+from trl_atropos.policy.scoring import ForwardPlan, PolicyScorer
+
+
+SCRIPT = Path(__file__).with_name("launched_fsdp2.py")
+LAUNCH_TIMEOUT_S = 300
+
+
+@pytest.fixture(scope="module", params=[(True, "no"), (False, "bf16")], ids=["tied-float32", "untied-bfloat16"])
+def launched(request, tmp_path_factory) -> tuple[Path, str, list[dict[str, Any]]]:
+    """The checkpoint, the precision, and what each rank found."""
+    is_tied, precision = request.param
+    output = tmp_path_factory.mktemp("fsdp2")
+    tiny_llama(seed=3, tied=is_tied, initializer_range=0.2).save_pretrained(output / "model")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    exit_status, log = run_launcher(
+        [*torchrun, SCRIPT, output / "model", output, precision], timeout_s=LAUNCH_TIMEOUT_S, environment={}
+    )
+    assert exit_status == 0, log
+    return output / "model", precision, [torch.load(output / f"rank{rank}.pt") for rank in range(2)]
+
+
+def test_the_reference_scores_as_the_checkpoint(launched):
+    checkpoint, precision, ranks = launched
+    model = load(checkpoint).eval()
+    with torch.no_grad():
+        scores, _ = PolicyScorer(model, ForwardPlan("padded", projects_in_pieces=True))(model, micro_batch())
+    # A half that only rank 0 had loaded would be zeros, and the logprobs nats away.
+    tolerance = 1e-5 if precision == "no" else 0.1
+    for result in ranks:
+        torch.testing.assert_close(result["ref_logprobs"], scores.logprobs, rtol=0, atol=tolerance)
+
+
+def test_a_publish_after_a_forward_pass_is_exact(launched):
+    checkpoint, _, ranks = launched
+    expected = load(checkpoint).state_dict()
+    for result in ranks:
+        # The head's group stays whole after its forward pass, and in bfloat16.
+        assert result["left_whole"] > 0
+        for name, tensor in result["published"].items():
+            assert torch.equal(tensor, expected[name]), name
