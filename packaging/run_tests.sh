@@ -8,10 +8,13 @@ part=$2
 cores=$(getconf _NPROCESSORS_ONLN)
 case $part in
     # They wait a lot, so that there is one process more than cores.
-    unit) directories=(tests/unit) distribution=worksteal workers=$((cores < 7 ? cores + 1 : 8)) ;;
-    # A file stays in one process, because its tests share a server that takes half a minute to start.
-    # They wait for a third of their time, so that there are three on two cores.
-    rest) directories=(tests/process tests/protocol tests/invariant tests/e2e) distribution=loadfile workers=3 ;;
+    unit) directories=(tests/unit) distribution=(worksteal) workers=$((cores < 7 ? cores + 1 : 8)) ;;
+    # A file stays in one process, because its tests share a server that takes half a minute to start. The long files
+    # come first, so that the processes end together.
+    rest)
+        directories=(tests/e2e tests/invariant tests/process tests/protocol)
+        distribution=(loadfile --no-loadscope-reorder) workers=2
+        ;;
     *) echo "run_tests: $part is neither unit nor rest." >&2 && exit 2 ;;
 esac
 
@@ -36,7 +39,7 @@ fi
 
 status=0
 # The processes that tests start import the same files again and again: compiled ones, whatever the shell says of that.
-PYTHONDONTWRITEBYTECODE='' "$venv/bin/pytest" -q -n "${WORKERS:-$workers}" --dist "$distribution" \
+PYTHONDONTWRITEBYTECODE='' "$venv/bin/pytest" -q -n "${WORKERS:-$workers}" --dist "${distribution[@]}" \
     "${directories[@]}" ${options[@]+"${options[@]}"} || status=$?
 # A part may have no test that is asked for: pytest's exit code 5.
 [ "$status" != 5 ] || [ ${#options[@]} = 0 ] || status=0
