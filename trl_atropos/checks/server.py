@@ -31,6 +31,7 @@ class TrainerSide:
     max_length: int | Unread = NOT_ASKED
     device: str | Unread = NOT_ASKED
     weight_sync_mode: str | Unread = NOT_ASKED
+    vllm_enable_sleep_mode: bool | Unread = NOT_ASKED
     tokenizer: TokenizerFacts | Unread = NOT_ASKED
     chat_ids: tuple[int, ...] | Unread | None = NOT_ASKED
     model: dict[str, Any] | Unread = NOT_ASKED
@@ -82,6 +83,12 @@ def _foreign_backend(facts: ServerConfigFacts) -> str | None:
     if backend is None or find_backend(backend, device) is not None:
         return None
     return describe_no_transport(facts.url, backend, device)
+
+
+def _nccl_on_one_gpu(facts: ServerConfigFacts) -> str | None:
+    if facts.backend != NCCL_BACKEND or not known(facts.vllm_enable_sleep_mode):
+        return None
+    return f"vllm_enable_sleep_mode is on, and the vLLM server at {facts.url} receives weights over NCCL."
 
 
 def _no_tokenizer(facts: ServerConfigFacts) -> str | None:
@@ -159,6 +166,19 @@ SERVER_CHECKS: tuple[Check[ServerConfigFacts], ...] = (
         NO_TRANSPORT_FIX,
         needs=("backend", "device"),
         describe=lambda facts: f"The trainer on {facts.device!r} can send to it.",
+    ),
+    Check(
+        "sleep_mode_transport",
+        "error",
+        _nccl_on_one_gpu,
+        "Sleep mode is for a server on the trainer's GPU, and NCCL joins no GPU twice.",
+        f"""Start the server with --weight-transfer-config '{{"backend": "{SHARED_MEMORY_BACKEND}"}}'.""",
+        needs=("backend", "vllm_enable_sleep_mode"),
+        describe=lambda facts: (
+            "Weights reach a server on the trainer's GPU through shared memory."
+            if known(facts.vllm_enable_sleep_mode)
+            else "The server keeps its memory while the trainer trains."
+        ),
     ),
     Check(
         "server_tokenizer",

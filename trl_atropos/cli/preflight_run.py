@@ -160,9 +160,16 @@ def _load_trainer(
 
 def _trainer_side(name: str | None, args: AtroposConfig | None) -> TrainerSide:
     if args is None:
-        side = TrainerSide(max_length=NO_TRAINER, device=NO_TRAINER, weight_sync_mode=NO_TRAINER)
+        side = TrainerSide(
+            max_length=NO_TRAINER, device=NO_TRAINER, weight_sync_mode=NO_TRAINER, vllm_enable_sleep_mode=NO_TRAINER
+        )
     else:
-        side = TrainerSide(max_length=args.max_length, device=args.device.type, weight_sync_mode=args.weight_sync_mode)
+        side = TrainerSide(
+            max_length=args.max_length,
+            device=args.device.type,
+            weight_sync_mode=args.weight_sync_mode,
+            vllm_enable_sleep_mode=args.vllm_enable_sleep_mode,
+        )
     if name is None:
         return replace(side, tokenizer=NO_MODEL, chat_ids=NO_MODEL, model=NO_MODEL, num_parameters=NO_MODEL)
     tokenizer = _read_tokenizer(name)

@@ -97,6 +97,7 @@ def trainer_side(
         max_length=args.max_length,
         device=NOT_ASKED if device is None else device.type,
         weight_sync_mode=args.weight_sync_mode,
+        vllm_enable_sleep_mode=args.vllm_enable_sleep_mode,
         tokenizer=NOT_ASKED if tokenizer is None else tokenizer_facts(tokenizer),
         chat_ids=NOT_ASKED if tokenizer is None else chat_ids(tokenizer),
         model=describe_model(model.config),
