@@ -181,22 +181,34 @@ def _use_tree_attention(
     logger.info("Compiling and comparing the attention over trees, which takes up to a minute")
 
     def differences(plan: ForwardPlan) -> float:
-        config = model.config.get_text_config()
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        num_key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        of_gradient = flex_gradient_difference(
-            config.num_attention_heads, num_key_value_heads, head_dim, dtype=dtype, device=device
-        )
-        if not largest_over_ranks(of_gradient) <= max(
-            CHECK_TOLERANCE, GRADIENT_TOLERANCE_EPS * torch.finfo(dtype).eps
-        ):
-            raise ValueError(f"its gradient differs from that of sdpa by {of_gradient:.2g} of its norm")
+        _check_flex_gradient(model.config.get_text_config(), dtype, device)
         return difference(plan, FLEX_CHECK_LENGTH)
 
     reason = _refused(differences, ForwardPlan("tree", in_pieces), tolerance)
     if reason is not None:
         model.set_attn_implementation("sdpa")
         fallbacks.append(f"attention multiplies every pair of tokens of a tree: flex attention is not used, {reason}")
+
+
+def _check_flex_gradient(config: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Compare the gradient of flex attention with that of `sdpa`, at the sizes of a model; collective.
+
+    Raises a ValueError on every rank if it differs on any, or cannot be computed there: one may lack a compiler.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    error = ""
+    try:
+        difference = flex_gradient_difference(
+            config.num_attention_heads, num_key_value_heads, head_dim, dtype=dtype, device=device
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except MODEL_ERRORS as exc:
+        difference, error = torch.inf, f" ({_first_line(exc)})"
+    difference = largest_over_ranks(difference)
+    if not difference <= max(CHECK_TOLERANCE, GRADIENT_TOLERANCE_EPS * torch.finfo(dtype).eps):
+        raise ValueError(f"its gradient differs from that of sdpa by {difference:.2g} of its norm{error}")
 
 
 def _refused(difference: Callable[[ForwardPlan], float], plan: ForwardPlan, tolerance: float) -> str | None:
@@ -206,10 +218,14 @@ def _refused(difference: Callable[[ForwardPlan], float], plan: ForwardPlan, tole
     except torch.OutOfMemoryError:
         raise
     except MODEL_ERRORS as exc:
-        return f"the model cannot take it ({type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else 'no reason given'})"
+        return f"the model cannot take it ({_first_line(exc)})"
     if distance <= tolerance:
         return None
     return f"it gives other logprobs on this model: mean difference {distance:.2g} nats"
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
 
 
 def _cannot(layout: str, config: Any, max_length: int) -> str | None:

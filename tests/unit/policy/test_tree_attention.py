@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from scoring_cases import plan, tiny_llama
@@ -9,9 +11,12 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from trl_atropos.policy import plan as planning
 from trl_atropos.policy import tree_attention
 from trl_atropos.policy.layouts import tree_attention_mask, tree_layout
 from trl_atropos.policy.tree_attention import (
+    MIN_FLEX_LENGTH,
+    TREE_FLEX,
     TREE_SDPA,
     flex_gradient_difference,
     tree_block_mask,
@@ -208,3 +213,55 @@ class TestBlocks:
             found.append(flex_gradient_difference(4, 2, 16, dtype=torch.float32, device=torch.device("cpu")))
         assert found[0] < 1e-5
         assert found[1] > 1e-2
+
+
+class TestChoiceOnAGpu:
+    """Which attention a tree gets there; what flex attention would compute is scripted."""
+
+    def choose(
+        self, monkeypatch, gradient: float | Exception = 0.0, logprobs: float = 0.0, max_length: int = 4096, **config
+    ) -> tuple[str, list[str]]:
+        def gradient_difference(*args, **kwargs):
+            if isinstance(gradient, Exception):
+                raise gradient
+            return gradient
+
+        monkeypatch.setattr(planning, "flex_gradient_difference", gradient_difference)
+        model, fallbacks = tiny_llama(**config), []
+        planning._use_tree_attention(
+            model,
+            lambda plan, length: logprobs,
+            True,
+            1e-3,
+            max_length,
+            torch.bfloat16,
+            torch.device("cuda"),
+            fallbacks,
+        )
+        return model.config._attn_implementation, fallbacks
+
+    def test_long_rows_skip_blocks(self, monkeypatch):
+        assert self.choose(monkeypatch) == (TREE_FLEX, [])
+
+    def test_short_rows_compile_nothing(self, monkeypatch):
+        unused = AssertionError("compiled")
+        assert self.choose(monkeypatch, unused, max_length=MIN_FLEX_LENGTH - 1) == ("sdpa", [])
+
+    @pytest.mark.parametrize(
+        ("found", "reason"),
+        [
+            ({"gradient": 0.5}, "its gradient differs from that of sdpa by 0.5 of its norm"),
+            ({"gradient": math.nan}, "its gradient differs from that of sdpa by inf of its norm"),
+            (
+                {"gradient": RuntimeError("no C compiler\nsecond line")},
+                "by inf of its norm (RuntimeError: no C compiler)",
+            ),
+            ({"logprobs": 0.5}, "it gives other logprobs on this model: mean difference 0.5 nats"),
+            ({"attention_dropout": 0.1}, "flex attention has no attention_dropout"),
+        ],
+    )
+    def test_what_speaks_against_it_is_said(self, monkeypatch, found, reason):
+        implementation, (fallback,) = self.choose(monkeypatch, **found)
+        assert implementation == "sdpa"
+        assert fallback.startswith("attention multiplies every pair of tokens of a tree")
+        assert reason in fallback
