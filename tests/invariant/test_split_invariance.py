@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
-from tiny_models import tiny_llama
+from tiny_models import perturb, tiny_llama
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -419,16 +419,18 @@ class TestReference:
         with pytest.raises(AssertionError):
             assert_same_gradient(after, without, 1e-2)
 
-    def test_a_disabled_adapter_and_a_frozen_copy_are_the_same_reference(self, tmp_path):
-        def adapted(base: torch.nn.Module) -> torch.nn.Module:
+    @pytest.mark.parametrize("is_fresh", [True, False])
+    def test_an_adapters_start_and_logprobs_of_the_wire_are_the_same_reference(self, tmp_path, is_fresh):
+        def adapted() -> torch.nn.Module:
             torch.manual_seed(3)
-            # Initial weights of the adapter that are not 0: the policy is not the reference.
-            return get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+            # A fresh adapter starts from the base, one that was trained from itself.
+            config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=is_fresh)
+            return get_peft_model(policy(), config)
 
         options = {"loss_type": "grpo", "beta": 0.5}
-        with_adapter = make_trainer((1, 2, 4), tmp_path, adapted(policy()), **options)
-        # The same policy, its reference given by the wire: that of the base model, computed here.
-        base = policy().eval()
+        with_adapter = make_trainer((1, 2, 4), tmp_path, adapted(), **options)
+        # The same policy, its reference given by the wire: that of the start, computed here.
+        base = adapted().eval()
         rollouts = []
         for rollout in ragged_rollouts():
             with torch.no_grad():
@@ -438,12 +440,14 @@ class TestReference:
         from_wire = make_trainer(
             (1, 2, 4),
             tmp_path,
-            adapted(policy()),
+            adapted(),
             ref_logprobs="require",
             **options,
         )
         gradients = []
         for trainer in (with_adapter, from_wire):
+            # The policy moves away from where it started.
+            perturb(trainer.model, seed=5, scale=0.1)
             batches, num_items = trainer.get_batch_samples(iter([[rollouts]]), 1, torch.device("cpu"))
             trainer.training_step(trainer.model, batches[0], num_items)
             named = trainer.model.named_parameters()
