@@ -20,9 +20,6 @@ from torch.autograd.function import once_differentiable
 MAX_TEMPORARY_LOGITS = {"cpu": 2**22, "cuda": 2**26}
 """Logits that are worked on at a time where nothing is compiled, by device: 16 and 256 MiB for each float32 temporary."""
 
-MAX_FUSED_TOKENS = 1
-"""Most tokens looked up at each position that the compiled backward takes; it compares each with the whole vocabulary."""
-
 
 def log_softmax_at(logits: Tensor, token_ids: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
     """Logprobs (N, K) of `token_ids` (N, K) int64, and entropies (N,), in nats, under `softmax(logits / temperature)`.
@@ -118,8 +115,9 @@ class _LogSoftmaxAt(torch.autograd.Function):
         grad_scaled = grad_logprobs / temperatures[:, None]
         grad_entropy = None if grad_entropy is None else grad_entropy / temperatures
         columns = (logits, token_ids, temperatures, row_max, log_normalizer, entropy, grad_scaled, grad_entropy)
-        if _compiles(logits) and token_ids.shape[1] <= MAX_FUSED_TOKENS:
-            return _compiled(_fused_grad_rows)(*columns), None, None
+        # Compiled, each token that was looked up is compared with the whole vocabulary.
+        if _compiles(logits) and token_ids.shape[1] == 1:
+            return _compiled(_grad_rows)(*columns), None, None
         grad_rows: Callable[..., Tensor] = _grad_rows
         grad_logits = torch.empty_like(logits)
         for rows in _few_rows_at_a_time(logits):
@@ -149,55 +147,28 @@ def _grad_rows(
     grad_scaled: Tensor,
     grad_entropy: Tensor | None,
 ) -> Tensor:
-    """Gradient (n, V) of some rows of logits, in float32 or float64.
+    """Gradient (n, V) of some rows of logits, in their dtype.
 
     `grad_scaled` (n, K) and `grad_entropy` (n,) are the gradients of logprobs and entropy over the temperature; the
-    rest is what `_score_rows` took and gave.
+    rest is what `_score_rows` took and gave. Compiled, K is 1.
     """
-    grad = _dense_grad_rows(
-        logits, temperatures, row_max, log_normalizer, entropy, grad_scaled.sum(dim=-1), grad_entropy
-    )
-    return grad.scatter_add_(-1, token_ids, grad_scaled)
-
-
-def _fused_grad_rows(
-    logits: Tensor,
-    token_ids: Tensor,
-    temperatures: Tensor,
-    row_max: Tensor,
-    log_normalizer: Tensor,
-    entropy: Tensor,
-    grad_scaled: Tensor,
-    grad_entropy: Tensor | None,
-) -> Tensor:
-    """As `_grad_rows`, in the dtype of the logits, for a compiler: it would write the float32 rows for `scatter_add_`."""
-    grad = _dense_grad_rows(
-        logits, temperatures, row_max, log_normalizer, entropy, grad_scaled.sum(dim=-1), grad_entropy
-    )
-    vocabulary = torch.arange(logits.shape[1], device=logits.device)
-    for token in range(token_ids.shape[1]):
-        grad = grad + torch.where(vocabulary == token_ids[:, token, None], grad_scaled[:, token, None], 0.0)
-    return grad.to(logits.dtype)
-
-
-def _dense_grad_rows(
-    logits: Tensor,
-    temperatures: Tensor,
-    row_max: Tensor,
-    log_normalizer: Tensor,
-    entropy: Tensor,
-    total_grad: Tensor,
-    grad_entropy: Tensor | None,
-) -> Tensor:
-    """What of the gradient (n, V) does not depend on which tokens were looked up; `total_grad` (n,) is theirs in all."""
+    total_grad = grad_scaled.sum(dim=-1)
     log_softmax = _shift_and_scale(logits, row_max, temperatures).sub_(log_normalizer[:, None])
     if grad_entropy is None:
         # d logprob / d scaled = onehot(token) - softmax
-        return log_softmax.exp_().mul_(-total_grad[:, None])
-    softmax = log_softmax.exp()
-    # d entropy / d scaled = -softmax * (log softmax + entropy), 0 where the softmax is 0
-    surprise = (log_softmax + entropy[:, None]).masked_fill_(softmax == 0, 0.0)
-    return softmax.mul_(-(surprise.mul_(grad_entropy[:, None]).add_(total_grad[:, None])))
+        grad = log_softmax.exp_().mul_(-total_grad[:, None])
+    else:
+        softmax = log_softmax.exp()
+        # d entropy / d scaled = -softmax * (log softmax + entropy), 0 where the softmax is 0
+        surprise = (log_softmax + entropy[:, None]).masked_fill_(softmax == 0, 0.0)
+        grad = softmax.mul_(-(surprise.mul_(grad_entropy[:, None]).add_(total_grad[:, None])))
+    if torch.compiler.is_compiling():
+        # For `scatter_add_` a compiler would write all of the rows in float32.
+        vocabulary = torch.arange(logits.shape[1], device=logits.device)
+        grad = grad + torch.where(vocabulary == token_ids, grad_scaled, 0.0)
+    else:
+        grad.scatter_add_(-1, token_ids, grad_scaled)
+    return grad.to(logits.dtype)
 
 
 def _shift_and_scale(logits: Tensor, row_max: Tensor, temperatures: Tensor) -> Tensor:

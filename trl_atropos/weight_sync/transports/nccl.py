@@ -73,13 +73,14 @@ class NcclTransport:
         # Before the server is asked for anything: it would wait for a trainer that cannot come.
         self._check_libraries()
         disconnect(client)
+        world_size = client.get_world_size() + RANK_OFFSET
         host = self.host or local_address_towards(server_host(client.base_url))
         listener = bind(host, self.port)
         init_info = {
             "master_address": host,
             "master_port": listener.getsockname()[1],
             "rank_offset": RANK_OFFSET,
-            "world_size": client.get_world_size() + RANK_OFFSET,
+            "world_size": world_size,
             "packed": True,
             "packed_buffer_size_bytes": PACKED_BUFFER_BYTES,
             "packed_num_buffers": PACKED_NUM_BUFFERS,
