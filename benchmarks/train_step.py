@@ -41,6 +41,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch  # noqa: E402
 from resident_memory import watch_peak  # noqa: E402
+from rollouts import as_rollouts, as_trl_inputs  # noqa: E402
 
 
 def make_rollouts(case: str) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
@@ -102,14 +103,7 @@ def run_trl(model_dir: str, case: str, repeats: int) -> dict[str, Any]:
         )
     model = trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
-    inputs = {
-        "prompt_ids": prompt.repeat(num_rollouts, 1),
-        "prompt_mask": torch.ones(num_rollouts, prompt.numel(), dtype=torch.long),
-        "completion_ids": torch.nn.utils.rnn.pad_sequence(completions, batch_first=True),
-        "completion_mask": torch.tensor([[i < len(c) for i in range(longest)] for c in completions]).long(),
-        "advantages": advantages,
-        "num_items_in_batch": torch.tensor(sum(map(len, completions))),
-    }
+    inputs = as_trl_inputs(prompt, completions, advantages)
     result = measure(lambda: trainer._compute_loss(model, inputs).backward(), model, repeats)
     with torch.no_grad():
         logprobs, _, _ = trainer._get_per_token_logps_and_entropies(
@@ -123,7 +117,6 @@ def run_trl(model_dir: str, case: str, repeats: int) -> dict[str, Any]:
 
 def run_ours(model_dir: str, case: str, repeats: int, layout: str) -> dict[str, Any]:
     from trl_atropos import AtroposConfig, AtroposTrainer
-    from trl_atropos.types import Rollout, RolloutOrigin
 
     prompt, completions, advantages = make_rollouts(case)
     with tempfile.TemporaryDirectory() as directory:
@@ -139,18 +132,7 @@ def run_ours(model_dir: str, case: str, repeats: int, layout: str) -> dict[str, 
         )
         trainer = AtroposTrainer(model_dir, args)
     model = trainer.model
-    rollouts = []
-    for number, completion in enumerate(completions):
-        input_ids = torch.cat([prompt, completion])
-        rollouts.append(
-            Rollout(
-                input_ids=input_ids,
-                labels=torch.cat([torch.full_like(prompt, -100), completion]),
-                reward=0.0,
-                advantages=advantages[number].expand(input_ids.shape),
-                origin=RolloutOrigin(0, 0, number),
-            )
-        )
+    rollouts = as_rollouts(prompt, completions, advantages)
 
     def step() -> None:
         # Laying out and weighing belong to the step: TRL's inputs come padded and counted.

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rollouts import as_rollouts
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from trl_atropos.types import Rollout, RolloutOrigin
+from trl_atropos.types import Rollout
 
 
 @dataclass(frozen=True)
@@ -98,21 +99,11 @@ def qwen3(bench: Bench, **changes: Any) -> Qwen3ForCausalLM:
 def make_rollouts(prompt_length: int, lengths: Sequence[int], vocab_size: int) -> list[Rollout]:
     """A group of rollouts of one prompt, with completions of these lengths."""
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(vocab_size, (prompt_length,), generator=generator)
-    rollouts = []
-    for number, length in enumerate(lengths):
-        completion = torch.randint(vocab_size, (length,), generator=generator)
-        input_ids = torch.cat([prompt, completion])
-        rollouts.append(
-            Rollout(
-                input_ids=input_ids,
-                labels=torch.cat([torch.full_like(prompt, -100), completion]),
-                reward=0.0,
-                advantages=torch.randn((), generator=generator).expand(input_ids.shape),
-                origin=RolloutOrigin(0, 0, number),
-            )
-        )
-    return rollouts
+    prompt, completions, advantages = torch.randint(vocab_size, (prompt_length,), generator=generator), [], []
+    for length in lengths:
+        completions.append(torch.randint(vocab_size, (length,), generator=generator))
+        advantages.append(torch.randn((), generator=generator))
+    return as_rollouts(prompt, completions, advantages)
 
 
 def case_lengths(case: str) -> tuple[int, list[int]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from rollouts import as_trl_inputs
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
@@ -55,15 +56,8 @@ def make_trainer(bench: Bench) -> tuple[GRPOTrainer, Any]:
 def measure(bench: Bench, trainer: GRPOTrainer, wrapped: Any, rollouts: list[Any]) -> dict[str, Any]:
     completions = [rollout.input_ids[rollout.labels != -100] for rollout in rollouts]
     prompt = rollouts[0].input_ids[: rollouts[0].num_tokens - completions[0].numel()]
-    longest = max(map(len, completions))
-    inputs = {
-        "prompt_ids": prompt.repeat(len(rollouts), 1),
-        "prompt_mask": torch.ones(len(rollouts), prompt.numel(), dtype=torch.long),
-        "completion_ids": torch.nn.utils.rnn.pad_sequence(completions, batch_first=True),
-        "completion_mask": torch.tensor([[i < len(c) for i in range(longest)] for c in completions]).long(),
-        "advantages": torch.stack([rollout.advantages[0] for rollout in rollouts]),
-        "num_items_in_batch": torch.tensor(sum(map(len, completions))),
-    }
+    advantages = torch.stack([rollout.advantages[0] for rollout in rollouts])
+    inputs = as_trl_inputs(prompt, completions, advantages)
     inputs = {name: tensor.to(bench.device) for name, tensor in inputs.items()}
 
     def step() -> None:
