@@ -25,7 +25,8 @@ class AtroposConfig(DataOptions, PolicyOptions, StepOptions, WeightSyncOptions, 
     Only the options specific to this trainer are listed by `--help` under their own names; the others are those of
     [`~transformers.TrainingArguments`], of which these defaults differ: `logging_steps` 1, `learning_rate` 1e-6,
     `lr_scheduler_type` constant, `gradient_checkpointing` True, `bf16` True on a GPU, `max_steps` 1000,
-    `num_train_epochs` 1, `ddp_find_unused_parameters` False, `ignore_data_skip` True, `logging_nan_inf_filter` False, `report_to` auto.
+    `num_train_epochs` 1, `ddp_find_unused_parameters` False, `ignore_data_skip` True, `logging_nan_inf_filter` False,
+    `report_to` auto.
 
     Raises:
         `ValueError`: at construction, if options contradict each other; the message names both.
