@@ -58,6 +58,7 @@ def make_stream(
     lookup: Any = None,
     policy_version: int | Callable[[], int] = 0,
     num_steps: int = 10,
+    progress: Trainer | None = None,
     layout: Callable[[], str] = lambda: "padded",
     required_logprobs: tuple[str, ...] = (),
     eos_token_ids: frozenset[int] | None = None,
@@ -69,7 +70,7 @@ def make_stream(
     **data_options: Any,
 ) -> RolloutStream:
     """Two rollouts a forward pass, four a step, unless said otherwise."""
-    progress = Trainer(policy_version if callable(policy_version) else lambda: policy_version, num_steps)
+    progress = progress or Trainer(policy_version if callable(policy_version) else lambda: policy_version, num_steps)
     data = DataOptions(atropos_batch_size=batch_size, **{"num_prefetched_batches": 0, **data_options})
     step = REQUIRED[required_logprobs]
     if mask_truncated_completions:

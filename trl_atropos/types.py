@@ -9,7 +9,7 @@ model predicts from tokens 0..t-1. The causal shift happens once, in `policy/log
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 
 if TYPE_CHECKING:
@@ -29,6 +29,24 @@ NO_TOKEN = -1
 """Id in `Rollout.teacher_token_ids` where the teacher named fewer tokens than elsewhere."""
 
 
+class Position(NamedTuple):
+    """A place in the data of a run, before a group: the unit that no resume may skip or train twice.
+
+    Args:
+        batch (`int`):
+            Number of the batch in the journal, or of the pass over recorded data, from 0.
+        group (`int`):
+            Number of the group in it, from 0.
+    """
+
+    batch: int
+    group: int
+
+
+START = Position(0, 0)
+"""Where the data of a run begins."""
+
+
 @dataclass(frozen=True)
 class RolloutOrigin:
     """Where a rollout came from; as text, how messages name it.
@@ -37,7 +55,7 @@ class RolloutOrigin:
         env_id (`int`, *optional*):
             The API's number of the environment.
         group (`int`):
-            Number of the rollout's group in the batch, from 0.
+            Number of the rollout's group in the batch, from 0; in recorded data, in the pass.
         rollout (`int`):
             Number of the rollout in its group, from 0.
     """
@@ -147,7 +165,7 @@ class RejectedGroup:
 
     Args:
         index (`int`):
-            Position in the batch, from 0.
+            Number in the batch, from 0; in recorded data, in the pass.
         env_id (`int`, *optional*):
             The environment that sent it.
         num_rollouts (`int`):

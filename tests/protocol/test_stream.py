@@ -23,6 +23,7 @@ from trl_atropos.errors import (
     AtroposProtocolError,
     AtroposRegistrationError,
 )
+from trl_atropos.types import START, Position
 from trl_atropos.wire.client import AtroposClient
 from trl_atropos.wire.journal import Journal
 
@@ -48,8 +49,10 @@ class Setting:
             self.register,
         )
         self.client = client
+        self.progress = Trainer()
         self.stream = make_stream(
             lambda: iter(self.batches),
+            progress=self.progress,
             quarantine=self.quarantine,
             journal=self.journal,
             **{"required_logprobs": ("inference_logprobs",), **changes},
@@ -147,7 +150,8 @@ def test_a_batch_of_bad_groups_only_is_quarantined_and_the_next_one_trained(api,
     timer.join()
     assert len(first) == 2
     assert (setting.stream.num_rollouts_dropped, setting.quarantine.num_groups) == (4, 2)
-    assert setting.stream.next_batch == 2
+    setting.progress.global_step = 1
+    assert setting.stream.position == Position(2, 0)
 
 
 def test_a_batch_larger_than_the_step_is_refused_and_kept(api, client, tmp_path):
@@ -275,7 +279,7 @@ def test_what_was_fetched_and_not_trained_is_replayed_with_the_versions_that_wer
     iterator = iter(setting.stream)
     dealt = [r.input_ids.tolist() for _ in range(2) for r in next(iterator)[0]]
 
-    (batch,) = replayed_batches(Journal(tmp_path / "journal"), first=0)
+    (batch,) = replayed_batches(Journal(tmp_path / "journal"), START, batch_size=4)
     prepare = BatchPreparer(LIMITS, Trainer(lambda: 7), lookup=lambda keys: [5] * len(keys))
     (prepared,) = prepare(iter([batch]))
 
@@ -284,7 +288,36 @@ def test_what_was_fetched_and_not_trained_is_replayed_with_the_versions_that_wer
     # The mark says that they were unknown under version 0: nobody is asked again.
     assert [r.policy_version for r in prepared.batch.rollouts] == [None] * 4
     assert prepared.fetched_version == 0
-    assert list(replayed_batches(Journal(tmp_path / "journal"), first=1)) == []
+    assert list(replayed_batches(Journal(tmp_path / "journal"), Position(1, 0), batch_size=4)) == []
+
+
+def test_what_was_fetched_by_a_run_with_larger_steps_is_cut_between_its_groups(tmp_path):
+    journal = Journal(tmp_path)
+    groups = [make_group(), longer(20), BAD, longer(40)]
+    journal.append(groups)
+    progress = Trainer(lambda: 3)
+    (whole,) = BatchPreparer(LIMITS, progress, lambda keys: [5] * len(keys), journal)(
+        replayed_batches(journal, START, batch_size=8)
+    )
+    assert [rollout.policy_version for rollout in whole.batch.rollouts] == [5] * 6
+
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", 0.5)
+    parts = list(
+        # The mark says which versions sampled them: nobody is asked again.
+        BatchPreparer(LIMITS, progress, lambda keys: [9] * len(keys))(replayed_batches(journal, START, batch_size=4))
+    )
+    for part in parts:
+        quarantine.add(part.fetched.position, part.fetched.raw_groups, part.batch.rejected)
+
+    assert [part.fetched.raw_groups for part in parts] == [groups[:2], groups[2:]]
+    assert [part.fetched.next_position for part in parts] == [Position(0, 2), Position(1, 0)]
+    assert [rollout.policy_version for part in parts for rollout in part.batch.rollouts] == [5] * 6
+    assert [group.rollouts[0].origin.group for part in parts for group in part.batch.groups] == [0, 1, 3]
+    (entry,) = map(json.loads, quarantine.path.read_text().splitlines())
+    assert (entry["group"], entry["raw"]) == (2, BAD)
+    # A checkpoint between the two steps of one batch.
+    (rest,) = replayed_batches(journal, parts[1].fetched.position, batch_size=8)
+    assert rest.raw_groups == groups[2:]
 
 
 def test_an_api_that_another_trainer_registered_with_after_a_restart_is_left_alone(api, client, tmp_path, monkeypatch):

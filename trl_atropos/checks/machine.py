@@ -153,7 +153,8 @@ MACHINE_CHECKS: tuple[Check[MachineFacts], ...] = (
         "warning",
         _short_disk,
         "A full disk ends the run at a checkpoint or at the journal.",
-        "Set --save_total_limit, --save_only_model, --save_strategy no or --journal_max_bytes, or name another --output_dir.",
+        "Set --save_total_limit, --save_strategy no or --journal_max_bytes, or name another --output_dir. --save_only_model helps, too, but a "
+        "run that resumes from such a checkpoint starts the optimizer and the learning rate schedule anew.",
         needs=("free_disk_bytes", "checkpoint_bytes"),
         describe=lambda facts: (
             f"Checkpoints that are kept, and a limited journal, take up to {known(facts.checkpoint_bytes) / GIB:.2f} GiB."

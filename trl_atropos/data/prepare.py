@@ -75,22 +75,44 @@ class BatchPreparer:
             if fetched.loss is not None:
                 yield PreparedBatch(fetched, RolloutBatch(()), None, now, now - start)
                 continue
-            batch = parse_batch(fetched.raw_groups, self.limits)
-            groups, fetched_version = self._add_versions(fetched, batch.groups)
+            batch = parse_batch(fetched.raw_groups, self.limits, first_index=fetched.position.group)
+            groups, fetched_version = self._add_versions(fetched, batch)
             yield PreparedBatch(
                 fetched, replace(batch, groups=tuple(groups)), fetched_version, now, time.monotonic() - start
             )
 
-    def _add_versions(
-        self, fetched: FetchedBatch, groups: Sequence[RolloutGroup]
-    ) -> tuple[list[RolloutGroup], int | None]:
-        mark = fetched.versions
-        if mark is not None and [len(row) for row in mark["policy_versions"]] == [len(g.rollouts) for g in groups]:
-            return set_policy_versions(groups, mark["policy_versions"]), mark["fetched_version"]
+    def _add_versions(self, fetched: FetchedBatch, batch: RolloutBatch) -> tuple[list[RolloutGroup], int | None]:
+        noted = fetched.versions
+        if noted is not None:
+            rows = [row for row in noted.rows if row is not None]
+            # Another vocabulary or length than before the resume refuses other groups.
+            if [len(row) for row in rows] == [len(group.rollouts) for group in batch.groups]:
+                return set_policy_versions(batch.groups, rows), noted.fetched_version
         # Before the lookup: what is fetched now cannot come from a later policy than this.
         fetched_version = None if fetched.is_replayed else self.progress.policy_version
-        found = list(groups) if self.lookup is None else with_policy_versions(groups, self.lookup)
+        found = list(batch.groups) if self.lookup is None else with_policy_versions(batch.groups, self.lookup)
         if self.journal is not None:
-            versions = [[rollout.policy_version for rollout in group.rollouts] for group in found]
-            self.journal.mark("versions", fetched.number, fetched_version=fetched_version, policy_versions=versions)
+            self._note_versions(self.journal, fetched, batch, found, fetched_version)
         return found, fetched_version
+
+    def _note_versions(
+        self,
+        journal: Journal,
+        fetched: FetchedBatch,
+        batch: RolloutBatch,
+        groups: Sequence[RolloutGroup],
+        fetched_version: int | None,
+    ) -> None:
+        """Write down the versions of every group, null for a refused one."""
+        first = fetched.position.group
+        refused = {group.index for group in batch.rejected}
+        rows = iter([[rollout.policy_version for rollout in group.rollouts] for group in groups])
+        journal.mark(
+            "versions",
+            fetched.position.batch,
+            first_group=first,
+            fetched_version=fetched_version,
+            policy_versions=[
+                None if index in refused else next(rows) for index in range(first, first + len(fetched.raw_groups))
+            ],
+        )

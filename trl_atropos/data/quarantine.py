@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AtroposProtocolError, JournalError, TrlAtroposError
-from ..types import RejectedGroup
+from ..types import Position, RejectedGroup
 from ..wire.journal import parse_json
 
 
@@ -24,8 +24,9 @@ WINDOW = 20
 class Quarantine:
     """Keeps refused groups with the reason, counts them per environment and reason, and ends the run at too many.
 
-    The file `path` has JSON lines with the keys `batch`, `group`, `env_id`, `reason`, `error` and `raw`. It is created
-    at the first refused group; a group that is there already, because a resume replays it, is not written again.
+    The file `path` has JSON lines with the keys `batch`, `group`, `env_id`, `reason`, `error` and `raw`; of recorded data,
+    `batch` is the pass, and `group` the number in the data. It is created at the first refused group; a group that is
+    there already, because a resume replays it, is not written again.
 
     The run ends when the mean share of refused groups over the last 20 batches, `fractions`, exceeds
     `max_dropped_fraction`. Batches before the first count as good, so that one bad group at the start ends nothing
@@ -38,10 +39,10 @@ class Quarantine:
         self.num_groups = 0
         self.fractions: deque[float] = deque(maxlen=WINDOW)
         self._counts: Counter[tuple[int | None, str]] = Counter()
-        self._known = {(entry["batch"], entry["group"]) for entry in self._entries()}
+        self._known = {Position(entry["batch"], entry["group"]) for entry in self._entries()}
 
-    def add(self, batch: int, raw_groups: Sequence[dict[str, Any]], rejected: Sequence[RejectedGroup]) -> None:
-        """Take the refused groups of the batch with the number `batch`; `raw_groups` are all groups of that batch.
+    def add(self, first: Position, raw_groups: Sequence[dict[str, Any]], rejected: Sequence[RejectedGroup]) -> None:
+        """Take the refused groups of a batch; `raw_groups` are all groups of it, `first` is the place of the first.
 
         Raises:
             AtroposProtocolError: too many groups of the last batches were refused.
@@ -55,15 +56,16 @@ class Quarantine:
                 f"Quarantined a group of environment {group.env_id} ({self._counts[group.env_id, group.reason]} with the "
                 f"reason `{group.reason}` so far): {group.error}"
             )
-            if (batch, group.index) not in self._known:
-                self._known.add((batch, group.index))
+            place = Position(first.batch, group.index)
+            if place not in self._known:
+                self._known.add(place)
                 entry = {
-                    "batch": batch,
+                    "batch": first.batch,
                     "group": group.index,
                     "env_id": group.env_id,
                     "reason": group.reason,
                     "error": str(group.error),
-                    "raw": raw_groups[group.index],
+                    "raw": raw_groups[group.index - first.group],
                 }
                 lines.append(json.dumps(entry, separators=(",", ":")) + "\n")
         if lines:

@@ -5,7 +5,6 @@ A batch of the API is in the journal before anybody else sees it.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -21,9 +20,10 @@ from ..errors import (
     AtroposProtocolError,
     AtroposRegistrationError,
 )
+from ..types import Position
 from ..wire.client import FIRST_DELAY_S, PROGRESS_INTERVAL_S, UNREGISTERED, AtroposClient
 from ..wire.journal import Journal
-from ..wire.recorded import OfflineData
+from ..wire.recorded import OfflineData, num_rollouts, pack
 from .options import DataOptions
 
 
@@ -34,19 +34,32 @@ DELAY_GROWTH = 1.25
 
 
 @dataclass(frozen=True)
-class FetchedBatch:
-    """A batch as it came.
+class NotedVersions:
+    """What the journal knows of the policies that sampled the groups of a batch.
 
-    `number` counts the batches of the run from 0, as the journal does. `raw_groups` are its groups as JSON gave them.
-    A batch that the API took from its queue and could not hand out has no groups, `loss` says why, and its `number` is
-    that of the next batch: it does not count. `is_replayed` says that the batch was fetched before a resume, and
-    `versions` is the mark of that name in the journal, if a replayed batch has one.
+    `rows` has one entry per group: a policy version or None per rollout, or None if the group was refused.
+    `fetched_version` is the trainer's policy version when the batch came, None if that was not known.
     """
 
-    number: int
+    rows: list[list[int | None] | None]
+    fetched_version: int | None
+
+
+@dataclass(frozen=True)
+class FetchedBatch:
+    """Groups that are trained in one step, as they came.
+
+    `raw_groups` are the groups as JSON gave them, `position` is the place of the first one, and `next_position` that of
+    what follows. A batch that the API took from its queue and could not hand out has no groups, `loss` says why, and
+    its place is that of the next batch: it does not count. `is_replayed` says that the groups were fetched before a
+    resume, and `versions` what the journal knows of the policies behind a replayed batch, if it knows them all.
+    """
+
+    position: Position
     raw_groups: list[dict[str, Any]]
+    next_position: Position
     is_replayed: bool = False
-    versions: dict[str, Any] | None = None
+    versions: NotedVersions | None = None
     loss: AtroposBatchLost | None = None
 
 
@@ -76,11 +89,13 @@ class ApiBatches:
                 raw_groups = self._wait()
             except AtroposBatchLost as exc:
                 self.num_batches_lost += 1
-                yield FetchedBatch(self.journal.next_batch, [], loss=exc)
+                here = Position(self.journal.next_batch, 0)
+                yield FetchedBatch(here, [], here, loss=exc)
                 continue
             if raw_groups is None:
                 return
-            yield FetchedBatch(self.journal.append(raw_groups), raw_groups)
+            number = self.journal.append(raw_groups)
+            yield FetchedBatch(Position(number, 0), raw_groups, Position(number + 1, 0))
 
     def stop(self) -> None:
         """Do not ask for another batch."""
@@ -153,21 +168,44 @@ class ApiBatches:
         )
 
 
-def replayed_batches(journal: Journal, first: int) -> Iterator[FetchedBatch]:
-    """The batches of a journal from number `first` on: fetched before a resume, and not trained in what the checkpoint
-    holds.
+def replayed_batches(journal: Journal, first: Position, batch_size: int) -> Iterator[FetchedBatch]:
+    """The groups of a journal from `first` on: fetched before a resume, and not trained in what the checkpoint holds.
+
+    A batch that has more rollouts than a step trains now, `batch_size`, is cut between its groups.
     """
-    versions = {mark["batch"]: mark for mark in journal.marks("versions")}
-    for batch in journal.batches(first):
-        yield FetchedBatch(batch.number, batch.raw_groups, is_replayed=True, versions=versions.get(batch.number))
+    noted = _noted_versions(journal, first)
+    for batch in journal.batches(first.batch):
+        index = first.group if batch.number == first.batch else 0
+        for groups in pack(batch.raw_groups[index:], batch_size, num_rollouts):
+            here, index = Position(batch.number, index), index + len(groups)
+            is_last = index == len(batch.raw_groups)
+            versions = [noted.get(Position(batch.number, group)) for group in range(here.group, index)]
+            known = [version for version in versions if version is not None]
+            yield FetchedBatch(
+                here,
+                groups,
+                Position(batch.number + 1, 0) if is_last else Position(batch.number, index),
+                is_replayed=True,
+                versions=NotedVersions([row for row, _ in known], known[0][1])
+                if len(known) == len(versions)
+                else None,
+            )
 
 
-def offline_batches(data: OfflineData, first: int, num_batches: int) -> Iterator[FetchedBatch]:
-    """The batches from number `first` up to, not including, number `num_batches` of recorded data, one pass after the
-    other.
-    """
-    for batch in itertools.islice(data.batches(first), num_batches - first):
-        yield FetchedBatch(batch.number, batch.raw_groups)
+def _noted_versions(journal: Journal, first: Position) -> dict[Position, tuple[list[int | None] | None, int | None]]:
+    """Read the marks of versions from `first` on: the row of each group, and the version when its batch came."""
+    noted = {}
+    for mark in journal.marks("versions"):
+        if mark["batch"] >= first.batch:
+            for group, row in enumerate(mark["policy_versions"], start=mark["first_group"]):
+                noted[Position(mark["batch"], group)] = (row, mark["fetched_version"])
+    return noted
+
+
+def offline_batches(data: OfflineData, first: Position, end: Position) -> Iterator[FetchedBatch]:
+    """The batches of recorded data from `first` up to `end`, one pass after the other."""
+    for here, groups in data.batches(end, first):
+        yield FetchedBatch(here, groups, Position(here.batch, here.group + len(groups)))
 
 
 def _checked(raw_groups: list[Any]) -> list[dict[str, Any]]:

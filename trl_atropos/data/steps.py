@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from ..errors import AtroposProtocolError
 from ..loss.advantages import group_advantages
 from ..loss.metrics import Metric, mean_of
 from ..loss.options import StepOptions
-from ..types import IGNORE_INDEX, RejectedGroup, Rollout, RolloutBatch, RolloutGroup
+from ..types import IGNORE_INDEX, START, Position, RejectedGroup, Rollout, RolloutBatch, RolloutGroup
 from ..wire.journal import Journal
 from .environment_metrics import EnvironmentMetrics
 from .history import TrainerHistory
@@ -28,6 +29,7 @@ from .prefetch import Prefetcher
 from .prepare import PreparedBatch, Progress
 from .quarantine import Quarantine
 from .rollout_metrics import are_truncated, dropped_metrics, rollout_metrics
+from .sources import FetchedBatch
 from .staleness import StalenessResult, limit_staleness
 
 
@@ -68,8 +70,8 @@ class StepMaker:
     becomes of their rewards and which logprobs they must have. `quarantine` takes refused groups; dropped groups are noted in
     `journal`, if there is one. `eos_token_ids` are the tokens that end a completion, None if they are unknown.
 
-    `next_batch` is the number of the first batch that was not handed out; `groups` are those of the step that was
-    handed out last, empty before the first.
+    `position` is the place of the first group that was not handed out; `groups` are those of the step that was handed out
+    last, empty before the first.
     """
 
     def __init__(
@@ -83,9 +85,9 @@ class StepMaker:
         quarantine: Quarantine,
         journal: Journal | None = None,
         eos_token_ids: frozenset[int] | None = None,
-        next_batch: int = 0,
+        position: Position = START,
     ):
-        self.next_batch = next_batch
+        self.position = position
         self.groups: tuple[RolloutGroup, ...] = ()
         self._data_options = data_options
         self._step_options = step_options
@@ -96,6 +98,7 @@ class StepMaker:
         self._eos_token_ids = eos_token_ids
         self._environment_metrics = EnvironmentMetrics(data_options.env_names)
         self._history = TrainerHistory(data_options.max_staleness)
+        self._handed_out: FetchedBatch | None = None
         self._prefetcher = Prefetcher(batches)
 
     def take(self, *, prefetches: bool) -> Step | None:
@@ -110,7 +113,7 @@ class StepMaker:
         wait_s = time.perf_counter() - start
         if prefetches:
             self._prefetcher.start()
-        self.groups = tuple(taken.kept)
+        self.groups, self._handed_out = tuple(taken.kept), taken.prepared.fetched
         for name in self._step_options.required_logprobs:
             _check_logprobs(taken.kept, name)
         metrics = {**self._metrics(taken), "perf/batch_wait_s": mean_of(wait_s)}
@@ -126,6 +129,22 @@ class StepMaker:
             + sum(len(group.rollouts) for group in taken.stale),
             metrics=metrics,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold of the data, if everything that was handed out is trained."""
+        return {
+            "next_batch": self.position.batch,
+            "next_group": self.position.group,
+            **self._quarantine.state_dict(),
+        }
+
+    def mark_trained(self, step: int) -> None:
+        """Note in the journal that the optimizer step `step` trained what was handed out last."""
+        if self._journal is not None and self._handed_out is not None:
+            here = self._handed_out.position
+            self._journal.mark(
+                "trained", here.batch, step=step, first_group=here.group, num_groups=len(self._handed_out.raw_groups)
+            )
 
     def _take_batch(self) -> _TakenBatch | None:
         """Take batches until one has something to train; None at the end of the data."""
@@ -148,8 +167,8 @@ class StepMaker:
     def _sift(self, prepared: PreparedBatch, version: int) -> StalenessResult:
         """Quarantine what was refused, and drop or down-weight what is too old for the policy `version`."""
         fetched, batch, options = prepared.fetched, prepared.batch, self._data_options
-        self.next_batch = fetched.number + 1
-        self._quarantine.add(fetched.number, fetched.raw_groups, batch.rejected)
+        self.position = fetched.next_position
+        self._quarantine.add(fetched.position, fetched.raw_groups, batch.rejected)
         self._check_size(batch)
         for finding in self._history.add(batch.groups, batch.rejected, version):
             logger.warning(f"{finding} See `{finding.name}` in docs/troubleshooting.md.")
@@ -157,7 +176,7 @@ class StepMaker:
             batch.groups, version, prepared.fetched_version, options.max_staleness, options.stale_rollouts
         )
         if result.dropped:
-            self._report_stale(fetched.number, batch.groups, result.dropped)
+            self._report_stale(fetched.position.batch, batch.groups, result.dropped)
         return result
 
     def _metrics(self, taken: _TakenBatch) -> dict[str, Metric]:
@@ -194,7 +213,8 @@ class StepMaker:
         if size > self._dealer.batch_size:
             raise AtroposProtocolError(
                 f"The API handed out a batch of {size} rollouts, this run trains {self._dealer.batch_size} a step.",
-                "The API is registered with another batch_size, by another trainer or an earlier run.",
+                "The API is registered with another batch_size, by another trainer or an earlier run; or one group is larger "
+                "than a step, and groups are not split.",
                 "Restart run-api and the environments, or set --per_device_train_batch_size and "
                 "--gradient_accumulation_steps to its batch size (GET /info).",
             )

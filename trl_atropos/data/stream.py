@@ -9,10 +9,15 @@ from torch.utils.data import IterableDataset
 
 from ..distributed import run_on_main_process
 from ..loss.metrics import Metric
-from ..types import RolloutGroup
+from ..types import Position, RolloutGroup
 from .micro_batches import Dealer, MicroBatch
 from .prepare import Progress
 from .steps import Step, StepMaker
+
+
+def position_of(state: dict[str, Any]) -> Position:
+    """Read from what a checkpoint holds of the data where it goes on; the beginning if it holds nothing."""
+    return Position(state.get("next_batch", 0), state.get("next_group", 0))
 
 
 class RolloutStream(IterableDataset[list[MicroBatch]]):
@@ -27,7 +32,8 @@ class RolloutStream(IterableDataset[list[MicroBatch]]):
     `state_dict` returned when the checkpoint was saved from which the run goes on; None at a start from scratch.
 
     `num_tokens` (prompts included), `num_rollouts_trained` and `num_rollouts_dropped` count what was handed out,
-    refused and dropped since the start of the run, the part before a resume included.
+    refused and dropped since the start of the run, the part before a resume included. What a checkpoint holds of them
+    counts what was trained: a signal may ask for one in the middle of a step.
     """
 
     def __init__(
@@ -44,18 +50,20 @@ class RolloutStream(IterableDataset[list[MicroBatch]]):
         self.num_tokens: int = state.get("num_tokens", 0)
         self.num_rollouts_trained: int = state.get("num_rollouts_trained", 0)
         self.num_rollouts_dropped: int = state.get("num_rollouts_dropped", 0)
-        self._next_batch: int = state.get("next_batch", 0)
         self._progress = progress
         self._open_steps = open_steps
         self._num_batches_ahead = num_batches_ahead
         self._metrics: dict[str, Metric] = {}
         self._steps: StepMaker | None = None
+        # What a checkpoint holds until the optimizer has made the step with this number.
+        self._before_step: tuple[int, dict[str, Any]] = (progress.global_step, state)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         run_on_main_process(self._open)
         num_left = self._progress.num_steps_left
         while True:
             num_left -= 1
+            self._before_step = (self._progress.global_step, self._whole_state())
             step = self._next_step(prefetches=self._num_batches_ahead > 0 and num_left > 0)
             if step is None:
                 return
@@ -71,9 +79,9 @@ class RolloutStream(IterableDataset[list[MicroBatch]]):
                 yield micro_batches
 
     @property
-    def next_batch(self) -> int:
-        """On rank 0, number of the first batch that was not handed out."""
-        return self._next_batch if self._steps is None else self._steps.next_batch
+    def position(self) -> Position:
+        """On rank 0, place of the first group that was not trained."""
+        return position_of(self.state_dict())
 
     @property
     def step_groups(self) -> tuple[RolloutGroup, ...]:
@@ -81,8 +89,14 @@ class RolloutStream(IterableDataset[list[MicroBatch]]):
         return () if self._steps is None else self._steps.groups
 
     def state_dict(self) -> dict[str, Any]:
-        """On rank 0, what a checkpoint must hold of the stream."""
-        return {"next_batch": self.next_batch, **self.total_metrics()}
+        """On rank 0, what a checkpoint must hold of the data: what was trained, and nothing that was only handed out."""
+        step, before = self._before_step
+        return before if self._progress.global_step == step else self._whole_state()
+
+    def mark_trained(self, step: int) -> None:
+        """Note in the journal that the optimizer step `step` trained what was handed out last."""
+        if self._steps is not None:
+            self._steps.mark_trained(step)
 
     def total_metrics(self) -> dict[str, int]:
         """The counters since the start of the run, under the names of their metrics."""
@@ -96,6 +110,9 @@ class RolloutStream(IterableDataset[list[MicroBatch]]):
         """Return the metrics of the step that was handed out last, once."""
         metrics, self._metrics = self._metrics, {}
         return metrics
+
+    def _whole_state(self) -> dict[str, Any]:
+        return {**({} if self._steps is None else self._steps.state_dict()), **self.total_metrics()}
 
     def _open(self) -> None:
         assert self._open_steps is not None, "rank 0 has a source"

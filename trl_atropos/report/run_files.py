@@ -178,18 +178,24 @@ def _dropped(marks: Sequence[Mapping[str, Any]]) -> Counter[str]:
 
 
 def _staleness(marks: Sequence[Mapping[str, Any]], steps: Sequence[LogEntry]) -> Counter[int]:
-    sampled = {mark["batch"]: mark["policy_versions"] for mark in marks if mark["event"] == "versions"}
+    sampled = {
+        (mark["batch"], group): versions
+        for mark in marks
+        if mark["event"] == "versions"
+        for group, versions in enumerate(mark["policy_versions"], start=mark["first_group"])
+    }
     dropped = {(mark["batch"], group) for mark in marks if mark["event"] == "dropped" for group in mark["groups"]}
     # A step that was made again after a resume has several marks, of which the last counts.
-    batches = {mark["step"]: mark["batch"] for mark in marks if mark["event"] == "trained"}
+    trained = {mark["step"]: mark for mark in marks if mark["event"] == "trained"}
     published = sorted((entry["step"], int(entry["policy_version"])) for entry in steps if "policy_version" in entry)
     counts: Counter[int] = Counter()
-    for step, batch in batches.items():
+    for step, mark in trained.items():
         num_earlier = bisect_left(published, (step, 0))
         before = published[num_earlier - 1][1] if num_earlier else 0
-        for group, versions in enumerate(sampled.get(batch, ())):
-            if (batch, group) not in dropped:
-                counts.update(before - version for version in versions if version is not None)
+        groups = range(mark["first_group"], mark["first_group"] + mark["num_groups"])
+        for place in ((mark["batch"], group) for group in groups):
+            if place not in dropped:
+                counts.update(before - version for version in sampled.get(place) or () if version is not None)
     return counts
 
 

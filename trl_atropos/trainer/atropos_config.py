@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from accelerate import ParallelismConfig
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from ..data.options import DataOptions
 from ..loss.options import StepOptions
@@ -15,6 +15,11 @@ from ..options import PositiveFloat, check_declared
 from ..policy.options import PolicyOptions
 from ..report.options import ReportOptions, choose_tracker
 from ..weight_sync.options import WeightSyncOptions
+from .training_arguments import check_training_arguments
+
+
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+"""Schedules of transformers that step with a metric of an evaluation."""
 
 
 @dataclass
@@ -68,6 +73,13 @@ class AtroposConfig(DataOptions, PolicyOptions, StepOptions, WeightSyncOptions, 
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Always False: a loss that is not finite stops the run instead."}
     )
+    resume_without_optimizer: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume from a checkpoint of `save_only_model`, too: with the optimizer, the learning rate schedule and the "
+            "random numbers of a fresh start."
+        },
+    )
 
     @property
     def sequence_parallel_size(self) -> int:
@@ -102,6 +114,7 @@ class AtroposConfig(DataOptions, PolicyOptions, StepOptions, WeightSyncOptions, 
             # transformers would upload it when the model is pushed.
             self.trackio_static_space_id = False
         TrainingArguments.__post_init__(self)
+        check_training_arguments(self)
         for part in (DataOptions, PolicyOptions, StepOptions, WeightSyncOptions, ReportOptions):
             part.__post_init__(self)
         if self.max_steps <= 0:
@@ -118,7 +131,6 @@ class AtroposConfig(DataOptions, PolicyOptions, StepOptions, WeightSyncOptions, 
         _check_waiting(self)
         _check_token_budget(self)
         _check_batch_size(self)
-        _check_unsupported(self)
         _check_offloading(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,6 +155,12 @@ def _check_evaluation(args: AtroposConfig) -> None:
         raise ValueError(
             f"eval_strategy is {args.eval_strategy.value}, eval_path {args.eval_path} and eval_log_dir {args.eval_log_dir}. An "
             "evaluation needs to know when and what. Set --eval_strategy steps and --eval_path or --eval_log_dir, or none of them."
+        )
+    if args.lr_scheduler_type in METRIC_SCHEDULES and args.eval_path is None:
+        raise ValueError(
+            f"lr_scheduler_type is {SchedulerType(args.lr_scheduler_type).value} and eval_path is None. This schedule steps with a metric at every "
+            "evaluation, and environments evaluate when they please. Set --eval_path and --metric_for_best_model, or another "
+            "--lr_scheduler_type."
         )
 
 
@@ -171,19 +189,6 @@ def _check_token_budget(args: AtroposConfig) -> None:
             f"{args.gradient_accumulation_steps}. The token budget decides how many forward passes a step takes. Set "
             "--gradient_accumulation_steps 1, and --per_device_train_batch_size to the rollouts of a step per process."
         )
-
-
-def _check_unsupported(args: AtroposConfig) -> None:
-    """Refuse options of `TrainingArguments` that would be wrong here or would silently do nothing."""
-    for name, accepted, reason in (
-        ("ignore_data_skip", True, "a live stream cannot be replayed by skipping batches"),
-        ("logging_nan_inf_filter", False, "it would show a finite loss where there is none"),
-        ("auto_find_batch_size", False, "a batch that was fetched cannot be fetched again in another size"),
-        ("use_liger_kernel", False, "its fused loss leaves no logits at trained positions"),
-        ("label_smoothing_factor", 0.0, "the loss is not the cross entropy of transformers"),
-    ):
-        if getattr(args, name) != accepted:
-            raise ValueError(f"{name} is {getattr(args, name)}: {reason}. Leave --{name} at {accepted}.")
 
 
 def _check_offloading(args: AtroposConfig) -> None:

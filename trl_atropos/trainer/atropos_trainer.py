@@ -47,7 +47,7 @@ from ..weight_sync.session import vocab_size_of
 from ..wire.parse import WireLimits
 from .atropos_config import AtroposConfig
 from .callbacks import StepCallback
-from .checkpoints import find_checkpoint
+from .checkpoints import check_optimizer, find_checkpoint
 from .evaluation import Evaluator
 from .hub_uploads import HubUploads
 from .preflight import check_launch
@@ -151,6 +151,8 @@ class AtroposTrainer(HubUploads):
             get_act_offloading_ctx_manager(self.model) if args.activation_offloading else nullcontext()
         )
         self._evaluator = Evaluator(args.eval_path, args.eval_log_dir, args.eval_max_tokens)
+        # Every metric that an evaluation has had, with its last value.
+        self._last_evaluation: dict[str, float] = {}
         self._completions = make_completions_table(args, args, args, policy.processing_class)
         self._weight_transport = weight_transport
         # Made at the first publish or at the start of train(), whichever comes first.
@@ -185,7 +187,7 @@ class AtroposTrainer(HubUploads):
                 or a publish fails. The server is left paused if it does not hold a complete policy.
         """
         check_launch(self.accelerator, self.args.n_gpu)
-        checkpoint, state = run_on_main_process(lambda: find_checkpoint(self.args.output_dir, resume_from_checkpoint))
+        checkpoint, state = run_on_main_process(lambda: self._find_checkpoint(resume_from_checkpoint))
         # Another run may wrap the model in another way, and takes other data.
         self._forward, self._data = None, None
         try:
@@ -199,6 +201,11 @@ class AtroposTrainer(HubUploads):
                 self._data.close()
             if self._connection is not None:
                 self._connection.close()
+
+    def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> tuple[str | None, dict[str, Any]]:
+        checkpoint, state = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        check_optimizer(checkpoint, state, self.args)
+        return checkpoint, state
 
     def _connect(self) -> Connection:
         """Reach the servers and check them, unless that is done; collective."""
@@ -461,13 +468,28 @@ class AtroposTrainer(HubUploads):
     # Evaluation and logging
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate `eval_path` and `eval_log_dir`; every rank gets the metrics (`report/metric_help.py`)."""
+        """Evaluate `eval_path` and `eval_log_dir`; every rank gets the metrics (`report/metric_help.py`).
+
+        Environments evaluate when they please: what is new is logged, and what is returned, and chooses the best
+        checkpoint, is the last value of every metric.
+        """
         servers = None if self._connection is None else self._connection.servers
         client = None if servers is None else servers.vllm_clients[0]
         metrics = run_on_main_process(lambda: self._evaluator(client))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
-        return metrics
+        self._last_evaluation |= metrics
+        return dict(self._last_evaluation)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        name = self.args.metric_for_best_model
+        if name is None or f"eval_{name.removeprefix('eval_')}" in metrics:
+            return super()._determine_best_metric(metrics, trial)
+        logger.warning(
+            f"metric_for_best_model is {name}, and no evaluation has had it yet, so that no checkpoint is the best one; there are: "
+            f"{', '.join(sorted(metrics)) or 'none'}. If that does not change, correct --metric_for_best_model."
+        )
+        return False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log. Names and units: `report/metric_help.py`."""

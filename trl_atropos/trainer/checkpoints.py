@@ -6,13 +6,17 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import PreflightError
 from ..wire.journal import parse_json
+
+
+if TYPE_CHECKING:
+    from .atropos_config import AtroposConfig
 
 
 logger = logging.getLogger(__name__)
@@ -71,6 +75,31 @@ def find_checkpoint(
             f"{path} is not complete, a trainer was killed while it saved: looking for an earlier checkpoint."
         )
     return None, {}
+
+
+def check_optimizer(checkpoint: str | None, state: dict[str, Any], args: AtroposConfig) -> None:
+    """Refuse to resume without optimizer and schedule unless that is asked for; warn of checkpoints that have neither.
+
+    `checkpoint` and `state` are those of [`find_checkpoint`].
+
+    Raises:
+        [`PreflightError`]: the checkpoint is one of the model alone.
+    """
+    if args.save_only_model and args.save_strategy != "no":
+        logger.warning(
+            "save_only_model: a run that resumes from these checkpoints starts the optimizer and the learning rate schedule "
+            "anew, and says so (--resume_without_optimizer)."
+        )
+    if checkpoint is None or state.get("has_optimizer", True):
+        return
+    why = "It was written with save_only_model, so that optimizer and learning rate schedule would start anew in the middle of the run."
+    if not args.resume_without_optimizer:
+        raise PreflightError(
+            f"The checkpoint {checkpoint} holds the model alone.",
+            why,
+            "Set --resume_without_optimizer to go on so, or start a new run with --model_name_or_path and this checkpoint.",
+        )
+    logger.warning(f"resume_without_optimizer: {checkpoint} holds the model alone. {why}")
 
 
 def forget_checkpoint(output_dir: str | os.PathLike[str], global_step: int) -> None:

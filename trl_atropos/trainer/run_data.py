@@ -14,9 +14,10 @@ from ..data.prepare import BatchPreparer, Progress
 from ..data.quarantine import Quarantine
 from ..data.sources import ApiBatches, FetchedBatch, offline_batches, replayed_batches
 from ..data.steps import StepMaker
-from ..data.stream import RolloutStream
+from ..data.stream import RolloutStream, position_of
 from ..distributed import run_on_main_process
 from ..loss.metrics import Metric, mean_of
+from ..types import Position
 from ..wire.journal import Journal, segments
 from ..wire.parse import WireLimits
 from ..wire.recorded import OfflineData
@@ -66,9 +67,9 @@ class RunData:
         self._main: _MainProcessData | None = None
 
         def open_main() -> int | None:
-            source = _open_source(args, servers, progress, resumes=resumes, first=state.get("next_batch", 0))
+            source = _open_source(args, servers, progress, resumes=resumes, first=position_of(state))
             self._main = _MainProcessData(args, source, state)
-            return source.num_steps
+            return None if source.num_steps_left is None else state.get("global_step", 0) + source.num_steps_left
 
         def open_steps() -> StepMaker:
             main = self._require_main()
@@ -83,7 +84,7 @@ class RunData:
                 quarantine=main.quarantine,
                 journal=source.journal,
                 eos_token_ids=eos_token_ids,
-                next_batch=state.get("next_batch", 0),
+                position=position_of(state),
             )
 
         self.num_offline_steps = run_on_main_process(open_main)
@@ -97,8 +98,7 @@ class RunData:
 
     def mark_trained(self, step: int) -> None:
         """Note that an optimizer step trained the batch that was handed out last."""
-        if self._main is not None and self._main.source.journal is not None:
-            self._main.source.journal.mark("trained", self.stream.next_batch - 1, step=step)
+        self.stream.mark_trained(step)
 
     def before_save(self, state: TrainerState, policy_version: int) -> None:
         """Put what a checkpoint must say of the data into the state that is about to be saved, as its last file.
@@ -110,14 +110,15 @@ class RunData:
         forget_checkpoint(self._main.args.output_dir, state.global_step)
         state.stateful_callbacks[STATE_KEY] = {
             "policy_version": policy_version,
+            "global_step": state.global_step,
+            "has_optimizer": not self._main.args.save_only_model,
             **self.stream.state_dict(),
-            **self._main.state_dict(),
         }
 
     def after_save(self) -> None:
         """Note that the checkpoint is whole: a resume needs no batch before it."""
         if self._main is not None and self._main.source.journal is not None:
-            self._main.source.journal.release(self.stream.next_batch)
+            self._main.source.journal.release(self.stream.position.batch)
 
     def pop_metrics(self) -> dict[str, Metric]:
         """Return what is known of the data since the last step; empty on the other ranks."""
@@ -126,7 +127,7 @@ class RunData:
     def close(self) -> None:
         """Fetch nothing more, and say what was fetched and not trained."""
         if self._main is not None:
-            self._main.source.close(self.stream.next_batch)
+            self._main.source.close(self.stream.position)
 
     def _require_main(self) -> _MainProcessData:
         assert self._main is not None, "only rank 0 has a source"
@@ -142,54 +143,54 @@ class _MainProcessData:
         self.quarantine = Quarantine(Path(args.output_dir) / QUARANTINE_NAME, args.max_dropped_fraction)
         self.quarantine.load_state_dict(state)
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.quarantine.state_dict()
-
     def metrics(self) -> dict[str, Metric]:
         return {"data/num_quarantined": mean_of(float(self.quarantine.num_groups)), **self.source.metrics()}
 
 
 class _RecordedSource:
-    """Recorded data, pass after pass, from the batch `first` on."""
+    """Recorded data, pass after pass, from `first` on."""
 
     journal = None
     lookup = None
 
-    def __init__(self, args: AtroposConfig, data_path: str, *, first: int):
+    def __init__(self, args: AtroposConfig, data_path: str, *, first: Position):
         assert args.atropos_batch_size is not None, "set when the options were checked"
         self._data = OfflineData(data_path, args.atropos_batch_size)
         self._first = first
         summary = self._data.summarize()
         logger.info(
-            f"{data_path}: {summary.num_groups} groups, {summary.num_rollouts} rollouts, {summary.num_batches} "
+            f"{data_path}: {len(summary.group_sizes)} groups, {sum(summary.group_sizes)} rollouts, {summary.num_batches} "
             "optimizer steps a pass."
         )
-        self.num_steps = int(summary.num_batches * args.num_train_epochs)
+        self._end = summary.end(args.num_train_epochs)
+        self.num_steps_left = summary.count_batches(first, self._end)
 
     def open(self) -> Iterator[FetchedBatch]:
-        return offline_batches(self._data, self._first, self.num_steps)
+        return offline_batches(self._data, self._first, self._end)
 
     def metrics(self) -> dict[str, Metric]:
         return {}
 
-    def close(self, next_batch: int) -> None:
+    def close(self, position: Position) -> None:
         """Do nothing: there is nothing to stop."""
 
 
 class _LiveSource:
-    """The Atropos API, after the batches of the journal from `first` on that an earlier run did not train."""
+    """The Atropos API, after the groups of the journal from `first` on that an earlier run did not train."""
 
-    num_steps = None
+    num_steps_left = None
 
-    def __init__(self, args: AtroposConfig, servers: Servers, progress: Progress, *, first: int):
+    def __init__(self, args: AtroposConfig, servers: Servers, progress: Progress, *, first: Position):
+        assert args.atropos_batch_size is not None, "set when the options were checked"
+        self._batch_size = args.atropos_batch_size
         self.journal = Journal(
             Path(args.output_dir) / JOURNAL_NAME,
             segment_bytes=args.journal_segment_bytes,
             max_bytes=args.journal_max_bytes,
         )
         # Somebody may have deleted the journal since: its batches must not get the numbers of trained ones.
-        self.journal.next_batch = max(self.journal.next_batch, first)
-        num_replayed = self.journal.next_batch - first
+        self.journal.next_batch = max(self.journal.next_batch, first.batch + (first.group > 0))
+        num_replayed = self.journal.next_batch - first.batch
         if num_replayed:
             logger.info(f"{num_replayed} batches of the journal were not trained yet and come first.")
         self._first = first
@@ -202,7 +203,8 @@ class _LiveSource:
     def open(self) -> Iterator[FetchedBatch]:
         """Register with the API. After the first publish: the first request for a batch lets environments begin."""
         self._register()
-        return itertools.chain(replayed_batches(self.journal, self._first), iter(self._api))
+        replayed = replayed_batches(self.journal, self._first, self._batch_size)
+        return itertools.chain(replayed, iter(self._api))
 
     def metrics(self) -> dict[str, Metric]:
         maybe_lost = self._api.num_batches_maybe_lost + self._api.num_batches_lost
@@ -211,9 +213,9 @@ class _LiveSource:
             "data/num_batches_maybe_lost": mean_of(float(maybe_lost)),
         }
 
-    def close(self, next_batch: int) -> None:
+    def close(self, position: Position) -> None:
         self._api.stop()
-        num_left = self.journal.next_batch - next_batch
+        num_left = self.journal.next_batch - position.batch
         if num_left > 0:
             logger.warning(
                 f"{num_left} batches were fetched and not trained. They are in {self.journal.directory} and are trained first "
@@ -222,7 +224,7 @@ class _LiveSource:
 
 
 def _open_source(
-    args: AtroposConfig, servers: Servers | None, progress: Progress, *, resumes: bool, first: int
+    args: AtroposConfig, servers: Servers | None, progress: Progress, *, resumes: bool, first: Position
 ) -> _LiveSource | _RecordedSource:
     if not resumes:
         _move_aside(Path(args.output_dir))

@@ -6,7 +6,11 @@ directory:
     rollouts-00000000.jsonl   one `ScoredData` group per line as the wire had it, with one more, last key:
                               "journal": {"batch": 3, "group": 0, "crc32": "89abcdef"}
     rollouts-00000041.jsonl   the next segment; the number is that of its first batch
-    marks.jsonl               what became of the batches: {"event": "trained", "batch": 3, "step": 4}
+    marks.jsonl               what became of the batches:
+                              {"event": "versions", "batch": 3, "first_group": 0, "fetched_version": 2,
+                               "policy_versions": [[2, 2], null]}    a row per group, null for a refused one
+                              {"event": "dropped", "batch": 3, "groups": [0], "reason": "stale"}
+                              {"event": "trained", "batch": 3, "step": 4, "first_group": 0, "num_groups": 2}
 
 The segments are offline data files (`recorded.py`). The checksum covers the bytes of the line's object without that key.
 """

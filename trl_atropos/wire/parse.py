@@ -63,23 +63,23 @@ class WireLimits:
     reads_teacher: bool = False
 
 
-def parse_batch(raw_groups: object, limits: WireLimits) -> RolloutBatch:
+def parse_batch(raw_groups: object, limits: WireLimits, *, first_index: int = 0) -> RolloutBatch:
     """Checks every group of the value of `"batch"` in an answer of `/batch`, as JSON gave it, and keeps the good ones.
 
     The good groups come in the order of the wire; the bad ones are in `rejected`, each with its error, and do not
-    raise.
+    raise. `first_index` is the number of the first one, if they are the later part of a batch.
 
     Raises:
         AtroposProtocolError: `raw_groups` is not a list, is empty, or holds something that is not an object.
     """
     if not isinstance(raw_groups, list) or not raw_groups:
         raise _not_a_batch(f"The batch is {show(raw_groups)}, not a list of groups.")
-    for index, raw in enumerate(raw_groups):
+    for index, raw in enumerate(raw_groups, start=first_index):
         if not isinstance(raw, dict):
             raise _not_a_batch(f"Group {index} of the batch is {show(raw)}, not an object.")
 
     groups, rejected = [], []
-    for index, raw in enumerate(raw_groups):
+    for index, raw in enumerate(raw_groups, start=first_index):
         try:
             groups.append(parse_group(raw, limits, index=index))
         except GroupRefused as error:

@@ -7,22 +7,25 @@ journal, or what atroposlib's `--env.data_path_to_save_groups` writes), or a dat
 from __future__ import annotations
 
 import gzip
+import itertools
 import logging
 import os
 import re
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import JournalError, PreflightError
-from ..types import IGNORE_INDEX
-from .journal import JournalBatch, read_lines, segments
+from ..types import IGNORE_INDEX, START, Position
+from .journal import read_lines, segments
 
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PROGRESS_INTERVAL_S = 10.0
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -30,13 +33,31 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What one pass over the data found: `num_batches` optimizer steps of `num_groups` groups with `num_rollouts`
-    rollouts.
-    """
+    """What one pass over the data found: the number of rollouts of each group, and how many a batch holds at most."""
 
-    num_batches: int
-    num_groups: int
-    num_rollouts: int
+    group_sizes: Sequence[int]
+    batch_size: int
+
+    @property
+    def num_batches(self) -> int:
+        """Optimizer steps of a pass."""
+        return self._num_packed(0, None)
+
+    def end(self, num_passes: float) -> Position:
+        """Where that many passes end; a part of a pass is rounded down to whole batches."""
+        whole, rest = divmod(int(self.num_batches * num_passes), self.num_batches)
+        packed = itertools.islice(pack(self.group_sizes, self.batch_size, int), rest)
+        return Position(whole, sum(len(batch) for batch in packed))
+
+    def count_batches(self, first: Position, end: Position) -> int:
+        """Optimizer steps between two places."""
+        if first.batch == end.batch:
+            return self._num_packed(first.group, end.group)
+        num_whole = max(end.batch - first.batch - 1, 0)
+        return self._num_packed(first.group, None) + num_whole * self.num_batches + self._num_packed(0, end.group)
+
+    def _num_packed(self, first: int, end: int | None) -> int:
+        return sum(1 for _ in pack(self.group_sizes[first:end], self.batch_size, int))
 
 
 class OfflineData:
@@ -77,59 +98,42 @@ class OfflineData:
             JournalError: a line cannot be read.
             PreflightError: there is nothing to train, or a group is larger than a batch.
         """
-        num_groups = num_rollouts = num_batches = 0
+        sizes: list[int] = []
         has_trained_token = False
         start = time.monotonic()
         next_report = PROGRESS_INTERVAL_S
-        for batch in self._pack():
-            num_batches += 1
-            num_groups += len(batch)
-            num_rollouts += sum(map(_size, batch))
-            has_trained_token = has_trained_token or any(map(_has_trained_token, batch))
+        for index, group in enumerate(self._groups()):
+            sizes.append(num_rollouts(group))
+            if sizes[-1] > self.batch_size:
+                raise PreflightError(
+                    f"Group {index} of {self.data_path} has {sizes[-1]} rollouts, a batch has {self.batch_size}.",
+                    "Groups are not split.",
+                    "Raise --per_device_train_batch_size or --gradient_accumulation_steps.",
+                )
+            has_trained_token = has_trained_token or _has_trained_token(group)
             if time.monotonic() - start >= next_report:
-                logger.info("Reading %s: %d groups so far", self.data_path, num_groups)
+                logger.info("Reading %s: %d groups so far", self.data_path, len(sizes))
                 next_report += PROGRESS_INTERVAL_S
-        if num_groups == 0 or not has_trained_token:
-            found = f"{num_groups} groups, none of which has a trained token" if num_groups else "no group"
+        if not has_trained_token:
+            found = f"{len(sizes)} groups, none of which has a trained token" if sizes else "no group"
             raise PreflightError(
                 f"--data_path {self.data_path} holds {found}.",
                 "A group has `tokens`, `scores`, and `masks` that are the token's id where it is trained and -100 elsewhere.",
                 "Give another file, or record one: a run writes its rollouts to output_dir/journal.",
             )
-        return DataSummary(num_batches, num_groups, num_rollouts)
+        return DataSummary(sizes, self.batch_size)
 
-    def batches(self, first: int = 0) -> Iterator[JournalBatch]:
-        """The batches from number `first` on, one pass after the other without end.
+    def batches(self, end: Position, first: Position = START) -> Iterator[tuple[Position, list[dict[str, Any]]]]:
+        """The batches from `first` up to `end`, each with its place, one pass after the other.
 
-        The batches before it were trained before a resume, and still count.
+        What lies before `first` was trained before a resume, perhaps in batches of another size.
         """
-        number = 0
-        while True:
-            before = number
-            for batch in self._pack():
-                if number >= first:
-                    yield JournalBatch(number, batch)
-                number += 1
-            if number == before:
-                return
-
-    def _pack(self) -> Iterator[list[dict[str, Any]]]:
-        batch: list[dict[str, Any]] = []
-        size = 0
-        for index, group in enumerate(self._groups()):
-            if _size(group) > self.batch_size:
-                raise PreflightError(
-                    f"Group {index} of {self.data_path} has {_size(group)} rollouts, a batch has {self.batch_size}.",
-                    "Groups are not split.",
-                    "Raise --per_device_train_batch_size or --gradient_accumulation_steps.",
-                )
-            if size + _size(group) > self.batch_size:
-                yield batch
-                batch, size = [], 0
-            batch.append(group)
-            size += _size(group)
-        if batch:
-            yield batch
+        for number in range(first.batch, end.batch + 1):
+            index = first.group if number == first.batch else 0
+            last = end.group if number == end.batch else None
+            for batch in pack(itertools.islice(self._groups(), index, last), self.batch_size, num_rollouts):
+                yield Position(number, index), batch
+                index += len(batch)
 
     def _groups(self) -> Iterator[dict[str, Any]]:
         if not self._files:
@@ -140,8 +144,22 @@ class OfflineData:
                 yield group
 
 
-def _size(group: dict[str, Any]) -> int:
-    # What is not a list is refused by validation, which can say more about it.
+def pack(items: Iterable[T], batch_size: int, size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Deal items, in order, to batches of at most `batch_size`, by the `size` of each; a larger one is a batch."""
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        if batch and total + size(item) > batch_size:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += size(item)
+    if batch:
+        yield batch
+
+
+def num_rollouts(group: dict[str, Any]) -> int:
+    """Number of rollouts of a group as JSON gave it; 1 if that cannot be told: validation says why."""
     tokens = group.get("tokens")
     return len(tokens) if isinstance(tokens, list) else 1
 

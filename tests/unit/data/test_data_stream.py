@@ -22,7 +22,7 @@ from trl_atropos.data.stream import RolloutStream
 from trl_atropos.errors import AtroposProtocolError
 from trl_atropos.loss.metrics import MetricAccumulator
 from trl_atropos.report.metric_help import METRICS
-from trl_atropos.types import Rollout, RolloutGroup
+from trl_atropos.types import Position, Rollout, RolloutGroup
 from trl_atropos.wire.journal import Journal
 from trl_atropos.wire.rollout_key import rollout_key
 
@@ -48,7 +48,11 @@ def wire_group(lengths: list[int], first_id: int = 10, **fields: Any) -> dict[st
 def make_stream(batches: Iterable[list[dict]], **options: Any) -> RolloutStream:
     """The stream over batches that have arrived."""
     return streams.make_stream(
-        lambda: (FetchedBatch(number, raw_groups) for number, raw_groups in enumerate(batches)), **options
+        lambda: (
+            FetchedBatch(Position(number, 0), raw_groups, Position(number + 1, 0))
+            for number, raw_groups in enumerate(batches)
+        ),
+        **options,
     )
 
 
@@ -398,14 +402,16 @@ class TestStaleness:
 
     def test_a_batch_that_is_dropped_as_a_whole_is_followed_by_the_next_one(self):
         batches = [[wire_group([3, 3])], [wire_group([5, 5], first_id=40)]]
+        progress = streams.Trainer(lambda: 6)
         stream = make_stream(
             batches,
             lookup=self.lookup_by_first_id({10: 1, 40: 6}, [group for batch in batches for group in batch]),
-            policy_version=6,
+            progress=progress,
             max_staleness=2,
         )
         assert [r.num_tokens for micro_batch in take_step(stream) for r in micro_batch] == [5, 5]
-        assert stream.next_batch == 2
+        progress.global_step = 1
+        assert stream.position == Position(2, 0)
         assert (stream.num_rollouts_trained, stream.num_rollouts_dropped) == (2, 2)
 
     def test_what_was_fetched_ahead_is_judged_by_the_policy_that_trains_it(self):
@@ -470,9 +476,28 @@ class TestPrefetching:
 
 
 def test_the_stream_ends_with_its_data():
-    stream = make_stream([[wire_group([2, 2, 2, 2])]], micro_batch_size=4)
-    assert len(list(stream)) == 1
-    assert stream.next_batch == 1
+    progress = streams.Trainer()
+    stream = make_stream([[wire_group([2, 2, 2, 2])]], micro_batch_size=4, progress=progress)
+    iterator = iter(stream)
+    next(iterator)
+    progress.global_step = 1
+    assert list(iterator) == []
+    assert stream.position == Position(1, 0)
+
+
+def test_a_checkpoint_holds_what_was_trained_and_not_what_was_handed_out():
+    batches = [[wire_group([2, 2, 2, 2])], [wire_group([3, 3]), wire_group([3, 3], scores=[None, 1.0])]]
+    progress = streams.Trainer()
+    stream = make_stream(batches, micro_batch_size=4, progress=progress, max_dropped_fraction=0.5)
+    states = []
+    for _ in stream:
+        # As for a checkpoint that a signal asks for before the optimizer's step.
+        states.append(stream.state_dict())
+        progress.global_step += 1
+        states.append(stream.state_dict())
+    keys = ("next_batch", "num_rollouts_trained", "num_rollouts_dropped", "num_quarantined")
+    found = [tuple(state.get(key, 0) for key in keys) for state in states]
+    assert found == [(0, 0, 0, 0), (1, 4, 0, 0), (1, 4, 0, 0), (2, 6, 2, 1)]
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:

@@ -138,15 +138,16 @@ def test_staleness_is_counted_at_the_step_that_trained_a_rollout(tmp_path):
     # Published after every step: step 1 trains with version 0, step 2 with version 1, step 3 with version 2.
     save_history(tmp_path, [entry | {"policy_version": float(entry["step"])} for entry in make_history(3)])
     marks = [
-        {"event": "versions", "batch": 0, "fetched_version": 0, "policy_versions": [[0, 0], [0, None]]},
-        {"event": "versions", "batch": 1, "fetched_version": 0, "policy_versions": [[0, 0], [0, 0]]},
-        {"event": "versions", "batch": 2, "fetched_version": 1, "policy_versions": [[2, 1], [0, 0]]},
-        {"event": "trained", "batch": 0, "step": 1},
+        {"event": "versions", "batch": 0, "first_group": 0, "policy_versions": [[0, 0], [0, None]]},
+        {"event": "versions", "batch": 1, "first_group": 0, "policy_versions": [[0, 0], [0, 0]]},
+        # Of these groups the first was refused and the last belongs to the next step.
+        {"event": "versions", "batch": 2, "first_group": 0, "policy_versions": [None, [2, 1], [0, 0], [0, 0]]},
+        {"event": "trained", "batch": 0, "step": 1, "first_group": 0, "num_groups": 2},
         # Trained once more after a resume.
-        {"event": "trained", "batch": 0, "step": 2},
-        {"event": "trained", "batch": 1, "step": 2},
-        {"event": "dropped", "batch": 2, "groups": [1], "reason": "stale"},
-        {"event": "trained", "batch": 2, "step": 3},
+        {"event": "trained", "batch": 0, "step": 2, "first_group": 0, "num_groups": 2},
+        {"event": "trained", "batch": 1, "step": 2, "first_group": 0, "num_groups": 2},
+        {"event": "dropped", "batch": 2, "groups": [2], "reason": "stale"},
+        {"event": "trained", "batch": 2, "step": 3, "first_group": 0, "num_groups": 3},
     ]
     (tmp_path / "journal").mkdir()
     lines = [json.dumps(mark) for mark in marks]

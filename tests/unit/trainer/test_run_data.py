@@ -57,12 +57,11 @@ def trainer(output_dir: Path, data_path: str | None, processing_class: Any = Non
     args = AtroposConfig(
         output_dir=str(output_dir),
         data_path=data_path,
-        per_device_train_batch_size=2,
         learning_rate=1e-2,
         max_length=16,
         report_to="none",
         use_cpu=True,
-        **{"save_steps": 2, **options},
+        **{"per_device_train_batch_size": 2, "save_steps": 2, **options},
     )
     return AtroposTrainer(tiny_llama(), args, processing_class=processing_class)
 
@@ -111,6 +110,64 @@ def test_an_interrupted_run_that_resumes_ends_as_the_straight_one(tmp_path, data
     assert [entries[0][name] for name in names] == [entries[1][name] for name in names] == [12, 48]
 
 
+class RequestCheckpoint(TrainerCallback):
+    """Does what the handler of SIGTERM does, at one place of step 3; `trainer` is that of the run."""
+
+    def __init__(self, event: str):
+        setattr(self, event, self.request)
+
+    def request(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            self.manager.is_checkpoint_requested = True
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end", "on_log"])
+def test_a_checkpoint_that_a_signal_asks_for_loses_no_batch_and_trains_none_twice(tmp_path, data_path, event):
+    options = {"enable_jit_checkpoint": True, "save_strategy": "no"}
+    straight = trainer(tmp_path / "straight", data_path, **options)
+    straight.train()
+    stopped = trainer(tmp_path / "out", data_path, **options)
+    request = RequestCheckpoint(event)
+    request.manager = next(c for c in stopped.callback_handler.callbacks if hasattr(c, "jit_manager")).jit_manager
+    # Before and after the callback that saves: a signal comes at any time.
+    stopped.callback_handler.callbacks.insert(0, request)
+    stopped.train()
+    assert stopped.state.global_step < NUM_BATCHES
+
+    resumed = trainer(tmp_path / "out", data_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(straight), strict=True))
+    assert resumed.state.log_history[-2]["num_rollouts_trained"] == 2 * NUM_BATCHES
+
+
+@pytest.mark.parametrize("before_and_after", [(2, 4), (4, 2), (2, 6), (6, 2)])
+def test_a_resume_with_another_batch_size_trains_every_group_once(tmp_path, data_path, before_and_after):
+    trained: list[tuple[int, ...]] = []
+
+    def run(batch_size: int, **options: Any) -> AtroposTrainer:
+        run = trainer(
+            tmp_path / "out", data_path, per_device_train_batch_size=batch_size, save_steps=1, beta=0.0, **options
+        )
+        get_batch_samples = run.get_batch_samples
+
+        def record(*args: Any) -> Any:
+            samples = get_batch_samples(*args)
+            trained.extend(tuple(group.rollouts[0].input_ids.tolist()) for group in run._data.stream.step_groups)
+            return samples
+
+        run.get_batch_samples = record
+        return run
+
+    before, after = before_and_after
+    run(before, max_steps=1).train()
+    resumed = run(after)
+    resumed.train(resume_from_checkpoint=True)
+    assert trained == [tuple(group(number)["tokens"][0]) for number in range(NUM_BATCHES)]
+    assert resumed.state.log_history[-2]["num_rollouts_trained"] == 2 * NUM_BATCHES
+    num_left = 2 * NUM_BATCHES - before
+    assert resumed.state.global_step == 1 + -(-num_left // after)
+
+
 def test_a_run_that_was_killed_after_its_last_step_makes_no_other(tmp_path, data_path):
     finished = trainer(tmp_path / "out", data_path, max_steps=4)
     finished.train()
@@ -124,7 +181,10 @@ def test_the_state_of_the_data_is_in_the_checkpoint(tmp_path, data_path):
     trainer(tmp_path / "out", data_path).train()
     state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["AtroposTrainer"] == {
-        "next_batch": 4,
+        "next_batch": 0,
+        "next_group": 4,
+        "global_step": 4,
+        "has_optimizer": True,
         "policy_version": 0,
         "num_tokens": 32,
         "num_rollouts_trained": 8,
@@ -134,16 +194,32 @@ def test_the_state_of_the_data_is_in_the_checkpoint(tmp_path, data_path):
     }
 
 
+def test_a_resume_without_optimizer_is_refused_unless_it_is_asked_for(tmp_path, data_path, caplog):
+    options = {"save_only_model": True, "lr_scheduler_type": "linear", "warmup_steps": 4}
+    with caplog.at_level(logging.WARNING):
+        trainer(tmp_path / "out", data_path, max_steps=2, **options).train()
+    assert "save_only_model: a run that resumes" in caplog.text
+    with pytest.raises(PreflightError, match=r"checkpoint-2 holds the model alone\.") as caught:
+        trainer(tmp_path / "out", data_path, **options).train(resume_from_checkpoint=True)
+    assert "--resume_without_optimizer" in caught.value.fix
+
+    resumed = trainer(tmp_path / "out", data_path, resume_without_optimizer=True, **options)
+    with caplog.at_level(logging.WARNING):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == NUM_BATCHES
+    assert "resume_without_optimizer: " in caplog.text
+
+
 def test_refused_groups_are_quarantined_and_the_rest_is_trained(tmp_path):
     path = tmp_path / "data.jsonl"
     bad = group(1, scores=[None, 1.0])
     path.write_text("".join(json.dumps(g) + "\n" for g in (group(0), bad, group(2))))
     run = trainer(tmp_path / "out", str(path))
     run.train()
-    # The batch of the bad group makes no step.
+    # The batch of the bad group makes no step; it is the second group of the first pass.
     assert len(losses(run)) == 2
     (entry,) = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
-    assert (entry["batch"], entry["raw"]) == (1, bad)
+    assert (entry["batch"], entry["group"], entry["raw"]) == (0, 1, bad)
 
 
 def test_too_many_refused_groups_end_the_run(tmp_path):

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import datasets
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trl_atropos.errors import JournalError, PreflightError
+from trl_atropos.types import START, Position
 from trl_atropos.wire.journal import Journal, segments
 from trl_atropos.wire.recorded import DataSummary, OfflineData
 
@@ -23,6 +26,8 @@ def group(num_rollouts: int, first_id: int = 10) -> dict:
     }
 
 
+FAR = Position(10, 0)
+"""The end of ten passes."""
 GROUPS = [group(2), group(2, 20), group(4, 30)]
 
 
@@ -33,8 +38,8 @@ def write(path: Path, groups: list[dict], end: str = "\n") -> str:
 
 def packed(data_path: str, batch_size: int, num: int) -> list[list[int]]:
     """The first ids of the groups of the first batches."""
-    batches = OfflineData(data_path, batch_size).batches()
-    return [[g["tokens"][0][0] for g in next(batches).raw_groups] for _ in range(num)]
+    batches = OfflineData(data_path, batch_size).batches(FAR)
+    return [[g["tokens"][0][0] for g in next(batches)[1]] for _ in range(num)]
 
 
 class TestForms:
@@ -59,10 +64,8 @@ class TestForms:
 
     def test_every_form_gives_the_same_groups(self, data_path):
         data = OfflineData(data_path, batch_size=4)
-        assert data.summarize() == DataSummary(num_batches=2, num_groups=3, num_rollouts=8)
-        batches = data.batches()
-        assert next(batches).raw_groups == GROUPS[:2]
-        assert next(batches).raw_groups == GROUPS[2:]
+        assert data.summarize() == DataSummary([2, 2, 4], 4)
+        assert list(data.batches(Position(0, 3))) == [(Position(0, 0), GROUPS[:2]), (Position(0, 2), GROUPS[2:])]
 
 
 class TestPacking:
@@ -72,16 +75,37 @@ class TestPacking:
 
     def test_passes_follow_one_another_with_the_same_batches_and_go_on_counting(self, tmp_path):
         path = write(tmp_path / "data.jsonl", GROUPS)
-        batches = OfflineData(path, 4).batches()
-        seen = [next(batches) for _ in range(4)]
-        assert [batch.number for batch in seen] == [0, 1, 2, 3]
-        assert seen[2].raw_groups == seen[0].raw_groups
+        places, groups = zip(*OfflineData(path, 4).batches(Position(1, 2)), strict=True)
+        assert places == (Position(0, 0), Position(0, 2), Position(1, 0))
+        assert groups == (GROUPS[:2], GROUPS[2:], GROUPS[:2])
 
-    @pytest.mark.parametrize("first", [0, 1, 2, 3])
-    def test_a_resume_begins_with_the_batch_after_those_that_were_trained(self, tmp_path, first):
-        path = write(tmp_path / "data.jsonl", GROUPS)
-        batch = next(OfflineData(path, 4).batches(first))
-        assert (batch.number, batch.raw_groups) == (first, [GROUPS[:2], GROUPS[2:]][first % 2])
+    @given(
+        sizes=st.lists(st.integers(1, 4), min_size=1, max_size=9),
+        batch_sizes=st.tuples(st.integers(4, 9), st.integers(4, 9)),
+        num_passes=st.floats(0, 3),
+        num_before=st.integers(0, 9),
+    )
+    def test_a_resume_with_another_batch_size_skips_and_repeats_no_group(
+        self, tmp_path_factory, sizes, batch_sizes, num_passes, num_before
+    ):
+        groups = [group(size, 10 * number) for number, size in enumerate(sizes)]
+        path = write(tmp_path_factory.mktemp("data") / "data.jsonl", groups)
+        before, after = (OfflineData(path, batch_size) for batch_size in batch_sizes)
+        end = after.summarize().end(num_passes)
+        trained = list(before.batches(end))[:num_before]
+        first = START if not trained else Position(trained[-1][0].batch, trained[-1][0].group + len(trained[-1][1]))
+        rest = list(after.batches(end, first))
+
+        in_order = [g for _, batch in (*trained, *rest) for g in batch]
+        assert in_order == groups * end.batch + groups[: end.group]
+        assert len(rest) == after.summarize().count_batches(first, end)
+        assert all(sum(len(g["tokens"]) for g in batch) <= batch_sizes[1] for _, batch in rest)
+
+    @pytest.mark.parametrize(
+        ("num_passes", "end"), [(1, (1, 0)), (0.5, (0, 2)), (0.4, (0, 0)), (2.75, (2, 2)), (3, (3, 0))]
+    )
+    def test_a_part_of_a_pass_is_rounded_down_to_whole_batches(self, num_passes, end):
+        assert DataSummary([2, 2, 4], 4).end(num_passes) == end
 
     def test_a_group_that_is_larger_than_a_batch_is_refused_by_number(self, tmp_path):
         path = write(tmp_path / "data.jsonl", GROUPS)
