@@ -15,6 +15,7 @@ from trl_atropos.policy.options import PolicyOptions
 from trl_atropos.report.options import ReportOptions
 from trl_atropos.trainer.atropos_config import AtroposConfig
 from trl_atropos.trainer.seed_options import SEED_OPTIONS
+from trl_atropos.trainer.training_arguments import ACCELERATOR_CONFIG, HARMLESS, RESTRICTED, SUPPORTED
 from trl_atropos.weight_sync.options import WeightSyncOptions
 
 
@@ -29,6 +30,13 @@ file. A name that is no option is refused with the nearest one. The model's opti
 `attn_implementation`, `use_peft`, `lora_r`, ...) are those of TRL's `ModelConfig`.
 
 A block `env:` in the file sets environment variables.
+"""
+TRAINING_ARGUMENTS = """\
+## Options of TrainingArguments
+
+Every option of transformers' `TrainingArguments` acts as it says there, accepts only what describes this trainer, or is refused by
+name with the reason. So is an option of a newer transformers that nobody has looked at. These act:
+
 """
 SEED = """\
 ## Files of AtroposSFTTrainer
@@ -55,6 +63,7 @@ def render() -> str:
         "Loss": [*own_fields(LossOptions), *own_fields(StepOptions)],
         "Other defaults than in TrainingArguments": own_fields(AtroposConfig),
     }
+    own = {field.name for fields in sections.values() for field in fields}
     parts = [HEADER]
     for title, fields in sections.items():
         rows = [row(field) for field in fields]
@@ -63,7 +72,27 @@ def render() -> str:
         f"| `{key}` | {', '.join(f'`{name}`' for name in option.options) or '-'} | {option.meaning} |"
         for key, option in SEED_OPTIONS.items()
     ]
-    return "\n".join([*parts, SEED + "\n".join(keys), ""])
+    return "\n".join([*parts, *training_arguments(own), SEED + "\n".join(keys), ""])
+
+
+def training_arguments(own: set[str]) -> list[str]:
+    """What of `TrainingArguments` acts, and what does not; `own` are the options that are described already."""
+    names = ", ".join(f"`{name}`" for name in sorted(SUPPORTED - own))
+    rows = [
+        f"| `{name}` | {' or '.join(f'`{value}`' for value in restriction.accepted)} | {restriction.why} |"
+        for name, restriction in {**RESTRICTED, "accelerator_config": ACCELERATOR_CONFIG}.items()
+        if name not in own
+    ]
+    harmless = [f"| `{name}` | any | {why} |" for name, why in HARMLESS.items()]
+    return [
+        TRAINING_ARGUMENTS + names + ".",
+        "",
+        "| Option | Accepted | Why |",
+        "|---|---|---|",
+        *harmless,
+        *rows,
+        "",
+    ]
 
 
 def own_fields(cls: type) -> list[dataclasses.Field[Any]]:
