@@ -25,7 +25,8 @@ class TrainerSide:
 
     `max_length` is the longest rollout, in tokens. `device` is the type of the device that sends the weights, `"cpu"`
     or `"cuda"`. `chat_ids` are the tokens of a short conversation, None if the tokenizer has no chat template. `model`
-    holds those fields of the model's config that must be equal, `num_parameters` counts its weights.
+    holds those fields of the model's config that must be equal, `num_parameters` counts its weights. `longrope_boundary` is the
+    number of tokens up to which a model of that kind has its short frequencies, None for another.
     """
 
     max_length: int | Unread = NOT_ASKED
@@ -36,6 +37,7 @@ class TrainerSide:
     chat_ids: tuple[int, ...] | Unread | None = NOT_ASKED
     model: dict[str, Any] | Unread = NOT_ASKED
     num_parameters: int | Unread = NOT_ASKED
+    longrope_boundary: int | Unread | None = NOT_ASKED
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,16 @@ def _other_model(facts: ServerConfigFacts) -> str | None:
         if theirs.get(name) != value
     ]
     return f"The server at {facts.url} serves {facts.served_name} with {'; '.join(wrong)}." if wrong else None
+
+
+def _other_frequencies(facts: ServerConfigFacts) -> str | None:
+    boundary, served, trained = known(facts.longrope_boundary), known(facts.max_model_len), known(facts.max_length)
+    if boundary is None or (served > boundary) == (trained > boundary):
+        return None
+    return (
+        f"The server's max_model_len is {served} and the trainer's max_length {trained}; the model has other rotary frequencies "
+        f"above {boundary} tokens (longrope)."
+    )
 
 
 def _raw_logprobs(facts: ServerConfigFacts) -> str | None:
@@ -241,6 +253,19 @@ SERVER_CHECKS: tuple[Check[ServerConfigFacts], ...] = (
     ),
     replace(WITHOUT_POLICY_VERSIONS, name="policy_versions"),
     replace(EXCEEDS_MAX_LENGTH, name="max_model_len"),
+    Check(
+        "longrope_frequencies",
+        "error",
+        _other_frequencies,
+        "Both sides take one set for all sequences, by the longest that they allow: logprobs would be those of another model.",
+        "Set --max_length and the server's --max_model_len both above that number, or both up to it.",
+        needs=("longrope_boundary", "max_model_len", "max_length"),
+        describe=lambda facts: (
+            "The model's rotary frequencies do not depend on length."
+            if facts.longrope_boundary is None
+            else f"Server and trainer have the same frequencies of longrope (boundary {facts.longrope_boundary} tokens)."
+        ),
+    ),
     Check(
         "runtime_lora",
         "error",

@@ -27,7 +27,7 @@ from ..checks.vllm import VLLM_CHECKS, inspect_vllm
 from ..errors import PreflightError, TrlAtroposError
 from ..trainer.atropos_config import AtroposConfig
 from ..trainer.parser import AtroposParser
-from ..trainer.preflight import describe_model, read_server_config, segment_bytes
+from ..trainer.preflight import describe_model, model_side, read_server_config, segment_bytes
 from ..trainer.run_facts import chat_ids, free_bytes, machine_facts, num_parameters, read_tokenizer, tokenizer_facts
 from ..weight_sync.client import AtroposVLLMClient
 from ..weight_sync.http import ServerSession
@@ -171,7 +171,14 @@ def _trainer_side(name: str | None, args: AtroposConfig | None) -> TrainerSide:
             vllm_enable_sleep_mode=args.vllm_enable_sleep_mode,
         )
     if name is None:
-        return replace(side, tokenizer=NO_MODEL, chat_ids=NO_MODEL, model=NO_MODEL, num_parameters=NO_MODEL)
+        return replace(
+            side,
+            tokenizer=NO_MODEL,
+            chat_ids=NO_MODEL,
+            model=NO_MODEL,
+            num_parameters=NO_MODEL,
+            longrope_boundary=NO_MODEL,
+        )
     tokenizer = _read_tokenizer(name)
     is_unread = isinstance(tokenizer, Unread)
     model = _read_config(name)
@@ -179,8 +186,8 @@ def _trainer_side(name: str | None, args: AtroposConfig | None) -> TrainerSide:
         side,
         tokenizer=tokenizer if is_unread else tokenizer_facts(tokenizer),
         chat_ids=tokenizer if is_unread else chat_ids(tokenizer),
-        model=model if isinstance(model, Unread) else describe_model(model),
         num_parameters=model if isinstance(model, Unread) else _count_parameters(model),
+        **({"model": model, "longrope_boundary": model} if isinstance(model, Unread) else model_side(model)),
     )
 
 

@@ -17,6 +17,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import PreflightError
 from .options import PolicyOptions
+from .rotary import pin_rotary_frequencies
 
 
 if TYPE_CHECKING:
@@ -50,11 +51,13 @@ def prepare_policy(
     *,
     needs_reference: bool,
     sequence_parallel_size: int,
+    max_length: int,
 ) -> PreparedPolicy:
-    """Load what is given by name, add the adapter, switch dropout off, and copy the reference.
+    """Load what is given by name, add the adapter, switch dropout off, fix rotary frequencies, and copy the reference.
 
     The reference is the policy that training starts from. With a fresh adapter that is the policy without it; with one
     that was trained, or whose initialisation changes the base, the adapter is copied ([`add_reference_adapter`]).
+    `max_length` is the longest rollout in tokens.
 
     Raises:
         ValueError: nothing of the policy can be trained; or a copy of a whole model is needed, and
@@ -72,6 +75,12 @@ def prepare_policy(
         add_reference_adapter(policy)
     if options.disable_dropout:
         disable_dropout(policy)
+    pinned = pin_rotary_frequencies(policy, max_length)
+    if pinned:
+        logger.info(
+            f"Rotary frequencies ({', '.join(sorted(pinned))}) are the same for every rollout up to max_length ({max_length}), as in "
+            "vLLM; transformers would take them from the longest row of a forward pass."
+        )
     # Before the optimizer's first step: the copy must be of the starting policy.
     needs_copy = needs_reference and not hasattr(policy, "peft_config")
     if needs_copy and sequence_parallel_size > 1:
@@ -79,7 +88,10 @@ def prepare_policy(
             f"beta is not 0, and {sequence_parallel_size} ranks share each sequence. TRL prepares the copy of the policy for "
             "data-parallel ranks only. Train an adapter (--use_peft), set --ref_logprobs require, or --beta 0."
         )
-    return PreparedPolicy(policy, processing_class, make_reference_model(model, options) if needs_copy else None)
+    reference = make_reference_model(model, options) if needs_copy else None
+    if reference is not None:
+        pin_rotary_frequencies(reference, max_length)
+    return PreparedPolicy(policy, processing_class, reference)
 
 
 def load_model(model: str | PreTrainedModel | nn.Module, options: PolicyOptions) -> PreTrainedModel:

@@ -98,10 +98,12 @@ def plan_forward(
     if device.type == "cuda" and (reason := why_not_compiled(device.type)) is not None:
         fallbacks.append(f"logprobs are computed a few rows at a time: torch.compile makes no kernels here ({reason})")
 
+    padded_tolerance = max(CHECK_TOLERANCE, PADDED_TOLERANCE_EPS * eps)
     with evaluating(model), torch.no_grad():
-        in_pieces, padded_difference = _check_padded(
-            model, difference, max(CHECK_TOLERANCE, PADDED_TOLERANCE_EPS * eps), fallbacks
-        )
+        in_pieces, padded_difference = _check_padded(model, difference, padded_tolerance, fallbacks)
+        if _is_code_of_others(model):
+            scorer = PolicyScorer(model, ForwardPlan("padded", in_pieces), autocast)
+            _check_long_neighbour(scorer, wrapped, max_length, device, padded_tolerance)
         tolerance = max(CHECK_TOLERANCE, eps, LAYOUT_TOLERANCE_RATIO * padded_difference)
         for layout in ("tree", "packed", "padded") if requested == "auto" else (requested,):
             reason = _cannot(layout, config, max_length) or _needless(layout, config, requested, device)
@@ -149,6 +151,33 @@ def _check_padded(
             "Set --per_device_train_batch_size 1, or another --attn_implementation.",
         )
     return False, distance
+
+
+def _check_long_neighbour(
+    scorer: PolicyScorer, wrapped: nn.Module, max_length: int, device: torch.device, tolerance: float
+) -> None:
+    """Refuse a model whose short rows have other logprobs beside one of `max_length` tokens; collective.
+
+    Frequencies that follow the longest row would not show among sequences of `CHECK_LENGTH` tokens. Those of models
+    that are part of transformers are known (`rotary.py`).
+    """
+    vocab_size = scorer.model.config.get_text_config().vocab_size
+    groups = _check_sequences(vocab_size, min(max_length, CHECK_LENGTH))
+    long = torch.randint(vocab_size, (max_length,), generator=torch.Generator().manual_seed(1))
+    distance = largest_over_ranks(_difference_to_alone(scorer, wrapped, [*groups, [long]], device, num_left_out=1))
+    if not distance <= tolerance:
+        raise PreflightError(
+            f"Short rollouts get other logprobs beside one of {max_length} tokens: mean difference {distance:.2g} nats.",
+            "The model computes something from the longest row of a forward pass, so the loss of a rollout would depend on its "
+            "neighbours.",
+            "Lower --max_length, or load the model that transformers has of this kind (without --trust_remote_code).",
+        )
+
+
+def _is_code_of_others(model: Any) -> bool:
+    """Whether a model, without its adapter, is no part of transformers."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    return not type(base).__module__.startswith("transformers.")
 
 
 def _use_tree_attention(
@@ -272,12 +301,20 @@ def _check_sequences(vocab_size: int, length: int) -> list[list[Tensor]]:
 
 
 def _difference_to_alone(
-    scorer: PolicyScorer, wrapped: nn.Module, groups: Sequence[Sequence[Tensor]], device: torch.device
+    scorer: PolicyScorer,
+    wrapped: nn.Module,
+    groups: Sequence[Sequence[Tensor]],
+    device: torch.device,
+    num_left_out: int = 0,
 ) -> float:
-    """Mean |logprob difference| in nats between a layout and the model's own logits for each sequence alone."""
+    """Mean |logprob difference| in nats between a layout and the model's own logits for each sequence alone.
+
+    The last `num_left_out` sequences are laid out with the others and not compared.
+    """
     sequences = [sequence for group in groups for sequence in group]
     layout = lay_out(scorer.plan.layout, groups)
-    pairs = list(zip(layout.token_positions, sequences, strict=True))
+    pairs = list(zip(layout.token_positions, sequences, strict=True))[: len(sequences) - num_left_out]
+    sequences = [sequence for _, sequence in pairs]
     targets = torch.cat([sequence[1:] for sequence in sequences])
     batch = {
         **layout_inputs(layout),

@@ -130,6 +130,7 @@ class AtroposTrainer(HubUploads):
             peft_config,
             needs_reference=self._needs_reference,
             sequence_parallel_size=args.sequence_parallel_size,
+            max_length=args.max_length,
         )
         self._reference_model = policy.reference_model
         super().__init__(

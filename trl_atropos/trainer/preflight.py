@@ -17,6 +17,7 @@ from ..checks.finding import NOT_ASKED, Check, FactsT, Finding, Unread, examine,
 from ..checks.machine import MACHINE_CHECKS
 from ..checks.server import SERVER_CHECKS, ServerConfigFacts, TrainerSide
 from ..errors import PreflightError, VLLMServerError
+from ..policy.rotary import longrope_boundary
 from ..weight_sync.client import AtroposVLLMClient
 from ..weight_sync.transports.backends import SHARED_MEMORY_BACKEND
 from ..weight_sync.transports.shm_segment import SEGMENT_DIR
@@ -83,6 +84,11 @@ def describe_model(model_config: Any) -> dict[str, Any]:
     return {name: getattr(config, name, None) for name in COMPARED_CONFIG_FIELDS}
 
 
+def model_side(model_config: Any) -> dict[str, Any]:
+    """Return the fields of [`~checks.server.TrainerSide`] that a model's config holds."""
+    return {"model": describe_model(model_config), "longrope_boundary": longrope_boundary(model_config)}
+
+
 def trainer_side(
     args: AtroposConfig,
     model: nn.Module,
@@ -100,8 +106,8 @@ def trainer_side(
         vllm_enable_sleep_mode=args.vllm_enable_sleep_mode,
         tokenizer=NOT_ASKED if tokenizer is None else tokenizer_facts(tokenizer),
         chat_ids=NOT_ASKED if tokenizer is None else chat_ids(tokenizer),
-        model=describe_model(model.config),
         num_parameters=num_parameters(model),
+        **model_side(model.config),
     )
 
 

@@ -58,6 +58,7 @@ GOOD = ServerConfigFacts(
     chat_ids=(5, 6),
     served_chat_ids=(5, 6),
     num_parameters=1000,
+    longrope_boundary=None,
     segment_bytes=2000,
     free_shared_memory_bytes=2000,
 )
@@ -102,6 +103,13 @@ def test_what_fits_has_an_ok_line_for_every_check() -> None:
         ({"logprobs_mode": "raw_logprobs"}, {"logprobs_mode": "warning"}),
         ({"knows_policy_versions": False}, {"policy_versions": "warning"}),
         ({"max_model_len": 65}, {"max_model_len": "warning"}),
+        ({"longrope_boundary": 64}, {}),
+        ({"longrope_boundary": 63}, {}),
+        # 65 tokens of the server are longer than the 64 of the trainer, in any case.
+        (
+            {"longrope_boundary": 64, "max_model_len": 65},
+            {"longrope_frequencies": "error", "max_model_len": "warning"},
+        ),
         ({"weight_sync_mode": "adapter"}, {"runtime_lora": "error"}),
         ({"vllm_enable_sleep_mode": True}, {}),
         ({"vllm_enable_sleep_mode": True, "backend": "nccl", "device": "cuda"}, {"sleep_mode_transport": "error"}),

@@ -84,7 +84,13 @@ class TestEosTokenIds:
 
 def prepare(model: object, peft_config: LoraConfig | None = None, **options: object) -> PreparedPolicy:
     return prepare_policy(
-        model, PolicyOptions(**options), object(), peft_config, needs_reference=True, sequence_parallel_size=1
+        model,
+        PolicyOptions(**options),
+        object(),
+        peft_config,
+        needs_reference=True,
+        sequence_parallel_size=1,
+        max_length=64,
     )
 
 
