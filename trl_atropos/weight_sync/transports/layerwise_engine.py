@@ -8,6 +8,7 @@ uninitialised memory.
 
 from __future__ import annotations
 
+import inspect
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,15 +25,19 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 
 NUM_NAMED = 3
 """How many names an error lists."""
 
+COPY_SIGNATURE = inspect.signature(default_weight_loader)
 EXPERT = re.compile(r"(\.experts)\.\d+\..*")
 
 
@@ -82,6 +87,10 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         self._tied: dict[str, str] = {}
         # Checkpoint names that are known to end in a parameter.
         self._known: set[str] = set()
+        # Whether `load_weights` of the model copies into some parameters itself; None before the first load.
+        self._copies_itself: bool | None = None
+        # What computes with the experts of a layer, by the method that packs them.
+        self._expert_kernels: dict[FusedMoEMethodBase, Any] = {}
         # What a complete policy fills of the layers that are allocated larger than it.
         self._padded_numel: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
@@ -96,7 +105,16 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         """Connect to a trainer. A second call replaces the first: the trainer was restarted, or connects again."""
         self.shutdown()
         self._has_policy = False
+        self._check_model()
         self.connect(init_info)
+
+    def _check_model(self) -> None:
+        for name, module in self.model.named_modules():
+            if getattr(module, "is_amx_bmm_enabled", False):
+                raise RuntimeError(
+                    f"{name} of the served model is attention with a compressed cache (MLA), of which vLLM's CPU backend keeps "
+                    "packed weights only: a new policy has no place to go. Serve this model on a GPU, or on a CPU without AMX."
+                )
 
     @abstractmethod
     def connect(self, init_info: TInitInfo) -> None:
@@ -112,6 +130,7 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         # Asked before the move, which gives a tied parameter a tensor of its own that nobody will send.
         self._tied = _tied_names(self.model)
         initialize_layerwise_reload(self.model)
+        self._set_expert_kernels_aside()
         self._expected = {_plain_name(name) for name, _ in self.model.named_parameters()} - self._tied.keys()
         self._loaded = set()
 
@@ -129,9 +148,12 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         self._has_policy = False
         is_known = self._known.issuperset(update_info.names)
         recorder = None if is_known or not self._holds_all_layers() else ReadRecorder()
-        with recorder or nullcontext():
+        copies = None if self._copies_itself is False else DirectCopies(self.model)
+        with recorder or nullcontext(), copies or nullcontext():
             watched = iter(weights) if recorder is None else recorder.watch(weights)
             self._loaded |= {_plain_name(name) for name in self.model.load_weights(watched) or ()}
+        if copies is not None:
+            self._copies_itself = self._copies_itself or copies.num_caught > 0
         if recorder is not None:
             unknown = [name for name in recorder.unread if name not in self._tied]
             if unknown:
@@ -157,7 +179,9 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
                 "would be uninitialised memory: the weight update stays open. Send every parameter of a module."
             )
         finalize_layerwise_reload(self.model, self.model_config)
+        self._restore_expert_kernels()
         self._repack_tied_heads()
+        self._refresh_convolutions()
         self._is_updating = False
         self._has_policy = True
 
@@ -209,6 +233,21 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
                 torn.append(name)
         return torn
 
+    def _set_expert_kernels_aside(self) -> None:
+        # vLLM packs experts for its CPU kernels when it makes these, and takes a method that has one for packed: without
+        # it, the weights of an update are packed as those of the start were.
+        for method in (getattr(module, "quant_method", None) for module in self.model.modules()):
+            if isinstance(method, FusedMoEMethodBase) and method.moe_kernel is not None and _packs_experts(method):
+                self._expert_kernels[method] = method.moe_kernel
+                method.moe_kernel = None
+
+    def _restore_expert_kernels(self) -> None:
+        """Give experts that this update left as they are what computes with them."""
+        for method, kernel in self._expert_kernels.items():
+            if method.moe_kernel is None:
+                method.moe_kernel = kernel
+        self._expert_kernels = {}
+
     def _repack_tied_heads(self) -> None:
         # vLLM's CPU backend prepacks the output head at load. A tied head owns no parameter, so the layerwise reload
         # never processes it and it would go on answering with the weights of the start.
@@ -217,6 +256,73 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
                 continue
             if self._tied.get(_plain_name(f"{name}.weight")) in self._loaded:
                 module.quant_method.process_weights_after_loading(module)
+
+    def _refresh_convolutions(self) -> None:
+        # Mamba layers compute with a view of the weight of their convolution. Where vLLM's CPU backend packs that weight, the
+        # view is one of the tensor that it packed at load.
+        for module in self.model.modules():
+            unpacked = getattr(getattr(module, "conv1d", None), "_cpu_unpacked_conv_weight", None)
+            view = getattr(module, "conv_weights", None)
+            if unpacked is not None and view is not None:
+                view.copy_(unpacked)
+
+
+class DirectCopies(TorchDispatchMode):
+    """Gives the layerwise reload what a model's `load_weights` copies into a parameter without its weight loader.
+
+    Those of GPT-OSS and a few others do. In an update the parameter is on the meta device, where a copy leaves no trace,
+    and the layer would go on with its old weights. `num_caught` counts such copies.
+
+    Raises:
+        `RuntimeError`: at a copy into a part of a parameter.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.num_caught = 0
+        self._places = {
+            parameter.untyped_storage()._cdata: (layer, name)
+            for layer in model.modules()
+            for name, parameter in layer.named_parameters(recurse=False)
+            if parameter.is_meta
+        }
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.copy_.default and args[0].is_meta and not args[1].is_meta:
+            place = self._places.get(args[0].untyped_storage()._cdata)
+            if place is not None and not _is_buffered(*place):
+                self._load(*place, args[0], args[1])
+        return func(*args, **(kwargs or {}))
+
+    def _load(self, layer: nn.Module, name: str, target: torch.Tensor, tensor: torch.Tensor) -> None:
+        parameter = getattr(layer, name)
+        if target.shape != parameter.shape or tensor.shape != parameter.shape:
+            raise RuntimeError(
+                f"`load_weights` of the served model copies {tuple(tensor.shape)} into a part of {name} of {type(layer).__name__}, "
+                f"which has {tuple(parameter.shape)}. vLLM's layerwise reload takes whole parameters only, so that a policy cannot "
+                "be published to this model."
+            )
+        self.num_caught += 1
+        info = get_layerwise_info(layer)
+        # The layer is made anew when it is complete: by then the sender may have written over what it sent.
+        parameter.weight_loader = default_weight_loader
+        info.loaded_weights.append((name, COPY_SIGNATURE.bind(parameter, tensor.clone())))
+        info.load_numel += tensor.numel()
+        if info.load_numel >= info.load_numel_total:
+            _layerwise_process(layer, info)
+
+
+def _is_buffered(layer: nn.Module, name: str) -> bool:
+    """Whether the reload has a weight for a parameter: then a copy into it is that of its loader, which is being counted."""
+    return any(buffered == name for buffered, _ in get_layerwise_info(layer).loaded_weights)
+
+
+def _packs_experts(method: FusedMoEMethodBase) -> bool:
+    """Whether the experts of a method lie in another form on the server than in a checkpoint."""
+    packs = type(method.moe_kernel.fused_experts).process_weights_after_loading
+    return packs is not FusedMoEExperts.process_weights_after_loading
 
 
 class ReadRecorder(TorchDispatchMode):

@@ -1,0 +1,205 @@
+"""Serves one tiny model after the other with vLLM in this process, publishes to it, and prints a line of JSON for each.
+
+Usage: python served_architectures.py DIRECTORY NAME...
+
+A line has `name`, and either `error`, or the logprobs of the server at the `start` and after `again` (the same weights),
+`other` (weights of another seed) and `back` (those of the start), and the trainer's own for both, `start_trainer` and
+`other_trainer`: lists by sequence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import vllm.v1.engine.core
+import vllm.v1.worker.cpu_worker
+from tiny_models import byte_tokenizer
+from transformers import PreTrainedModel
+from vllm import LLM, SamplingParams
+from vllm.distributed.weight_transfer.base import WeightTransferInitInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.inputs import TokensPrompt
+from vllm.model_executor.models import registry
+
+from trl_atropos.policy.rotary import pin_rotary_frequencies
+from trl_atropos.weight_sync.transports.layerwise_engine import LayerwiseEngine, LayerwiseUpdateInfo
+from trl_atropos.weight_sync.weights.source import PolicyWeights
+
+
+MAX_LENGTH = 256
+SEQUENCES = [[7, 11, 13, 17, 19, 23, 29, 31, 37, 41], [250, 3, 250, 3, 99, 98, 97, 96], [5] * 6]
+SIZES: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1, "bos_token_id": None,
+    "eos_token_id": 256, "pad_token_id": 256,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LOCAL_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}
+MAMBA: dict[str, Any] = {"mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 16}
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 16, "long_factor": [2.0] * 16,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Gemma3": {"config": "Gemma3TextConfig", "head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32},
+    "Mistral": {"head_dim": 32, "sliding_window": 8},
+    "Phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64},
+    "Qwen3Moe": {**EXPERTS, "head_dim": 32, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "Mixtral": {**LOCAL_EXPERTS, "sliding_window": None},
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "num_key_value_heads": 4},
+    "GptOss": {**LOCAL_EXPERTS, "head_dim": 32, "sliding_window": 8},
+    "DeepseekV2": {
+        "num_key_value_heads": 4, "kv_lora_rank": 512, "q_lora_rank": None, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32,
+        "v_head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1,
+        "moe_intermediate_size": 64, "first_k_dense_replace": 1, "topk_method": "greedy", "topk_group": 1,
+    },
+    "Qwen3Next": {
+        **EXPERTS, "head_dim": 32, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "layer_types": ["linear_attention", "full_attention"], "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 64, "norm_topk_prob": True,
+    },
+    "FalconH1": {**MAMBA, "head_dim": 32, "mamba_d_ssm": 128, "mamba_n_heads": 4},
+    "GraniteMoeHybrid": {
+        **MAMBA, **LOCAL_EXPERTS, "mamba_n_heads": 8, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 64,
+    },
+}  # fmt: skip
+"""What distinguishes a tiny model of each family; `config` names its class if the name of the family does not."""
+
+PRELOADED = (vllm.v1.engine.core, vllm.v1.worker.cpu_worker)
+"""What every server imports, here once for all of them."""
+
+_SENT: dict[str, torch.Tensor] = {}
+"""What the engine of this process is sent."""
+
+
+@dataclass
+class NoInitInfo(WeightTransferInitInfo):
+    """There is nothing to connect to."""
+
+
+class MemoryEngine(LayerwiseEngine[NoInitInfo, LayerwiseUpdateInfo]):
+    """Takes what lies in `_SENT`."""
+
+    init_info_cls = NoInitInfo
+    update_info_cls = LayerwiseUpdateInfo
+
+    def connect(self, init_info: NoInitInfo) -> None:
+        """Do nothing."""
+
+    def receive_weights(self, update_info: LayerwiseUpdateInfo) -> None:
+        """Load all."""
+        self.load(update_info, iter(_SENT.items()))
+
+    def shutdown(self) -> None:
+        """Do nothing."""
+
+
+def make(name: str, seed: int) -> PreTrainedModel:
+    """A model with large random weights in bfloat16; one-dimensional ones are not 0 or 1, where an error would not show."""
+    options = dict(FAMILIES[name])
+    config_class = getattr(transformers, options.pop("config", f"{name}Config"))
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{name}ForCausalLM")(config_class(**{**SIZES, **options}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(torch.bfloat16)
+
+
+def trainer_logprobs(model: PreTrainedModel) -> list[list[float]]:
+    """What a trainer scores that holds these weights in float32."""
+    model = model.float().eval()
+    pin_rotary_frequencies(model, MAX_LENGTH)
+    rows = []
+    for sequence in SEQUENCES:
+        with torch.no_grad():
+            logprobs = model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0].log_softmax(-1)
+        rows.append([float(logprobs[i - 1, token]) for i, token in enumerate(sequence) if i > 0])
+    return rows
+
+
+def server_logprobs(server: LLM) -> list[list[float]]:
+    """What the server answers."""
+    prompts = [TokensPrompt(prompt_token_ids=sequence) for sequence in SEQUENCES]
+    outputs = server.generate(
+        prompts, SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0.0), use_tqdm=False
+    )
+    return [
+        [output.prompt_logprobs[i][token].logprob for i, token in enumerate(sequence) if i > 0]
+        for output, sequence in zip(outputs, SEQUENCES, strict=True)
+    ]
+
+
+def publish(server: LLM, model: PreTrainedModel) -> None:
+    """Send what a trainer sends."""
+    source = PolicyWeights(model, torch.bfloat16)
+    specs = source.manifest()
+    _SENT.clear()
+    _SENT.update((name, tensor.clone()) for name, tensor in source.tensors(specs))
+    server.start_weight_update()
+    server.update_weights(
+        {
+            "update_info": {
+                "sequence": 1,
+                "is_complete": True,
+                "names": [spec.name for spec in specs],
+                "dtype_names": [str(spec.dtype).removeprefix("torch.") for spec in specs],
+                "shapes": [list(spec.shape) for spec in specs],
+                "offsets": [0] * len(specs),
+            }
+        }
+    )
+    server.finish_weight_update()
+
+
+def serve(directory: Path, name: str) -> dict[str, Any]:
+    """Start a server, publish the same weights, others, and the first again."""
+    start, other = make(name, seed=1), make(name, seed=2)
+    start.save_pretrained(directory / name)
+    byte_tokenizer().save_pretrained(directory / name)
+    server = LLM(
+        model=str(directory / name), enforce_eager=True, max_model_len=MAX_LENGTH, dtype="bfloat16",
+        distributed_executor_backend="uni", weight_transfer_config={"backend": "memory"}, enable_prefix_caching=False,
+    )  # fmt: skip
+    logprobs = {"start": server_logprobs(server)}
+    server.init_weight_transfer_engine({"init_info": {}})
+    for moment, model in (("again", start), ("other", other), ("back", start)):
+        publish(server, model)
+        logprobs[moment] = server_logprobs(server)
+    return {**logprobs, "start_trainer": trainer_logprobs(start), "other_trainer": trainer_logprobs(other)}
+
+
+def in_a_child(run: Callable[[], dict[str, Any]]) -> None:
+    """Run in a fork, which has imported everything and ends with all that a server leaves behind."""
+    child = os.fork()
+    if child == 0:
+        try:
+            line = run()
+        except Exception as exc:
+            traceback.print_exc()
+            line = {"error": str(exc)}
+        os.write(RESULTS, (json.dumps(line) + "\n").encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    # vLLM prints to standard output.
+    RESULTS = os.dup(1)
+    os.dup2(2, 1)
+    WeightTransferEngineFactory.register_engine("memory", MemoryEngine)
+    # Otherwise each family is imported once more, to see what it can.
+    registry._run_in_subprocess = lambda inspect: inspect()
+    for family in sys.argv[2:]:
+        in_a_child(lambda family=family: {"name": family, **serve(Path(sys.argv[1]), family)})
