@@ -30,7 +30,8 @@ class TrainerFacts:
     """What a trainer received over its last batches.
 
     `num_groups` counts refused groups, too, and `num_too_long_groups` those of them with a rollout longer than
-    `max_length`. A tied group has at least two rollouts, all with the same reward and without token-level advantages.
+    `max_length`. A tied group has at least two rollouts, all with the same reward and without token-level advantages; a
+    single group has one rollout, whose advantage is 0, because nobody in its group is better or worse.
     `mean_staleness`, in publishes, is the mean of the batches' means over rollouts of known policy version.
     `max_staleness` is the option; None: no limit.
     """
@@ -39,6 +40,7 @@ class TrainerFacts:
     num_refused_groups: int = 0
     num_too_long_groups: int = 0
     num_tied_groups: int = 0
+    num_single_groups: int = 0
     mean_staleness: float | None = None
     max_staleness: int | None = None
 
@@ -54,6 +56,13 @@ def _all_groups_tie(facts: TrainerFacts) -> str | None:
     if num_accepted < MIN_GROUPS or facts.num_tied_groups < num_accepted:
         return None
     return f"In all of the last {num_accepted} groups every rollout has the same reward."
+
+
+def _groups_of_one(facts: TrainerFacts) -> str | None:
+    if facts.num_single_groups == 0:
+        return None
+    num_accepted = facts.num_groups - facts.num_refused_groups
+    return f"{facts.num_single_groups} of the last {num_accepted} groups have one rollout, which has no group to be compared with."
 
 
 def _stale_batches(facts: TrainerFacts) -> str | None:
@@ -78,6 +87,14 @@ TRAINER_CHECKS: tuple[Check[TrainerFacts], ...] = (
         "Their advantages are 0 and the gradient is 0: the task is solved, hopeless, or its score function is broken.",
         "Look at completions and rewards with `--log_completions`; mix in tasks of another difficulty.",
     ),
+    Check(
+        "groups_of_one",
+        "warning",
+        _groups_of_one,
+        "Their advantages are 0, and they train nothing.",
+        "Let the environment sample several rollouts per task (`--env.group_size`), or set `--advantage_baseline batch` and "
+        "`--scale_rewards batch` (REINFORCE++).",
+    ),
     Check("stale_batches", "warning", _stale_batches, AGEING_WHY, AGEING_FIX),
 )
 
@@ -85,11 +102,13 @@ TRAINER_CHECKS: tuple[Check[TrainerFacts], ...] = (
 class TrainerHistory:
     """Counts what came over the last `WINDOW` batches, and tells once what is found in it.
 
-    `max_staleness` is the option, in publishes; None: no limit.
+    `max_staleness` is the option, in publishes; None: no limit. `advantage_baseline` is that of
+    [`~loss.options.StepOptions`].
     """
 
-    def __init__(self, max_staleness: int | None = None):
+    def __init__(self, max_staleness: int | None = None, advantage_baseline: str = "group"):
         self.max_staleness = max_staleness
+        self.advantage_baseline = advantage_baseline
         self._batches: deque[TrainerFacts] = deque(maxlen=WINDOW)
         self._known: set[str] = set()
 
@@ -108,6 +127,7 @@ class TrainerHistory:
                 num_refused_groups=len(rejected),
                 num_too_long_groups=sum(group.reason == TOO_LONG for group in rejected),
                 num_tied_groups=sum(map(_is_tied, groups)),
+                num_single_groups=0 if self.advantage_baseline == "batch" else sum(map(_is_single, groups)),
                 mean_staleness=sum(staleness) / len(staleness) if staleness else None,
             )
         )
@@ -124,9 +144,14 @@ class TrainerHistory:
             num_refused_groups=sum(batch.num_refused_groups for batch in self._batches),
             num_too_long_groups=sum(batch.num_too_long_groups for batch in self._batches),
             num_tied_groups=sum(batch.num_tied_groups for batch in self._batches),
+            num_single_groups=sum(batch.num_single_groups for batch in self._batches),
             mean_staleness=sum(known) / len(known) if known else None,
             max_staleness=self.max_staleness,
         )
+
+
+def _is_single(group: RolloutGroup) -> bool:
+    return len(group.rollouts) == 1 and group.rollouts[0].advantages is None
 
 
 def _is_tied(group: RolloutGroup) -> bool:

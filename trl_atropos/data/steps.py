@@ -97,7 +97,7 @@ class StepMaker:
         self._journal = journal
         self._eos_token_ids = eos_token_ids
         self._environment_metrics = EnvironmentMetrics(data_options.env_names)
-        self._history = TrainerHistory(data_options.max_staleness)
+        self._history = TrainerHistory(data_options.max_staleness, step_options.advantage_baseline)
         self._handed_out: FetchedBatch | None = None
         self._prefetcher = Prefetcher(batches)
 
@@ -117,7 +117,7 @@ class StepMaker:
         for name in self._step_options.required_logprobs:
             _check_logprobs(taken.kept, name)
         metrics = {**self._metrics(taken), "perf/batch_wait_s": mean_of(wait_s)}
-        rollouts = with_advantages(taken.kept, self._step_options.scale_rewards)
+        rollouts = with_advantages(taken.kept, self._step_options.scale_rewards, self._step_options.advantage_baseline)
         if self._step_options.mask_truncated_completions:
             assert self._eos_token_ids is not None, "eos_token_ids() refuses a run without any"
             rollouts = _untrain_truncated(rollouts, self._eos_token_ids)
@@ -220,22 +220,25 @@ class StepMaker:
             )
 
 
-def with_advantages(groups: Sequence[RolloutGroup], scale_rewards: str) -> list[Rollout]:
+def with_advantages(groups: Sequence[RolloutGroup], scale_rewards: str, baseline: str = "group") -> list[Rollout]:
     """Give every rollout of an optimizer step token-level advantages, group after group.
 
-    Those that the environment sent are kept. A rollout without them gets the advantage of its reward within the group,
-    the same at every trained token; `scale_rewards` is that of [`~loss.advantages.group_advantages`].
+    Those that the environment sent are kept. A rollout without them gets the advantage of its reward, the same at every
+    trained token; `scale_rewards` and `baseline` are those of [`~loss.advantages.group_advantages`].
     """
     rewards = [torch.tensor([rollout.reward for rollout in group.rollouts], dtype=torch.float32) for group in groups]
     of_batch = torch.cat(rewards).double() if rewards else torch.zeros(0)
     batch_std = of_batch.std().item() if of_batch.numel() > 1 else 0.0
+    batch_mean = of_batch.mean().item() if of_batch.numel() > 0 else 0.0
     return [
         rollout
         if rollout.advantages is not None
         else replace(rollout, advantages=torch.where(rollout.labels != IGNORE_INDEX, advantage, 0.0))
         for group, group_rewards in zip(groups, rewards, strict=True)
         for rollout, advantage in zip(
-            group.rollouts, group_advantages(group_rewards, scale_rewards, batch_std), strict=True
+            group.rollouts,
+            group_advantages(group_rewards, scale_rewards, batch_std, baseline=baseline, batch_mean=batch_mean),
+            strict=True,
         )
     ]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 
 SCALE_REWARDS = ("group", "batch", "none")
+ADVANTAGE_BASELINES = ("group", "leave_one_out", "batch")
 ADVANTAGE_NORMALIZATIONS = ("none", "batch", "global")
 
 GROUP_STD_EPS = 1e-4
@@ -37,7 +38,14 @@ class AdvantageStatistics:
     num_trained_tokens: int
 
 
-def group_advantages(rewards: Tensor, scale_rewards: str, batch_std: float | None = None) -> Tensor:
+def group_advantages(
+    rewards: Tensor,
+    scale_rewards: str,
+    batch_std: float | None = None,
+    *,
+    baseline: str = "group",
+    batch_mean: float | None = None,
+) -> Tensor:
     """Advantages (G,) float32 of the rollouts of one group, as in [GRPO](https://huggingface.co/papers/2402.03300).
 
     Deviations from the paper, both shared with TRL:
@@ -45,8 +53,17 @@ def group_advantages(rewards: Tensor, scale_rewards: str, batch_std: float | Non
     1. 1e-4 is added to the standard deviation.
     2. The standard deviation is the unbiased one.
 
-    `rewards` (G,) are finite, and read in float32, so that rewards that are equal give exactly 0; a group of one
-    rollout gives 0. What `scale_rewards` does:
+    `rewards` (G,) are finite, and read in float32, so that rewards that are equal give exactly 0. `baseline` says what is
+    subtracted from a reward:
+
+    - `"group"`, the mean of its group; a group of one rollout gives 0;
+    - `"leave_one_out"`, the mean of the others in its group
+      ([RLOO](https://huggingface.co/papers/2402.14740)); a group of one rollout gives 0;
+    - `"batch"`, `batch_mean`, the mean of all rewards of the step, so that groups of one are trained
+      ([REINFORCE++](https://huggingface.co/papers/2501.03262); without its KL term in the reward, and with the standard
+      deviation of rewards in the place of that of the tokens' advantages, for which there is `advantage_normalization`).
+
+    What `scale_rewards` does:
 
     - `"group"` divides the centred rewards by the standard deviation of the group;
     - `"batch"` divides them by `batch_std`, the unbiased standard deviation of all rewards of the step
@@ -55,22 +72,39 @@ def group_advantages(rewards: Tensor, scale_rewards: str, batch_std: float | Non
       ([Dr. GRPO](https://huggingface.co/papers/2503.20783)).
 
     Raises:
-        ValueError: unknown `scale_rewards`, rewards that are not a vector, or `"batch"` without `batch_std`.
+        ValueError: unknown `scale_rewards` or `baseline`, rewards that are not a vector, or `"batch"` without `batch_std` or
+            `batch_mean`.
     """
     if scale_rewards not in SCALE_REWARDS:
         raise ValueError(
             f"Invalid value for scale_rewards: {scale_rewards!r}. It decides how advantages of a group are scaled. "
             f"Set `--scale_rewards` to one of {', '.join(SCALE_REWARDS)}."
         )
+    if baseline not in ADVANTAGE_BASELINES:
+        raise ValueError(
+            f"Invalid value for advantage_baseline: {baseline!r}. It is what a reward is compared with. Set "
+            f"`--advantage_baseline` to one of {', '.join(ADVANTAGE_BASELINES)}."
+        )
     if rewards.dim() != 1:
         raise ValueError(
             f"rewards has shape {tuple(rewards.shape)}, expected (G,). The mean is taken over the rollouts of one "
             "prompt. Call group_advantages once per group."
         )
-    if rewards.numel() < 2:
-        return torch.zeros_like(rewards, dtype=torch.float32)
     values = rewards.to(torch.float32).to(torch.float64)
-    advantages = values - values.mean()
+    if baseline == "batch":
+        if batch_mean is None:
+            raise ValueError(
+                "baseline is 'batch' and batch_mean is None. The rewards of one group do not tell the mean over the batch. Pass "
+                "the mean of all rewards of the step."
+            )
+        advantages = values - batch_mean
+    elif rewards.numel() < 2:
+        return torch.zeros_like(rewards, dtype=torch.float32)
+    else:
+        advantages = values - values.mean()
+        if baseline == "leave_one_out":
+            # r - (sum - r) / (G - 1), and exactly 0 where all rewards are equal.
+            advantages = advantages * (rewards.numel() / (rewards.numel() - 1))
     if scale_rewards == "group":
         advantages = advantages / (values.std() + GROUP_STD_EPS)
     elif scale_rewards == "batch":

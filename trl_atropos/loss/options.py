@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass, field
 
 from ..options import check_declared
-from .advantages import ADVANTAGE_NORMALIZATIONS, SCALE_REWARDS, validate_clipping
+from .advantages import ADVANTAGE_BASELINES, ADVANTAGE_NORMALIZATIONS, SCALE_REWARDS, validate_clipping
 from .loss_types import BUILT_IN_LOSSES, CLIPPED_LOSS_TYPES, LOSS_TYPES
 
 
@@ -208,6 +208,15 @@ class StepOptions(LossOptions):
             "choices": list(SCALE_REWARDS),
         },
     )
+    advantage_baseline: str = field(
+        default="group",
+        metadata={
+            "help": "What a reward is compared with when the environment sends no advantages: `group`: the mean of its group "
+            "(GRPO); `leave_one_out`: the mean of the others in its group (RLOO); `batch`: the mean of all rewards of the "
+            "step (REINFORCE++), with which groups of one rollout are trained, too.",
+            "choices": list(ADVANTAGE_BASELINES),
+        },
+    )
     advantage_normalization: str = field(
         default="none",
         metadata={
@@ -272,6 +281,11 @@ class StepOptions(LossOptions):
         super().__post_init__()
         check_declared(self, StepOptions)
         self._check_logprobs()
+        if self.advantage_baseline == "batch" and self.scale_rewards == "group":
+            raise ValueError(
+                "advantage_baseline is batch and scale_rewards is group. A distance to the mean of the step is not measured in the "
+                "spread of one group, which a group of one does not have. Set --scale_rewards batch or none."
+            )
         if not math.isfinite(self.entropy_coef):
             raise ValueError(
                 f"entropy_coef is {self.entropy_coef}. The loss would not be finite. Set --entropy_coef to a number."

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, ProcessorMixin
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings")
+"""What models call the embedding of their positions, if they have one."""
 
 REFERENCE_ADAPTER = "ref"
 """Name of the adapter that gives the reference where the policy without an adapter does not; TRL's name."""
@@ -60,7 +63,8 @@ def prepare_policy(
     `max_length` is the longest rollout in tokens.
 
     Raises:
-        ValueError: nothing of the policy can be trained; or a copy of a whole model is needed, and
+        ValueError: nothing of the policy can be trained; it has fewer positions than `max_length`; it asks for the
+            auxiliary loss of routers; or a copy of a whole model is needed, and
             `sequence_parallel_size` (ranks that share a sequence) is above 1.
     """
     policy = load_model(model, options)
@@ -71,6 +75,8 @@ def prepare_policy(
     if peft_config is not None:
         policy = add_adapter(policy, peft_config)
     check_trainable(policy)
+    check_positions(policy, max_length)
+    check_router_loss(policy)
     if needs_reference and hasattr(policy, "peft_config"):
         add_reference_adapter(policy)
     if options.disable_dropout:
@@ -154,6 +160,45 @@ def check_trainable(policy: nn.Module) -> None:
             f"Weights in {', '.join(sorted(map(str, coarse)))} are trained. A step at a learning rate of 1e-6 is below their "
             "resolution, so most updates are rounded away. Load the model in float32 (the default where it is given by its "
             "path, or --dtype float32); --bf16 then computes in bfloat16 all the same."
+        )
+
+
+def check_positions(policy: Any, max_length: int) -> None:
+    """Refuse rollouts, of up to `max_length` tokens, that a model with learned positions has no positions for.
+
+    Raises:
+        ValueError: names both lengths.
+    """
+    num_positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    is_learned = any(
+        isinstance(module, nn.Embedding) and name.rpartition(".")[2] in LEARNED_POSITIONS
+        for name, module in policy.named_modules()
+    )
+    if is_learned and num_positions is not None and max_length > num_positions:
+        raise ValueError(
+            f"max_length is {max_length}, and the policy has learned {num_positions} positions. A longer rollout would end the run in "
+            f"the middle. Set --max_length {num_positions}, and let the environments sample no longer ones."
+        )
+
+
+def check_router_loss(policy: Any) -> None:
+    """Refuse a policy whose config asks for the auxiliary loss of its routers, and say that one with experts has none here.
+
+    Raises:
+        ValueError: `output_router_logits` is on.
+    """
+    config = policy.config.get_text_config()
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0)
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            f"The config of the policy has output_router_logits, with which transformers adds {coefficient} times an auxiliary loss "
+            "that balances experts. It depends on how a step is split into micro-batches, and is not part of the loss here. Set "
+            "output_router_logits to False (--model_init_kwargs '{\"output_router_logits\": false}')."
+        )
+    if coefficient and hasattr(config, "output_router_logits"):
+        logger.warning(
+            f"The policy has experts, and router_aux_loss_coef is {coefficient}: the auxiliary loss that balances them in pretraining is "
+            "not part of the loss here."
         )
 
 
@@ -268,6 +313,11 @@ def use_sparse_embedding_gradient(model: PreTrainedModel) -> bool:
     if applies:
         embedding.sparse = True
     return applies
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """Return the tokenizer of a processor, or the tokenizer itself; None of None."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
 def eos_token_ids(model: nn.Module, processing_class: Any, *, is_required: bool) -> frozenset[int] | None:

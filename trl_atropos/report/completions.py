@@ -41,7 +41,7 @@ class CompletionsTable:
 
     `processing_class` decodes, with special tokens, rollouts that came without turns of an assistant. `output_dir`
     gets `completions/completions_<step>.parquet`. `num_completions_to_print` is the number for each environment; None
-    prints all. `scale_rewards`, `env_names` and `report_to` are those of `AtroposConfig`; the first is for the column
+    prints all. `scale_rewards`, `advantage_baseline`, `env_names` and `report_to` are those of `AtroposConfig`; the first two are for the column
     `advantage`, the mean over trained tokens before normalisation.
 
     Raises:
@@ -51,6 +51,7 @@ class CompletionsTable:
     processing_class: Any
     output_dir: str | os.PathLike[str]
     scale_rewards: str
+    advantage_baseline: str
     num_completions_to_print: int | None = None
     env_names: Sequence[str] | None = None
     report_to: Sequence[str] = ()
@@ -79,7 +80,7 @@ class CompletionsTable:
                 _track(importlib.import_module(name), table)
 
     def _rows(self, groups: Sequence[RolloutGroup], step: int) -> list[dict[str, Any]]:
-        rollouts = with_advantages(groups, self.scale_rewards)
+        rollouts = with_advantages(groups, self.scale_rewards, self.advantage_baseline)
         names = [environment_name(group.env_id, self.env_names) for group in groups for _ in group.rollouts]
         rows = []
         for rollout, name in zip(rollouts, names, strict=True):
@@ -137,6 +138,7 @@ def make_completions_table(
         processing_class,
         args.output_dir,
         step.scale_rewards,
+        step.advantage_baseline,
         data.num_completions_to_print,
         data.env_names,
         list(args.report_to or ()),

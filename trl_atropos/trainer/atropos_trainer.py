@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     TrainerCallback,
     set_seed,
 )
@@ -37,7 +38,7 @@ from ..loss.metrics import MetricAccumulator, mean_of
 from ..loss.step import LossWatch, check_grad_norm, distillation_loss, is_overflow, prepare_step
 from ..loss.weighted_sft import weighted_sft_loss_of_model
 from ..policy.forward import PolicyForward, make_forward
-from ..policy.load import eos_token_ids, padding_id, prepare_policy, use_sparse_embedding_gradient
+from ..policy.load import eos_token_ids, padding_id, prepare_policy, tokenizer_of, use_sparse_embedding_gradient
 from ..policy.sequence_parallel import use_sequence_parallel
 from ..report.completions import make_completions_table
 from ..report.watching import Watching
@@ -74,9 +75,9 @@ class AtroposTrainer(HubUploads):
             say otherwise).
         args ([`AtroposConfig`], *optional*):
             Options.
-        processing_class (`PreTrainedTokenizerBase`, *optional*):
-            Tokenizer, for padding, for the logprob probe, and to be saved with the model. Loaded from the model's path
-            if not given.
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
+            Tokenizer, or a processor with one, for padding, for the logprob probe, and to be saved with the model. Loaded
+            from the model's path if not given.
         peft_config (`PeftConfig`, *optional*):
             Wraps the model. Not together with a `PeftModel`.
         callbacks (`list[TrainerCallback]`, *optional*):
@@ -112,7 +113,7 @@ class AtroposTrainer(HubUploads):
         self,
         model: str | PreTrainedModel | nn.Module,
         args: AtroposConfig | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
@@ -133,6 +134,8 @@ class AtroposTrainer(HubUploads):
             max_length=args.max_length,
         )
         self._reference_model = policy.reference_model
+        # Rollouts are text: of a processor, which is saved with the model, nothing else is needed.
+        self._tokenizer = tokenizer_of(policy.processing_class)
         super().__init__(
             model=policy.model,
             args=args,
@@ -154,7 +157,7 @@ class AtroposTrainer(HubUploads):
         self._evaluator = Evaluator(args.eval_path, args.eval_log_dir, args.eval_max_tokens)
         # Every metric that an evaluation has had, with its last value.
         self._last_evaluation: dict[str, float] = {}
-        self._completions = make_completions_table(args, args, args, policy.processing_class)
+        self._completions = make_completions_table(args, args, args, self._tokenizer)
         self._weight_transport = weight_transport
         # Made at the first publish or at the start of train(), whichever comes first.
         self._connection: Connection | None = None
@@ -211,7 +214,7 @@ class AtroposTrainer(HubUploads):
     def _connect(self) -> Connection:
         """Reach the servers and check them, unless that is done; collective."""
         if self._connection is None:
-            self._connection = open_connection(self.args, self.model, self.processing_class, self._weight_transport)
+            self._connection = open_connection(self.args, self.model, self._tokenizer, self._weight_transport)
         return self._connection
 
     def _open_data(self, state: dict[str, Any], *, resumes: bool) -> RunData:
@@ -240,9 +243,7 @@ class AtroposTrainer(HubUploads):
             is_main_process=self.is_world_process_zero(),
             resumes=resumes,
             state=state,
-            eos_token_ids=eos_token_ids(
-                self.model, self.processing_class, is_required=args.mask_truncated_completions
-            ),
+            eos_token_ids=eos_token_ids(self.model, self._tokenizer, is_required=args.mask_truncated_completions),
         )
         if data.num_offline_steps is not None:
             args.max_steps = min(args.max_steps, data.num_offline_steps)
@@ -333,7 +334,7 @@ class AtroposTrainer(HubUploads):
             layout=self._get_forward().scorer.plan.layout,
             temperature=self.args.temperature,
             applies_temperature=self._connection is None or self._connection.facts.has_processed_logprobs,
-            pad_token_id=padding_id(self.processing_class, vocab_size_of(self.model)),
+            pad_token_id=padding_id(self._tokenizer, vocab_size_of(self.model)),
         )
 
     # Loss

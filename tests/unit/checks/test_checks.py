@@ -213,6 +213,7 @@ TRAINER_CASES = {
         TrainerFacts(num_groups=MIN_GROUPS, num_refused_groups=MIN_GROUPS, num_too_long_groups=MIN_GROUPS)
     ],
     "all_groups_tie": [TIED_GROUPS],
+    "groups_of_one": [TrainerFacts(num_groups=5, num_single_groups=1)],
     "stale_batches": [TrainerFacts(mean_staleness=3.5), TrainerFacts(mean_staleness=1.5, max_staleness=1)],
 }
 
@@ -263,10 +264,17 @@ def test_the_history_counts_ties_refusals_and_ages_of_groups():
         WireLimits(vocab_size=10, max_length=2),
     ).rejected
 
-    assert history.add(groups, rejected, policy_version=5) == []
+    assert [finding.name for finding in history.add(groups, rejected, policy_version=5)] == ["groups_of_one"]
 
     # Two rollouts are 2 publishes old and two are 3.
-    assert history.facts() == TrainerFacts(6, 2, 1, 1, mean_staleness=2.5, max_staleness=7)
+    assert history.facts() == TrainerFacts(6, 2, 1, 1, 1, mean_staleness=2.5, max_staleness=7)
+
+
+def test_groups_of_one_are_compared_with_the_batch_if_told_and_with_what_the_environment_says():
+    assert TrainerHistory(advantage_baseline="batch").add([group(1.0)], [], 0) == []
+    assert TrainerHistory().add([group(1.0, advantages=True)], [], 0) == []
+    (finding,) = TrainerHistory(advantage_baseline="leave_one_out").add([group(1.0), group(0.0, 1.0)], [], 0)
+    assert finding.what.startswith("1 of the last 2 groups have one rollout")
 
 
 def test_a_finding_is_reported_when_it_appears_and_again_after_it_went_away():

@@ -133,6 +133,13 @@ class TestWithAdvantages:
         (only,) = with_advantages([RolloutGroup((rollout(reward=5.0),))], "group")
         assert only.advantages.tolist() == [0.0] * 4
 
+    def test_with_the_baseline_of_the_batch_groups_of_one_are_compared_with_each_other(self):
+        groups = [RolloutGroup((rollout(reward=reward),)) for reward in (1.0, 2.0, 6.0)]
+        # mean 3; deviations -2, -1, 3; unbiased variance 7
+        expected = [value / (7**0.5 + 1e-4) for value in (-2.0, -1.0, 3.0)]
+        found = [r.advantages[-1].item() for r in with_advantages(groups, "batch", "batch")]
+        assert found == pytest.approx(expected)
+
     def test_rollouts_come_group_after_group(self):
         groups = [RolloutGroup((rollout(2), rollout(3))), RolloutGroup((rollout(5), rollout(4), rollout(6)))]
         assert [r.num_tokens for r in with_advantages(groups, "group")] == [2, 3, 5, 4, 6]

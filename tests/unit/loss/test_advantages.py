@@ -67,6 +67,24 @@ class TestGroupAdvantages:
         assert advantages.dtype == torch.float32
         assert advantages.tolist() == [-0.5, 0.5]
 
+    def test_leave_one_out_compares_with_the_others(self):
+        # 0 - mean(1, 5), 1 - mean(0, 5), 5 - mean(0, 1)
+        advantages = group_advantages(torch.tensor([0.0, 1.0, 5.0]), "none", baseline="leave_one_out")
+        torch.testing.assert_close(advantages, torch.tensor([-3.0, -1.5, 4.5]))
+        equal = group_advantages(torch.full((3,), 0.1), "group", baseline="leave_one_out")
+        assert equal.tolist() == [0.0] * 3
+
+    def test_the_baseline_of_the_batch_trains_groups_of_one(self):
+        advantages = group_advantages(torch.tensor([5.0]), "batch", 2.0, baseline="batch", batch_mean=1.0)
+        torch.testing.assert_close(advantages, torch.tensor([4.0 / 2.0001]))
+        assert group_advantages(torch.tensor([5.0, 1.0]), "none", baseline="batch", batch_mean=2.0).tolist() == [3, -1]
+        with pytest.raises(ValueError, match="baseline is 'batch' and batch_mean is None"):
+            group_advantages(torch.tensor([5.0]), "none", baseline="batch")
+
+    def test_unknown_baseline_lists_choices(self):
+        with pytest.raises(ValueError, match=r"'mean'.*--advantage_baseline.*group, leave_one_out, batch"):
+            group_advantages(torch.tensor([0.0, 1.0]), "none", baseline="mean")
+
     def test_unknown_scale_lists_choices(self):
         with pytest.raises(ValueError, match=r"'global'.*--scale_rewards.*group, batch, none"):
             group_advantages(torch.tensor([0.0, 1.0]), "global")

@@ -12,13 +12,16 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from scoring_cases import tiny_llama
-from tiny_models import perturb
+from tiny_models import perturb, tiny_gpt2, tiny_mixtral
+from transformers import OPTConfig, OPTForCausalLM
 
 from trl_atropos.errors import PreflightError
 from trl_atropos.policy.forward import ReferencePolicy
 from trl_atropos.policy.load import (
     REFERENCE_ADAPTER,
     PreparedPolicy,
+    check_positions,
+    check_router_loss,
     eos_token_ids,
     padding_id,
     prepare_policy,
@@ -92,6 +95,39 @@ def prepare(model: object, peft_config: LoraConfig | None = None, **options: obj
         sequence_parallel_size=1,
         max_length=64,
     )
+
+
+@pytest.mark.parametrize(
+    ("make", "num_positions"),
+    [
+        (tiny_gpt2, 32),
+        (lambda: OPTForCausalLM(OPTConfig(num_hidden_layers=1, hidden_size=16, ffn_dim=16, num_attention_heads=2,
+                                          vocab_size=64, max_position_embeddings=24, word_embed_proj_dim=16)), 24),
+    ],
+    ids=["gpt2", "opt"],
+)  # fmt: skip
+def test_rollouts_that_the_model_has_no_positions_for_are_refused_with_the_length_that_it_has(make, num_positions):
+    check_positions(make(), num_positions)
+    with pytest.raises(ValueError, match=rf"Set --max_length {num_positions}") as caught:
+        check_positions(make(), num_positions + 1)
+    assert f"max_length is {num_positions + 1}" in str(caught.value)
+    # With rotary positions a sequence may be longer.
+    check_positions(tiny_llama(), 10**6)
+
+
+def test_the_loss_of_routers_is_refused_if_it_is_asked_for_and_otherwise_said_to_be_left_out(caplog):
+    model = tiny_mixtral()
+    assert model.config.router_aux_loss_coef > 0
+    with caplog.at_level(logging.WARNING):
+        check_router_loss(model)
+    assert f"router_aux_loss_coef is {model.config.router_aux_loss_coef}" in caplog.text
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="has output_router_logits") as caught:
+        check_router_loss(model)
+    assert "--model_init_kwargs" in str(caught.value)
+    caplog.clear()
+    check_router_loss(tiny_llama())
+    assert caplog.text == ""
 
 
 def lora(**options: object) -> LoraConfig:

@@ -42,7 +42,7 @@ def make_rollout(tokenizer):
 
 
 def table(tokenizer: Any, directory: Path, **options: Any) -> CompletionsTable:
-    return CompletionsTable(tokenizer, directory, "none", **options)
+    return CompletionsTable(tokenizer, directory, "none", "group", **options)
 
 
 def rows(directory: Path, step: int) -> list[dict[str, Any]]:

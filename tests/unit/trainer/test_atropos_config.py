@@ -130,6 +130,8 @@ CONTRADICTIONS = {
         {"off_policy_mask_threshold": 0.1, "inference_logprobs": "recompute"},
         ["off_policy_mask_threshold is 0.1", "inference_logprobs is recompute", "--off_policy_mask_threshold"]),
     "reference_without_kl": ({"ref_logprobs": "require"}, ["ref_logprobs is require", "beta is 0", "--beta"]),
+    "baseline_of_the_batch_in_the_spread_of_a_group": (
+        {"advantage_baseline": "batch"}, ["advantage_baseline is batch", "scale_rewards is group", "--scale_rewards batch"]),
     "entropy_coef": ({"entropy_coef": float("inf")}, ["entropy_coef is inf", "--entropy_coef"]),
     "distillation_coef": ({"distillation_coef": -1.0}, ["distillation_coef is -1.0", "--distillation_coef"]),
     "distillation_coef_nan": ({"distillation_coef": float("nan")}, ["distillation_coef is nan"]),
@@ -146,7 +148,7 @@ CONTRADICTIONS = {
 
 
 CHOICES = (
-    "loss_type", "importance_sampling_level", "vllm_importance_sampling_mode", "scale_rewards", "advantage_normalization",
+    "loss_type", "importance_sampling_level", "vllm_importance_sampling_mode", "scale_rewards", "advantage_baseline", "advantage_normalization",
     "inference_logprobs", "ref_logprobs", "sequence_layout",
 )  # fmt: skip
 
@@ -176,7 +178,8 @@ class TestContradictions:
         # What some of the choices need.
         needed = {"cispo": {"epsilon_high": 5.0}, "downweight": {"max_staleness": 1}}
         for choice in choices_of(name):
-            options = {"beta": 0.1} if name == "ref_logprobs" else needed.get(choice, {})
+            of_option = {"ref_logprobs": {"beta": 0.1}, "advantage_baseline": {"scale_rewards": "batch"}}
+            options = {**of_option.get(name, {}), **needed.get(choice, {})}
             assert getattr(config(**{name: choice, **options}), name) == choice
 
     @pytest.mark.parametrize("value", [0, -1])

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from tiny_models import byte_tokenizer, tiny_llama
-from transformers import TrainerCallback
+from transformers import ProcessorMixin, TrainerCallback
 
 from trl_atropos import AtroposConfig, AtroposTrainer
 from trl_atropos.errors import AtroposProtocolError, PreflightError
@@ -268,6 +268,21 @@ def test_what_environments_evaluate_is_logged_at_the_steps_that_were_asked_for(t
     ]
     # At step 2, what was written before the second step: 1 / 10.
     assert found == [(2, 0.1), (4, 0.3), (6, 0.5)]
+
+
+class TextProcessor(ProcessorMixin):
+    """What `AutoProcessor` gives for a model that also sees."""
+
+    def __init__(self, tokenizer: Any):
+        super().__init__(tokenizer)
+
+
+def test_a_processor_stands_for_its_tokenizer(tmp_path, data_path):
+    options = {"log_completions": True, "mask_truncated_completions": True, "max_steps": 1}
+    run = trainer(tmp_path / "out", data_path, processing_class=TextProcessor(byte_tokenizer()), **options)
+    run.train()
+    assert list((tmp_path / "out" / "completions").iterdir())
+    assert isinstance(run.processing_class, TextProcessor)
 
 
 def test_completions_of_a_step_are_written_when_it_is_logged(tmp_path, data_path):

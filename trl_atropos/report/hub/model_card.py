@@ -43,6 +43,7 @@ LOSS_OPTIONS = (
     "delta",
     "beta",
     "scale_rewards",
+    "advantage_baseline",
     "advantage_normalization",
     "advantage_clipping",
     "vllm_importance_sampling_correction",
