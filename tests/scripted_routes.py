@@ -255,7 +255,8 @@ class ScriptedRoutes:
         return {"lora_name": request.body["lora_name"], "policy_version": request.body["policy_version"]}
 
     def post_atropos_policy_versions(self, request: Request) -> Any:
-        return {"policy_versions": [None] * len(request.body["rollout_keys"])}
+        unknown = [None] * len(request.body["rollout_keys"])
+        return {"policy_versions": unknown, "sampling_parameters": unknown}
 
     def post_v1_completions(self, request: Request) -> Any:
         prompts = request.body["prompt"]

@@ -47,6 +47,20 @@ START = Position(0, 0)
 """Where the data of a run begins."""
 
 
+class ServedCall(NamedTuple):
+    """What a server remembers of a completion that it sampled.
+
+    Args:
+        policy_version (`int`):
+            Version of the oldest policy that sampled any of its tokens.
+        sampling_parameters (`tuple[str, ...]`, *optional*):
+            Names of the parameters with which another distribution was sampled than the policy's own, sorted.
+    """
+
+    policy_version: int
+    sampling_parameters: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class RolloutOrigin:
     """Where a rollout came from; as text, how messages name it.
@@ -102,6 +116,9 @@ class Rollout:
         policy_version (`int`, *optional*):
             Version of the oldest policy that sampled any trained token, in whichever turn. None when unknown, never a
             guess.
+        sampling_parameters (`tuple[str, ...]`, *optional*):
+            Names of the parameters, sorted, with which any call sampled another distribution than the policy's own, as far
+            as the server remembers it.
     """
 
     input_ids: torch.Tensor
@@ -118,6 +135,7 @@ class Rollout:
     teacher_logprobs: torch.Tensor | None = None
     origin: RolloutOrigin | None = None
     messages: tuple[dict[str, Any], ...] | None = None
+    sampling_parameters: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:

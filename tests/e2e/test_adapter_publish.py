@@ -24,6 +24,7 @@ from publishing import SEQUENCES, Publishing, load, max_abs_diff
 from servers import save_tiny_model, serve
 
 from trl_atropos.errors import PreflightError, WeightSyncError
+from trl_atropos.types import ServedCall
 from trl_atropos.weight_sync.adapter_publisher import AdapterPublisher
 from trl_atropos.weight_sync.client import AtroposVLLMClient
 from trl_atropos.weight_sync.transports.adapter_files import AdapterTransfer, check_server, routed_adapter
@@ -209,8 +210,8 @@ def test_requests_end_with_the_adapter_and_the_version_that_they_began_with(trai
     assert still_loaded == names
     for seed, ids in zip(seeds, answers, strict=True):
         assert behind_the_best(policies[seed], ids) < NOISE_MARGIN * rounding_noise(trainer, seed)
-    versions = trainer.client.get_policy_versions([rollout_key([*PROMPT, *ids], len(PROMPT)) for ids in answers])
-    assert versions == list(seeds)
+    calls = trainer.client.find_calls([rollout_key([*PROMPT, *ids], len(PROMPT)) for ids in answers])
+    assert calls == [ServedCall(seed) for seed in seeds]
 
 
 def test_ten_publishes_under_load_fail_no_request_and_leave_two_adapters(trainer: Trainer, url: str) -> None:

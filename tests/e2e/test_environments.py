@@ -280,5 +280,5 @@ def test_the_oldest_policy_counts_when_another_is_published_between_two_turns(vl
     last_turn[: (labels == -100).nonzero().max()] = -100
     assert (last_turn != -100).sum() < (labels != -100).sum()
     rollouts = [Rollout(input_ids, trained, reward=0.0) for trained in (labels, last_turn)]
-    (group,) = with_policy_versions([RolloutGroup(tuple(rollouts))], publishing.client.get_policy_versions)
+    (group,) = with_policy_versions([RolloutGroup(tuple(rollouts))], publishing.client.find_calls)
     assert [rollout.policy_version for rollout in group.rollouts] == [1001, 1002]

@@ -103,7 +103,7 @@ def test_api_key_guards_our_routes(url: str) -> None:
     assert generate(url, key="wrong", max_tokens=1).status_code == 401
     unauthorised = requests.post(f"{url}/atropos/policy_versions", json={"rollout_keys": []}, timeout=60)
     assert unauthorised.status_code == 401
-    assert AtroposVLLMClient(url, api_key=KEY).get_policy_versions(["0" * 32]) == [None]
+    assert AtroposVLLMClient(url, api_key=KEY).find_calls(["0" * 32]) == [None]
     with pytest.raises(WeightSyncError, match="--vllm_api_key"):
         AtroposVLLMClient(url, api_key="wrong")
 

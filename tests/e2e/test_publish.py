@@ -24,6 +24,7 @@ from tiny_models import perturb
 
 from trl_atropos.errors import PreflightError, WeightSyncError
 from trl_atropos.trainer.preflight import inspect_server
+from trl_atropos.types import ServedCall
 from trl_atropos.weight_sync.server_group import ServerGroup
 from trl_atropos.weight_sync.transports.shm import SharedMemoryTransport
 from trl_atropos.weight_sync.weights.named_tensors import NamedTensors
@@ -211,8 +212,12 @@ def test_server_remembers_which_policy_sampled_a_rollout(setting: Setting, publi
     answer = requests.post(f"{setting.url}/generate", json=body, timeout=60).json()
     completion = [int(token) for entry in answer["logprobs"][0] for token in entry[0]]
     keys = [rollout_key(prompt + completion, length) for length in (len(prompt), len(prompt) + 1)]
-    versions = publishing.client.get_policy_versions(keys)
-    assert versions == [40, None]
+    assert publishing.client.find_calls(keys) == [ServedCall(40), None]
+    nucleus = {**body, "max_tokens": 3, "top_p": 0.5, "min_p": 0.1}
+    answer = requests.post(f"{setting.url}/generate", json=nucleus, timeout=60).json()
+    completion = [int(token) for entry in answer["logprobs"][0] for token in entry[0]]
+    (call,) = publishing.client.find_calls([rollout_key(prompt + completion, len(prompt))])
+    assert call == ServedCall(40, ("min_p", "top_p"))
 
 
 @on_two_servers

@@ -66,6 +66,11 @@ CASES = {
     "sapo": LossOptions(loss_type="sapo"),
     "sapo-temperatures": LossOptions(loss_type="sapo", sapo_temperature_pos=2.0, sapo_temperature_neg=3.0),
     "luspo": LossOptions(loss_type="luspo"),
+    "vespo": LossOptions(loss_type="vespo"),
+    "vespo-weights-beta": LossOptions(
+        loss_type="vespo", vespo_k_pos=1.0, vespo_lambda_pos=0.5, vespo_k_neg=0.5, vespo_lambda_neg=4.0, beta=0.3
+    ),
+    "vespo-off_policy_mask": LossOptions(loss_type="vespo", off_policy_mask_threshold=0.02),
     "grpo-sequence": LossOptions(loss_type="grpo", **SEQUENCE_RATIO),
     "luspo-sequence": LossOptions(loss_type="luspo", **SEQUENCE_RATIO),
     "dapo-sequence": LossOptions(loss_type="dapo", **SEQUENCE_RATIO),
@@ -90,6 +95,8 @@ CORRECTED_CASES = {
     "grpo-sequence-token_mask": corrected("token_mask", "grpo", importance_sampling_level="sequence"),
     "dr_grpo-sequence_mask": corrected("sequence_mask", "dr_grpo"),
     "luspo-token_mask": corrected("token_mask", "luspo"),
+    "vespo-token_truncate": corrected("token_truncate", "vespo"),
+    "vespo-token_mask": corrected("token_mask", "vespo"),
     "cispo-token_truncate": corrected("token_truncate", "cispo", epsilon_high=5.0),
     "sapo-sequence_truncate": corrected("sequence_truncate", "sapo"),
     "bnpo-token_mask-off_policy_mask-beta": corrected("token_mask", "bnpo", off_policy_mask_threshold=0.02, beta=0.3),
@@ -364,6 +371,8 @@ def options_of_cases() -> list[tuple[str, str]]:
         if getattr(options, field.name) != field.default
         and field.name != "loss_type"
         and (options.loss_type, field.name) != ("cispo", "epsilon_high")
+        # vespo refuses the default mode of the correction.
+        and (options.loss_type, field.name) != ("vespo", "vllm_importance_sampling_mode")
     ]
 
 

@@ -23,7 +23,7 @@ from trl_atropos.errors import (
     AtroposProtocolError,
     AtroposRegistrationError,
 )
-from trl_atropos.types import START, Position
+from trl_atropos.types import START, Position, ServedCall
 from trl_atropos.wire.client import AtroposClient
 from trl_atropos.wire.journal import Journal
 
@@ -280,7 +280,7 @@ def test_what_was_fetched_and_not_trained_is_replayed_with_the_versions_that_wer
     dealt = [r.input_ids.tolist() for _ in range(2) for r in next(iterator)[0]]
 
     (batch,) = replayed_batches(Journal(tmp_path / "journal"), START, batch_size=4)
-    prepare = BatchPreparer(LIMITS, Trainer(lambda: 7), lookup=lambda keys: [5] * len(keys))
+    prepare = BatchPreparer(LIMITS, Trainer(lambda: 7), lookup=lambda keys: [ServedCall(5)] * len(keys))
     (prepared,) = prepare(iter([batch]))
 
     assert batch.is_replayed
@@ -296,7 +296,7 @@ def test_what_was_fetched_by_a_run_with_larger_steps_is_cut_between_its_groups(t
     groups = [make_group(), longer(20), BAD, longer(40)]
     journal.append(groups)
     progress = Trainer(lambda: 3)
-    (whole,) = BatchPreparer(LIMITS, progress, lambda keys: [5] * len(keys), journal)(
+    (whole,) = BatchPreparer(LIMITS, progress, lambda keys: [ServedCall(5)] * len(keys), journal)(
         replayed_batches(journal, START, batch_size=8)
     )
     assert [rollout.policy_version for rollout in whole.batch.rollouts] == [5] * 6
@@ -304,7 +304,9 @@ def test_what_was_fetched_by_a_run_with_larger_steps_is_cut_between_its_groups(t
     quarantine = Quarantine(tmp_path / "quarantine.jsonl", 0.5)
     parts = list(
         # The mark says which versions sampled them: nobody is asked again.
-        BatchPreparer(LIMITS, progress, lambda keys: [9] * len(keys))(replayed_batches(journal, START, batch_size=4))
+        BatchPreparer(LIMITS, progress, lambda keys: [ServedCall(9)] * len(keys))(
+            replayed_batches(journal, START, batch_size=4)
+        )
     )
     for part in parts:
         quarantine.add(part.fetched.position, part.fetched.raw_groups, part.batch.rejected)

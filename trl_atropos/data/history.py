@@ -33,7 +33,8 @@ class TrainerFacts:
     `max_length`. A tied group has at least two rollouts, all with the same reward and without token-level advantages; a
     single group has one rollout, whose advantage is 0, because nobody in its group is better or worse.
     `mean_staleness`, in publishes, is the mean of the batches' means over rollouts of known policy version.
-    `max_staleness` is the option; None: no limit.
+    `max_staleness` is the option; None: no limit. `samplings` has a pair of environment and names of parameters for each way in
+    which another distribution than the policy's was sampled.
     """
 
     num_groups: int = 0
@@ -43,6 +44,7 @@ class TrainerFacts:
     num_single_groups: int = 0
     mean_staleness: float | None = None
     max_staleness: int | None = None
+    samplings: frozenset[tuple[int | None, tuple[str, ...]]] = frozenset()
 
 
 def _all_groups_too_long(facts: TrainerFacts) -> str | None:
@@ -63,6 +65,14 @@ def _groups_of_one(facts: TrainerFacts) -> str | None:
         return None
     num_accepted = facts.num_groups - facts.num_refused_groups
     return f"{facts.num_single_groups} of the last {num_accepted} groups have one rollout, which has no group to be compared with."
+
+
+def _changed_distribution(facts: TrainerFacts) -> str | None:
+    if not facts.samplings:
+        return None
+    ordered = sorted(facts.samplings, key=lambda pair: (pair[0] is not None, pair[0] or 0, pair[1]))
+    of_environments = [f"environment {env_id} with {', '.join(names)}" for env_id, names in ordered]
+    return f"Completions are sampled from another distribution than the policy's: {'; '.join(of_environments)}."
 
 
 def _stale_batches(facts: TrainerFacts) -> str | None:
@@ -95,6 +105,14 @@ TRAINER_CHECKS: tuple[Check[TrainerFacts], ...] = (
         "Let the environment sample several rollouts per task (`--env.group_size`), or set `--advantage_baseline batch` and "
         "`--scale_rewards batch` (REINFORCE++).",
     ),
+    Check(
+        "changed_distribution",
+        "warning",
+        _changed_distribution,
+        "The trainer's logprobs are those of the policy, so the ratio is off from the first step on, and clipping hides a part of it.",
+        "Leave these parameters out in the environment; or set `--vllm_importance_sampling_correction true`, whose weight is the "
+        "policy over what was sampled from.",
+    ),
     Check("stale_batches", "warning", _stale_batches, AGEING_WHY, AGEING_FIX),
 )
 
@@ -111,6 +129,7 @@ class TrainerHistory:
         self.advantage_baseline = advantage_baseline
         self._batches: deque[TrainerFacts] = deque(maxlen=WINDOW)
         self._known: set[str] = set()
+        self._known_samplings: frozenset[tuple[int | None, tuple[str, ...]]] = frozenset()
 
     def add(
         self, groups: Sequence[RolloutGroup], rejected: Sequence[RejectedGroup], policy_version: int
@@ -129,9 +148,20 @@ class TrainerHistory:
                 num_tied_groups=sum(map(_is_tied, groups)),
                 num_single_groups=0 if self.advantage_baseline == "batch" else sum(map(_is_single, groups)),
                 mean_staleness=sum(staleness) / len(staleness) if staleness else None,
+                samplings=frozenset(
+                    (group.env_id, rollout.sampling_parameters)
+                    for group in groups
+                    for rollout in group.rollouts
+                    if rollout.sampling_parameters
+                ),
             )
         )
-        findings = diagnose(self.facts(), TRAINER_CHECKS)
+        facts = self.facts()
+        if not facts.samplings <= self._known_samplings:
+            # Another environment, or one that has changed, is another finding.
+            self._known.discard("changed_distribution")
+        self._known_samplings |= facts.samplings
+        findings = diagnose(facts, TRAINER_CHECKS)
         new = [finding for finding in findings if finding.name not in self._known]
         self._known = {finding.name for finding in findings}
         return new
@@ -147,6 +177,7 @@ class TrainerHistory:
             num_single_groups=sum(batch.num_single_groups for batch in self._batches),
             mean_staleness=sum(known) / len(known) if known else None,
             max_staleness=self.max_staleness,
+            samplings=frozenset().union(*(batch.samplings for batch in self._batches)),
         )
 
 

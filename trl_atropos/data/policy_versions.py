@@ -5,6 +5,8 @@ digest of prompt and completion and of the border between them (`rollout_key.py`
 of trained tokens is one completion, and what lies before it is the prompt of that call. The end of sequence that a chat
 template writes after the sampled one is masked, so a run ends where the call ended.
 
+It also remembers the names of the parameters with which a call sampled another distribution than the policy's own.
+
 The version is unknown where runs are not completions: two calls without a masked token between them look like one of
 another prompt; an environment may cut a completion, mask a part of it, or train tokens of its own.
 """
@@ -16,19 +18,20 @@ from dataclasses import replace
 
 import torch
 
-from ..types import IGNORE_INDEX, Rollout, RolloutGroup
+from ..types import IGNORE_INDEX, Rollout, RolloutGroup, ServedCall
 from ..wire.rollout_key import span_keys
 
 
-PolicyVersionLookup = Callable[[Sequence[str]], Sequence["int | None"]]
-"""Keys of calls -> the oldest policy version that sampled any token of each; None where nobody knows."""
+CallLookup = Callable[[Sequence[str]], Sequence["ServedCall | None"]]
+"""Keys of calls -> what the server that answered each remembers of it; None where nobody knows."""
 
 
-def with_policy_versions(groups: Sequence[RolloutGroup], lookup: PolicyVersionLookup) -> list[RolloutGroup]:
-    """Look up which policy sampled every rollout of a batch, in one request.
+def with_policy_versions(groups: Sequence[RolloutGroup], lookup: CallLookup) -> list[RolloutGroup]:
+    """Look up which policy sampled every rollout of a batch, and how, in one request.
 
     A rollout gets the version of the oldest policy that sampled any of its trained tokens; None where that of any run
-    of trained tokens is unknown: never a guess. A version that the environment sent stays.
+    of trained tokens is unknown: never a guess. A version that the environment sent stays. It also gets the names of
+    the parameters with which any of its calls sampled another distribution.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     keys = [
@@ -36,13 +39,13 @@ def with_policy_versions(groups: Sequence[RolloutGroup], lookup: PolicyVersionLo
         for rollout in rollouts
     ]
     answers = iter(lookup([key for of_rollout in keys for key in of_rollout]))
-    versions = iter(
+    found = iter(
         [
-            _oldest([next(answers) for _ in of_rollout]) if rollout.policy_version is None else rollout.policy_version
+            _with_calls(rollout, [next(answers) for _ in of_rollout])
             for rollout, of_rollout in zip(rollouts, keys, strict=True)
         ]
     )
-    return set_policy_versions(groups, [[next(versions) for _ in group.rollouts] for group in groups])
+    return [replace(group, rollouts=tuple(next(found) for _ in group.rollouts)) for group in groups]
 
 
 def set_policy_versions(
@@ -68,6 +71,11 @@ def trained_spans(rollout: Rollout) -> list[tuple[int, int]]:
     return list(zip(starts.tolist(), ends.tolist(), strict=True))
 
 
-def _oldest(versions: Sequence[int | None]) -> int | None:
-    known = [version for version in versions if version is not None]
-    return min(known) if known and len(known) == len(versions) else None
+def _with_calls(rollout: Rollout, calls: Sequence[ServedCall | None]) -> Rollout:
+    """Give a rollout what is known of its calls, which are none if the environment sent the version."""
+    known = [call for call in calls if call is not None]
+    names = tuple(sorted({name for call in known for name in call.sampling_parameters}))
+    version = rollout.policy_version
+    if known and len(known) == len(calls):
+        version = min(call.policy_version for call in known)
+    return replace(rollout, policy_version=version, sampling_parameters=names)

@@ -10,7 +10,7 @@ from typing import Protocol
 from ..types import RolloutBatch, RolloutGroup
 from ..wire.journal import Journal
 from ..wire.parse import WireLimits, parse_batch
-from .policy_versions import PolicyVersionLookup, set_policy_versions, with_policy_versions
+from .policy_versions import CallLookup, set_policy_versions, with_policy_versions
 from .sources import FetchedBatch
 
 
@@ -54,14 +54,14 @@ class PreparedBatch:
 class BatchPreparer:
     """Checks batches and looks up which policies sampled them. Runs on rank 0, on the prefetching thread.
 
-    `lookup` maps rollout keys to the versions that sampled them; None: they are unknown unless the environment sent
+    `lookup` maps rollout keys to what servers remember of the calls; None: versions are unknown unless the environment sent
     them. The versions are noted in `journal` for a resume, because the server remembers them for a while only; None
     for recorded data.
     """
 
     limits: WireLimits
     progress: Progress
-    lookup: PolicyVersionLookup | None = None
+    lookup: CallLookup | None = None
     journal: Journal | None = None
 
     def __call__(self, batches: Iterator[FetchedBatch]) -> Iterator[PreparedBatch]:

@@ -32,6 +32,9 @@ def rollout_metrics(
         "inference_logprobs/missing_frac": mean_of(
             _flags([rollout.inference_logprobs is None for rollout in rollouts])
         ),
+        "sampling/other_distribution_frac": mean_of(
+            _flags([bool(rollout.sampling_parameters) for rollout in rollouts])
+        ),
     }
     if eos_token_ids is not None:
         metrics["completions/clipped_ratio"] = mean_of(are_truncated(rollouts, eos_token_ids))

@@ -64,6 +64,12 @@ LUSPO = Paper(
     "2602.05261",
     2026,
 )
+VESPO = Paper(
+    "vespo2026",
+    "VESPO: Variational Sequence-Level Soft Policy Optimization for Stable Off-Policy LLM Training",
+    "2602.10693",
+    2026,
+)
 GSPO = Paper("zheng2025gspo", "Group Sequence Policy Optimization", "2507.18071", 2025, "Zheng, Chujie and others")
 INTELLECT_2 = Paper(
     "primeintellect2025intellect2",
@@ -126,6 +132,7 @@ BUILT_IN_LOSSES: dict[str, LossType] = {
         (LUSPO,),
         is_clipped=True,
     ),
+    "vespo": LossType("token", "smooth weight of the ratio of the whole rollout instead of clipping.", (VESPO,)),
 }
 """The values of `loss_type`. What each computes stands in `losses.py`."""
 

@@ -10,6 +10,7 @@ of [`LossFunction`].
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Protocol
@@ -24,6 +25,10 @@ from .options import LossOptions
 
 MAX_LOG_IMPORTANCE_RATIO = 20.0
 """exp(20) = 4.9e8. No policy moves that far; it is what a sentinel such as -9999 in inference_logprobs would give."""
+
+
+MIN_LOG_ROLLOUT_RATIO = math.log(1e-8)
+"""Of the ratio of a whole rollout, as in TRL's VESPO."""
 
 
 @dataclass(frozen=True)
@@ -126,18 +131,25 @@ def policy_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     metrics = {"entropy": mean_of(inputs.entropy), **_sampling_metrics(inputs)}
     sampling_difference = _difference_to_sampling(inputs)
     importance_ratio = _importance_ratio(inputs, options, sampling_difference)
-    token_losses, surrogate_metrics = _surrogate(inputs, options, importance_ratio)
+    weights = None
+    if options.vllm_importance_sampling_correction:
+        weights = _importance_sampling_correction(inputs, sampling_difference, options)
+        metrics["sampling/correction_weight/mean"] = mean_of(weights)
+        metrics["sampling/correction_weight/zero_frac"] = mean_of(weights == 0)
+    if options.loss_type == "vespo":
+        token_losses, surrogate_metrics = _vespo(inputs, options, sampling_difference, weights)
+        # They are a part of the ratio of the rollout.
+        weights = None
+    else:
+        token_losses, surrogate_metrics = _surrogate(inputs, options, importance_ratio)
     metrics.update(surrogate_metrics)
 
     if options.off_policy_mask_threshold is not None:
         is_kept = _off_policy_mask(inputs, sampling_difference, options.off_policy_mask_threshold)
         token_losses = token_losses * is_kept
         metrics["off_policy_mask/masked_frac"] = mean_of(~is_kept)
-    if options.vllm_importance_sampling_correction:
-        weights = _importance_sampling_correction(inputs, sampling_difference, options)
+    if weights is not None:
         token_losses = token_losses * weights
-        metrics["sampling/correction_weight/mean"] = mean_of(weights)
-        metrics["sampling/correction_weight/zero_frac"] = mean_of(weights == 0)
     if options.beta != 0.0:
         kl = _kl_to_reference(inputs)
         if options.use_bias_correction_kl:
@@ -216,6 +228,26 @@ def _surrogate(inputs: LossInputs, options: LossOptions, importance_ratio: Tenso
     bounded_ratio = importance_ratio if options.delta is None else importance_ratio.clamp(max=options.delta)
     token_losses = -torch.minimum(bounded_ratio * advantages, clipped_ratio * advantages)
     return token_losses, _clip_metrics(inputs, importance_ratio, low, high)
+
+
+def _vespo(
+    inputs: LossInputs, options: LossOptions, sampling_difference: Tensor, weights: Tensor | None
+) -> tuple[Tensor, dict[str, Metric]]:
+    """The loss of [VESPO](https://huggingface.co/papers/2602.10693): a weight without gradient, 1 at a ratio of 1.
+
+    The ratio w of a rollout is the product of those of its tokens, or of the `weights` (N,) of the correction; its weight
+    is e^lambda w^k e^(-lambda w).
+    """
+    log_ratio = sampling_difference if weights is None else weights.log()
+    low = -MAX_LOG_IMPORTANCE_RATIO if weights is None else MIN_LOG_ROLLOUT_RATIO
+    of_tokens = log_ratio.clamp(min=low, max=MAX_LOG_IMPORTANCE_RATIO)
+    log_w = inputs.sum_per_rollout(of_tokens).clamp(min=MIN_LOG_ROLLOUT_RATIO, max=MAX_LOG_IMPORTANCE_RATIO)
+    log_w = log_w[inputs.rollout_index]
+    is_good = inputs.advantages >= 0
+    power = torch.where(is_good, options.vespo_k_pos, options.vespo_k_neg)
+    decay = torch.where(is_good, options.vespo_lambda_pos, options.vespo_lambda_neg)
+    phi = (decay + power * log_w - decay * log_w.exp()).exp()
+    return -phi * inputs.advantages * inputs.trainer_logprobs, {"vespo/phi_seq_mean": mean_of(phi)}
 
 
 def _difference_to_sampling(inputs: LossInputs) -> Tensor:

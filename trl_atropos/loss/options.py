@@ -72,6 +72,24 @@ class LossOptions:
     sapo_temperature_neg: float = field(
         default=1.05, metadata={"help": "For `sapo`: steepness of the gate of the other tokens."}
     )
+    vespo_k_pos: float = field(
+        default=2.0,
+        metadata={
+            "help": "For `vespo`: how fast the weight of rollouts with a ratio below 1 fades, for positive advantages."
+        },
+    )
+    vespo_lambda_pos: float = field(
+        default=3.0,
+        metadata={
+            "help": "For `vespo`: how fast the weight of rollouts with a ratio above 1 fades, for positive advantages."
+        },
+    )
+    vespo_k_neg: float = field(
+        default=3.0, metadata={"help": "For `vespo`: as `vespo_k_pos`, for negative advantages."}
+    )
+    vespo_lambda_neg: float = field(
+        default=2.0, metadata={"help": "For `vespo`: as `vespo_lambda_pos`, for negative advantages."}
+    )
     vllm_importance_sampling_correction: bool = field(
         default=False,
         metadata={
@@ -121,6 +139,7 @@ class LossOptions:
         check_declared(self, LossOptions)
         self._check_clipping()
         self._check_correction()
+        self._check_vespo()
         if not 0 <= self.beta < math.inf:
             raise ValueError(
                 f"beta is {self.beta}. A negative weight would push the policy away from the reference, and one that is "
@@ -135,6 +154,27 @@ class LossOptions:
             raise ValueError(
                 f"sapo_temperature_pos is {self.sapo_temperature_pos} and sapo_temperature_neg is "
                 f"{self.sapo_temperature_neg}. The loss divides by them. Set both above 0, and finite."
+            )
+
+    def _check_vespo(self) -> None:
+        for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(
+                    f"{name} is {value}. The weight of a rollout would not fade on that side of 1. Set --{name} above 0, and finite."
+                )
+        if self.loss_type != "vespo":
+            return
+        if self.importance_sampling_level == "sequence":
+            raise ValueError(
+                "importance_sampling_level is sequence and loss_type is vespo. That loss takes the ratio of the whole rollout by "
+                "itself, so the option would do nothing. Leave out `--importance_sampling_level`."
+            )
+        if self.vllm_importance_sampling_correction and self.vllm_importance_sampling_mode.startswith("sequence"):
+            raise ValueError(
+                f"vllm_importance_sampling_correction is on, vllm_importance_sampling_mode is {self.vllm_importance_sampling_mode} and "
+                "loss_type is vespo. That loss multiplies the weights of a rollout's tokens. Set `--vllm_importance_sampling_mode` to "
+                "token_truncate or token_mask."
             )
 
     def _check_clipping(self) -> None:

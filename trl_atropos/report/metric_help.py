@@ -65,6 +65,14 @@ METRICS: dict[str, str] = {
     "off_policy_mask/masked_frac": (
         "Fraction of trained tokens that off_policy_mask_threshold takes out of the loss, 0 to 1. High: the data is too old."
     ),
+    "vespo/phi_seq_mean": (
+        "Mean weight of a rollout in `vespo`, over trained tokens. 1 on policy; near 0: rollouts are too far from the policy to "
+        "train."
+    ),
+    "sampling/other_distribution_frac": (
+        "Fraction of rollouts that `/generate` sampled with top_p, top_k, min_p, penalties or other parameters that make "
+        "another distribution of the policy's, 0 to 1. Above 0: their logprobs are not the policy's."
+    ),
     "sampling/correction_weight/mean": (
         "Mean weight of vllm_importance_sampling_correction. Far from 1: the server sampled from another policy."
     ),

@@ -13,9 +13,10 @@ Routes:
 - `POST /generate`: `{"prompt": {"prompt_token_ids": [int]} | str, <any field of vLLM's SamplingParams>}` gives
   `{"logprobs": [[[{"<token id>": logprob}], ...], ...], "finish_reasons": [str, ...]}`, one entry per completion, and
   `"prompt_logprobs": [null, {"<token id>": logprob, ...}, ...]` when the request asks for it.
-- `POST /atropos/policy_versions`: `{"rollout_keys": [str]}` gives `{"policy_versions": [int | null]}`: under which
-  policy the completions were sampled that passed through `/generate` (see `rollout_key`), each of `n` under its own
-  key. Every API server process has its own table: with `--api-server-count` above 1, the default of data parallel
+- `POST /atropos/policy_versions`: `{"rollout_keys": [str]}` gives `{"policy_versions": [int | null],
+  "sampling_parameters": [[str] | null]}`: under which policy the completions were sampled that passed through
+  `/generate` (see `rollout_key`), each of `n` under its own key, and with which parameters, if these made another
+  distribution of the policy's. Every API server process has its own table: with `--api-server-count` above 1, the default of data parallel
   servers, most versions stay unknown.
 - `POST /atropos/adapter`: `{"lora_name": str | null, "policy_version": int}`: from now on that loaded adapter, or the
   model itself, answers the requests for the model, on `/generate`, `/v1/completions`, `/v1/chat/completions` and
@@ -31,6 +32,7 @@ from collections import OrderedDict
 from functools import lru_cache
 from typing import Any
 
+from ..types import ServedCall
 from ..wire.rollout_key import rollout_key
 from .adapter_routes import ROUTED_PATHS, AdapterRoutes
 from .asgi import (
@@ -62,6 +64,9 @@ NEUTRAL_SAMPLING_PARAMS: dict[str, Any] = {
 }
 """Sent where the request is silent, so that the model's generation_config.json cannot bias the importance ratio."""
 
+CHANGES_IF_SET = ("min_tokens", "logit_bias", "allowed_token_ids", "bad_words", "structured_outputs")
+"""Further parameters that leave tokens out or make them likelier, unless they are empty or 0."""
+
 FINAL_ONLY = 2
 """vLLM's RequestOutputKind.FINAL_ONLY: with n > 1 the other kinds answer with partial completions."""
 
@@ -84,7 +89,7 @@ class GenerateEndpoint:
     def __init__(self, app: ASGIApp):
         self.app = app
         self.adapter = AdapterRoutes(app)
-        self.policy_versions: OrderedDict[str, int] = OrderedDict()
+        self.calls: OrderedDict[str, ServedCall] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the routes of Atropos, and pass all others on."""
@@ -118,11 +123,8 @@ class GenerateEndpoint:
             return await respond_raw(send, 400, error(f"Not a sampling parameter of this vLLM: {', '.join(unknown)}."))
         if request.get("logprobs") is None:
             request["logprobs"] = 0
-        inner = {
-            "token_ids": token_ids,
-            "sampling_params": {**NEUTRAL_SAMPLING_PARAMS, **request, "output_kind": FINAL_ONLY},
-            "stream": False,
-        }
+        sampling_params = {**NEUTRAL_SAMPLING_PARAMS, **request, "output_kind": FINAL_ONLY}
+        inner = {"token_ids": token_ids, "sampling_params": sampling_params, "stream": False}
         adapter_version = None
         if self.adapter.answers_for(model):
             model, adapter_version = self.adapter.lora_name, self.adapter.policy_version
@@ -142,7 +144,8 @@ class GenerateEndpoint:
             # would be scored and trained.
             return await respond_raw(send, 503, error("The request was aborted by a weight update. Send it again."))
         if is_policy:
-            self._remember_versions(token_ids, answer["choices"], adapter_version)
+            changes = distribution_changes(sampling_params)
+            self._remember(token_ids, answer["choices"], adapter_version, changes)
         await respond(send, 200, _atropos_answer(answer))
 
     async def _prompt_token_ids(self, prompt: Any, scope: Scope, receive: Receive) -> list[int]:
@@ -158,16 +161,18 @@ class GenerateEndpoint:
             raise BadRequest(status, body)
         return json.loads(body)["tokens"]
 
-    def _remember_versions(self, prompt_ids: list[int], choices: list[dict], adapter_version: int | None) -> None:
+    def _remember(
+        self, prompt_ids: list[int], choices: list[dict], adapter_version: int | None, changes: tuple[str, ...]
+    ) -> None:
         for choice in choices:
             version = _oldest_version(choice) if adapter_version is None else adapter_version
             if version is None:
                 continue
             key = rollout_key([*prompt_ids, *choice["token_ids"]], len(prompt_ids))
-            self.policy_versions[key] = version
-            self.policy_versions.move_to_end(key)
-        while len(self.policy_versions) > MAX_REMEMBERED_ROLLOUTS:
-            self.policy_versions.popitem(last=False)
+            self.calls[key] = ServedCall(version, changes)
+            self.calls.move_to_end(key)
+        while len(self.calls) > MAX_REMEMBERED_ROLLOUTS:
+            self.calls.popitem(last=False)
 
     async def _policy_versions(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -180,7 +185,30 @@ class GenerateEndpoint:
         status, body = await call(self.app, scope, receive, "GET", "/v1/models", None)
         if status >= 400:
             return await respond_raw(send, status, body)
-        await respond(send, 200, {"policy_versions": [self.policy_versions.get(key) for key in keys]})
+        calls = [self.calls.get(key) for key in keys]
+        answer = {
+            "policy_versions": [None if found is None else found.policy_version for found in calls],
+            "sampling_parameters": [None if found is None else found.sampling_parameters for found in calls],
+        }
+        await respond(send, 200, answer)
+
+
+def distribution_changes(sampling_params: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the parameters, sorted, with which a request samples another distribution than the policy's at its temperature.
+
+    A token that they leave out cannot be sampled, and the others are likelier than the policy says: the logprobs of such a
+    completion are those of the changed distribution.
+    """
+    changed = {
+        name
+        for name, neutral in NEUTRAL_SAMPLING_PARAMS.items()
+        if name not in ("n", "max_tokens", "temperature") and sampling_params.get(name) not in (None, neutral)
+    }
+    changed |= {name for name in CHANGES_IF_SET if sampling_params.get(name)}
+    if sampling_params.get("top_k") == -1:
+        # Another way to say all.
+        changed.discard("top_k")
+    return tuple(sorted(changed))
 
 
 def _oldest_version(choice: dict) -> int | None:

@@ -255,7 +255,7 @@ def _served_chat_ids(client: AtroposVLLMClient, trainer: TrainerSide) -> tuple[i
 
 def _knows_policy_versions(client: AtroposVLLMClient) -> bool:
     try:
-        client.get_policy_versions([])
+        client.find_calls([])
     except VLLMServerError as exc:
         if exc.status_code != 404:
             raise

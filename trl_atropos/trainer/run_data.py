@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.micro_batches import Dealer
-from ..data.policy_versions import PolicyVersionLookup
+from ..data.policy_versions import CallLookup
 from ..data.prepare import BatchPreparer, Progress
 from ..data.quarantine import Quarantine
 from ..data.sources import ApiBatches, FetchedBatch, offline_batches, replayed_batches
@@ -196,9 +196,9 @@ class _LiveSource:
         self._first = first
         self._register = lambda: servers.register(args, starting_step=progress.global_step)
         self._api = ApiBatches(servers.atropos_client, self.journal, args, self._register)
-        self.lookup: PolicyVersionLookup | None = None
+        self.lookup: CallLookup | None = None
         if servers.facts.knows_policy_versions:
-            self.lookup = servers.get_policy_versions
+            self.lookup = servers.find_calls
 
     def open(self) -> Iterator[FetchedBatch]:
         """Register with the API. After the first publish: the first request for a batch lets environments begin."""

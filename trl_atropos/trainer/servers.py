@@ -14,6 +14,7 @@ from torch import nn
 from ..data.options import check_source
 from ..distributed import run_on_main_process
 from ..errors import PreflightError, VLLMServerUnreachable, WeightSyncTimeout
+from ..types import ServedCall
 from ..weight_sync.adapter_publisher import AdapterPublisher
 from ..weight_sync.base import WeightTransport
 from ..weight_sync.client import AtroposVLLMClient
@@ -67,20 +68,19 @@ class Servers:
             )
         )
 
-    def get_policy_versions(self, rollout_keys: Sequence[str]) -> list[int | None]:
-        """Return under which policy version each sequence was sampled, by whichever server knows it; None if none
-        does.
+    def find_calls(self, rollout_keys: Sequence[str]) -> list[ServedCall | None]:
+        """Return what is remembered of each call, by whichever server answered it; None if none knows it.
 
         A server that is away is not asked: the next publish waits for it, and what it remembered is gone with it.
         """
-        found: list[int | None] = [None] * len(rollout_keys)
+        found: list[ServedCall | None] = [None] * len(rollout_keys)
         for client in self.vllm_clients:
             try:
-                versions = client.get_policy_versions(rollout_keys)
+                calls = client.find_calls(rollout_keys)
             except (VLLMServerUnreachable, WeightSyncTimeout) as exc:
                 logger.warning(f"{exc.what} The staleness of rollouts that it sampled is unknown.")
                 continue
-            found = [new if old is None else old for old, new in zip(found, versions, strict=True)]
+            found = [new if old is None else old for old, new in zip(found, calls, strict=True)]
         return found
 
     def close(self) -> None:

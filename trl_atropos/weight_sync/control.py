@@ -16,6 +16,7 @@ from ..errors import (
     WeightSyncError,
     WeightSyncTimeout,
 )
+from ..types import ServedCall
 from .http import Answer, ServerSession
 
 
@@ -278,8 +279,8 @@ class VLLMControl(VLLMClient):
 
     # Rollouts
 
-    def get_policy_versions(self, rollout_keys: Sequence[str]) -> list[int | None]:
-        """Return under which policy version each completion was sampled; None where the server does not know.
+    def find_calls(self, rollout_keys: Sequence[str]) -> list[ServedCall | None]:
+        """Return under which policy version each completion was sampled, and how; None where the server does not know.
 
         Args:
             rollout_keys (`Sequence[str]`):
@@ -289,7 +290,14 @@ class VLLMControl(VLLMClient):
         versions = answer.get_typed("policy_versions", list)
         if len(versions) != len(rollout_keys) or not all(isinstance(version, int | None) for version in versions):
             raise answer.unexpected(f"`policy_versions` of {len(rollout_keys)} keys", versions)
-        return versions
+        # A middleware of an earlier version remembers the versions alone.
+        names = answer.get("sampling_parameters", [[]] * len(versions))
+        if not isinstance(names, list) or len(names) != len(versions):
+            raise answer.unexpected(f"`sampling_parameters` of {len(rollout_keys)} keys", names)
+        return [
+            None if version is None else ServedCall(version, tuple(of_call or ()))
+            for version, of_call in zip(versions, names, strict=True)
+        ]
 
     def get_prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Score sequences under the served policy.

@@ -213,6 +213,7 @@ TRAINER_CASES = {
         TrainerFacts(num_groups=MIN_GROUPS, num_refused_groups=MIN_GROUPS, num_too_long_groups=MIN_GROUPS)
     ],
     "all_groups_tie": [TIED_GROUPS],
+    "changed_distribution": [TrainerFacts(samplings=frozenset({(None, ("min_p",)), (2, ("top_k", "top_p"))}))],
     "groups_of_one": [TrainerFacts(num_groups=5, num_single_groups=1)],
     "stale_batches": [TrainerFacts(mean_staleness=3.5), TrainerFacts(mean_staleness=1.5, max_staleness=1)],
 }

@@ -22,7 +22,7 @@ from trl_atropos.data.stream import RolloutStream
 from trl_atropos.errors import AtroposProtocolError
 from trl_atropos.loss.metrics import MetricAccumulator
 from trl_atropos.report.metric_help import METRICS
-from trl_atropos.types import Position, Rollout, RolloutGroup
+from trl_atropos.types import Position, Rollout, RolloutGroup, ServedCall
 from trl_atropos.wire.journal import Journal
 from trl_atropos.wire.rollout_key import rollout_key
 
@@ -256,7 +256,7 @@ class TestMetrics:
 
     def test_staleness_is_measured_when_the_batch_is_used(self):
         versions = {(10, 11): 3, (10, 11, 12): 5}
-        table = {rollout_key(ids, 1): version for ids, version in versions.items()}
+        table = {rollout_key(ids, 1): ServedCall(version) for ids, version in versions.items()}
         stream = make_stream(
             [[wire_group([2, 3])]], lookup=lambda keys: [table.get(key) for key in keys], policy_version=6
         )
@@ -267,10 +267,25 @@ class TestMetrics:
         assert (metrics["staleness/mean"], metrics["staleness/max"], metrics["staleness/unknown_frac"]) == (2, 3, 0)
 
     def test_unknown_staleness_is_not_0_and_does_not_dilute_the_known(self):
-        stream = make_stream([[wire_group([3, 2])]], lookup=lambda keys: [None, 4], policy_version=6)
+        stream = make_stream([[wire_group([3, 2])]], lookup=lambda keys: [None, ServedCall(4)], policy_version=6)
         take_step(stream)
         metrics = reported(stream)
         assert (metrics["staleness/mean"], metrics["staleness/max"], metrics["staleness/unknown_frac"]) == (2, 2, 0.5)
+
+    def test_environments_that_sample_from_another_distribution_are_named_once_each(self, caplog):
+        def batches() -> Any:
+            for env_id in (3, 3, 4):
+                yield [wire_group([3, 2], env_id=env_id)]
+
+        nucleus = [ServedCall(6, ("top_p",)), ServedCall(6)]
+        progress = streams.Trainer(lambda: 6)
+        stream = make_stream(batches(), lookup=lambda keys: nucleus, progress=progress, batch_size=2)
+        with caplog.at_level(logging.WARNING):
+            fractions = [reported(stream)["sampling/other_distribution_frac"] for _ in stream]
+        assert fractions == [0.5, 0.5, 0.5]
+        told = [message for message in caplog.messages if "another distribution" in message]
+        assert ["environment 4" in message for message in told] == [False, True]
+        assert all("environment 3 with top_p" in message for message in told)
 
     def test_a_server_that_knows_no_versions_reports_no_staleness(self):
         stream = make_stream([[wire_group([3, 2])]], policy_version=6)
@@ -372,8 +387,12 @@ class TestStaleness:
 
     @staticmethod
     def lookup_by_first_id(table: dict[int, int], groups: list[dict]) -> Any:
-        versions = {rollout_key(ids, 1): table.get(ids[0]) for group in groups for ids in group["tokens"]}
-        return lambda keys: [versions[key] for key in keys]
+        calls = {
+            rollout_key(ids, 1): ServedCall(table[ids[0]]) if ids[0] in table else None
+            for group in groups
+            for ids in group["tokens"]
+        }
+        return lambda keys: [calls[key] for key in keys]
 
     def stream(self, groups: list[dict], table: dict[int, int], **changes: Any) -> RolloutStream:
         return make_stream([groups], lookup=self.lookup_by_first_id(table, groups), policy_version=6, **changes)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trl_atropos.data.policy_versions import trained_spans, with_policy_versions
-from trl_atropos.types import Rollout, RolloutGroup
+from trl_atropos.types import Rollout, RolloutGroup, ServedCall
 from trl_atropos.wire.rollout_key import rollout_key
 
 
@@ -28,9 +28,10 @@ class Table:
         }
         self.requests: list[list[str]] = []
 
-    def __call__(self, keys: Sequence[str]) -> list[int | None]:
+    def __call__(self, keys: Sequence[str]) -> list[ServedCall | None]:
         self.requests.append(list(keys))
-        return [self.versions.get(key) for key in keys]
+        versions = [self.versions.get(key) for key in keys]
+        return [None if version is None else ServedCall(version, ("top_p",) * (version > 8)) for version in versions]
 
 
 def versions_of(rollouts: list[Rollout], table: Table) -> list[int | None]:
@@ -56,6 +57,12 @@ def test_a_call_sampled_a_run_of_trained_tokens(trained, spans):
 def test_the_oldest_policy_of_all_turns_counts():
     table = Table({(10, 2, 4): 7, (10, 6, 8): 5, (10, 10, 12): 9})
     assert versions_of([rollout("..xx..xx..xx")], table) == [5]
+
+
+def test_parameters_of_any_turn_count():
+    table = Table({(10, 2, 4): 7, (10, 6, 8): 9, (20, 2, 4): 7})
+    (group,) = with_policy_versions([RolloutGroup((rollout("..xx..xx"), rollout("..xx", 20)))], table)
+    assert [found.sampling_parameters for found in group.rollouts] == [("top_p",), ()]
 
 
 def test_one_turn_that_nobody_knows_makes_the_rollout_unknown():

@@ -117,6 +117,10 @@ OTHER_VALUES: dict[str, Any] = {
     "importance_sampling_level": "sequence",
     "sapo_temperature_pos": 2.0,
     "sapo_temperature_neg": 2.0,
+    "vespo_k_pos": 0.5,
+    "vespo_lambda_pos": 0.5,
+    "vespo_k_neg": 0.5,
+    "vespo_lambda_neg": 0.5,
     "beta": 0.3,
     "use_bias_correction_kl": False,
     "off_policy_mask_threshold": 0.01,
@@ -137,6 +141,8 @@ WITH_OTHERS: dict[str, dict[str, Any]] = {
     "vllm_importance_sampling_clip_max": CORRECTED,
     "vllm_importance_sampling_clip_min": CORRECTED,
     "use_bias_correction_kl": {"beta": 0.3},
+    # `vespo` takes none of the modes for whole rollouts, and its ratio is the product of the weights that no bound changes.
+    "vllm_importance_sampling_correction": {**CORRECTED, "vllm_importance_sampling_correction": False},
 }
 
 

@@ -20,7 +20,10 @@ def bounds(low: float | None, high: float | None) -> dict[str, float | None]:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"loss_type": "ppo"}, ["loss_type", "'ppo'", "weighted_sft, grpo, dr_grpo, bnpo, dapo, cispo, sapo, luspo"]),
+        (
+            {"loss_type": "ppo"},
+            ["loss_type", "'ppo'", "weighted_sft, grpo, dr_grpo, bnpo, dapo, cispo, sapo, luspo, vespo"],
+        ),
         ({"importance_sampling_level": "group"}, ["importance_sampling_level", "'group'", "token, sequence"]),
         (
             {"vllm_importance_sampling_mode": "mask"},
@@ -39,6 +42,11 @@ def bounds(low: float | None, high: float | None) -> dict[str, float | None]:
         *(
             ({name: value}, [f"{name} is {value}", "sapo_temperature_pos", "sapo_temperature_neg"])
             for name in ("sapo_temperature_pos", "sapo_temperature_neg")
+            for value in (0.0, -1.0, math.nan, math.inf)
+        ),
+        *(
+            ({name: value}, [f"{name} is {value}", f"--{name}"])
+            for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
             for value in (0.0, -1.0, math.nan, math.inf)
         ),
         *(
@@ -67,7 +75,15 @@ def test_value_out_of_range_is_refused(options, named):
                 {"loss_type": loss_type, "epsilon_high": 5.0, "delta": 10.0},
                 ["delta is 10.0", f"loss_type is {loss_type}", ", ".join(CLIPPED_LOSS_TYPES)],
             )
-            for loss_type in ("weighted_sft", "cispo", "sapo")
+            for loss_type in ("weighted_sft", "cispo", "sapo", "vespo")
+        ),
+        (
+            {"loss_type": "vespo", "importance_sampling_level": "sequence"},
+            ["importance_sampling_level is sequence", "loss_type is vespo"],
+        ),
+        (
+            {"loss_type": "vespo", "vllm_importance_sampling_correction": True},
+            ["vllm_importance_sampling_mode is sequence_mask", "loss_type is vespo", "token_truncate or token_mask"],
         ),
         # The bound has to lie beyond 1 + epsilon_high, which is 1 + epsilon where it is not set.
         ({"delta": 1.2}, ["delta is 1.2", "1 + epsilon_high is 1.2", "--delta"]),

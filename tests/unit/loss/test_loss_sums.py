@@ -58,7 +58,7 @@ def weights_of(inputs: LossInputs, loss_type: str, *, num_trained_tokens: int, n
 
 
 # Rollouts of 2 tokens with A = 1, and of 1 token with A = -3; on policy, logprobs -2. The token losses are -A = -1, -1, 3;
-# times the logprob 2, 2, -6 for cispo and weighted_sft; times the gate 2 / t = 2 or 2 / 1.05 for sapo.
+# times the logprob 2, 2, -6 for cispo, vespo and weighted_sft; times the gate 2 / t = 2 or 2 / 1.05 for sapo.
 @pytest.mark.parametrize(
     ("loss_type", "loss"),
     [
@@ -70,6 +70,7 @@ def weights_of(inputs: LossInputs, loss_type: str, *, num_trained_tokens: int, n
         ("cispo", (2 + 2 - 6) / 3),
         ("sapo", (2 * (-1 - 1) / 2 + 2 / 1.05 * 3) / 2),
         ("luspo", ((-1 - 1) + 3) / 2),
+        ("vespo", (2 + 2 - 6) / 3),
     ],
 )
 def test_loss_of_a_step(loss_type, loss):
@@ -151,13 +152,13 @@ class TestInvariance:
         )
 
 
-# Of the weights that cispo and the correction do not differentiate, a numerical gradient sees the change.
+# Of the weights that cispo, vespo and the correction do not differentiate, a numerical gradient sees the change.
 @pytest.mark.parametrize(
     "options",
     [
         options
         for options in ALL_OPTIONS
-        if options.loss_type != "cispo" and not options.vllm_importance_sampling_correction
+        if options.loss_type not in ("cispo", "vespo") and not options.vllm_importance_sampling_correction
     ],
     ids=lambda options: f"{options.loss_type}-{options.importance_sampling_level}",
 )

@@ -16,6 +16,8 @@ from trl_atropos.policy.logprobs import token_logprobs_and_entropy
 from trl_atropos.report.metric_help import METRICS
 
 
+# It is refused: the loss takes the ratio of the whole rollout by itself.
+VESPO_SEQUENCE = ("vespo", "sequence")
 RATIO_LOSS_TYPES = [loss_type for loss_type in LOSS_TYPES if loss_type != "weighted_sft"]
 
 
@@ -102,6 +104,16 @@ class TestSurrogate:
         assert losses == pytest.approx([-2.0, -3.0, 1.0, 1.5])
         assert gradient == pytest.approx([-1.0, -0.75 * far_pos, 1.0, 0.75 * far_neg])
 
+    def test_vespo_weighs_a_rollout_by_the_product_of_its_ratios(self):
+        # Rollout 0: w = 2 * 0.25 = 0.5, A > 0: e^(1 - 0.5) 0.5^2. Rollout 1: w = 3, A < 0: e^(2 (1 - 3)) 3^3.
+        weights = [math.exp(0.5) * 0.25] * 2 + [math.exp(-4.0) * 27]
+        options = LossOptions(loss_type="vespo", vespo_lambda_pos=1.0)
+        inputs = at_ratios([2.0, 0.25, 3.0], [1.0, 1.0, -1.0], lengths=[2, 1])
+        losses, gradient = losses_and_gradient(inputs, options)
+        logprobs, signs = inputs.trainer_logprobs.tolist(), [1.0, 1.0, -1.0]
+        assert losses == pytest.approx([-w * a * x for w, a, x in zip(weights, signs, logprobs, strict=True)])
+        assert gradient == pytest.approx([-w * a for w, a in zip(weights, signs, strict=True)])
+
     def test_weighted_sft_ignores_the_policy_that_sampled(self):
         losses, gradient = losses_and_gradient(
             loss_inputs([-0.5, -3.0], [2.0, -1.0], [-9.0, -0.1]), LossOptions(loss_type="weighted_sft")
@@ -119,8 +131,15 @@ class TestSurrogate:
         assert losses == pytest.approx([-1.1, -1.1, -1.2])
         assert gradient == pytest.approx([-1.1, -1.1, 0.0])
 
-    @pytest.mark.parametrize("level", ["token", "sequence"])
-    @pytest.mark.parametrize("loss_type", RATIO_LOSS_TYPES)
+    @pytest.mark.parametrize(
+        ("loss_type", "level"),
+        [
+            (loss, level)
+            for loss in RATIO_LOSS_TYPES
+            for level in ("token", "sequence")
+            if (loss, level) != VESPO_SEQUENCE
+        ],
+    )
     def test_unknown_inference_logprob_has_the_gradient_of_on_policy(self, loss_type, level):
         options = options_of(loss_type, importance_sampling_level=level)
         trainer_logprobs, advantages = [-0.5, -3.0, -1.0], [2.0, -1.0, 0.0]
@@ -325,7 +344,11 @@ class TestMetrics:
     @pytest.mark.parametrize("loss_type", LOSS_TYPES)
     def test_every_metric_is_documented(self, loss_type):
         options = options_of(
-            loss_type, beta=0.1, off_policy_mask_threshold=0.5, vllm_importance_sampling_correction=True
+            loss_type,
+            beta=0.1,
+            off_policy_mask_threshold=0.5,
+            vllm_importance_sampling_correction=True,
+            vllm_importance_sampling_mode="token_mask",
         )
         assert policy_loss(at_ratios([1.5], [1.0], ref_logprobs=[-1.0]), options).metrics.keys() <= METRICS.keys()
 

@@ -188,7 +188,7 @@ class TestAnswer:
         server = server_of(choice(0, weight_versions=versions), choice(1, finish_reason="abort"))
         app = GenerateEndpoint(server)
         assert generate(app, n=2).status == 503
-        assert policy_versions(app, [*PROMPT, 3, 4]).json == {"policy_versions": [None]}
+        assert policy_versions(app, [*PROMPT, 3, 4]).json["policy_versions"] == [None]
 
     @pytest.mark.parametrize(
         ("body", "words"),
@@ -244,20 +244,20 @@ class TestPolicyVersions:
     def test_oldest_span_counts_and_numbers_are_not_compared_as_text(self):
         app = GenerateEndpoint(server_of(choice(weight_versions=[{"version": "9"}, {"version": "10"}])))
         generate(app)
-        assert policy_versions(app, [*PROMPT, 3, 4]).json == {"policy_versions": [9]}
+        assert policy_versions(app, [*PROMPT, 3, 4]).json["policy_versions"] == [9]
 
     def test_each_choice_has_its_own_and_the_answer_keeps_the_order_of_the_keys(self):
         spans = [{"version": "1"}], [{"version": "2"}]
         app = GenerateEndpoint(server_of(*(choice(i, (i,), weight_versions=spans[i]) for i in range(2))))
         generate(app, n=2)
         answer = policy_versions(app, [*PROMPT, 1], [*PROMPT], [*PROMPT, 0])
-        assert answer.json == {"policy_versions": [2, None, 1]}
+        assert answer.json["policy_versions"] == [2, None, 1]
 
     @pytest.mark.parametrize("spans", [None, [], [{"version": "default"}], [{"version": "default"}, {"version": "1"}]])
     def test_weights_that_no_trainer_published_have_no_version(self, spans: Any):
         app = GenerateEndpoint(server_of(choice(weight_versions=spans)))
         assert generate(app).status == 200
-        assert policy_versions(app, [*PROMPT, 3, 4]).json == {"policy_versions": [None]}
+        assert policy_versions(app, [*PROMPT, 3, 4]).json["policy_versions"] == [None]
 
     def test_table_is_bounded_and_forgets_the_one_sampled_longest_ago(self, monkeypatch):
         monkeypatch.setattr(generate_endpoint, "MAX_REMEMBERED_ROLLOUTS", 3)
@@ -269,7 +269,27 @@ class TestPolicyVersions:
             server.answers[INNER] = (200, json.dumps({"choices": [sampled]}).encode())
             generate(app)
         sequences = [[*PROMPT, token] for token in range(4)]
-        assert policy_versions(app, *sequences).json == {"policy_versions": [3, None, 2, 4]}
+        assert policy_versions(app, *sequences).json["policy_versions"] == [3, None, 2, 4]
+
+    @pytest.mark.parametrize(
+        ("parameters", "names"),
+        [
+            ({}, []),
+            ({"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "logit_bias": {}}, []),
+            ({"temperature": 0.5, "n": 1, "max_tokens": 3, "stop": ["a"], "seed": 1, "top_k": 0}, []),
+            ({"top_p": 0.9, "top_k": 20}, ["top_k", "top_p"]),
+            ({"min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1},
+             ["frequency_penalty", "min_p", "presence_penalty", "repetition_penalty"]),
+            ({"min_tokens": 2, "logit_bias": {"3": -100}, "bad_words": ["a"], "allowed_token_ids": [3]},
+             ["allowed_token_ids", "bad_words", "logit_bias", "min_tokens"]),
+        ],
+        ids=["nothing said", "neutral", "no part of the distribution", "nucleus", "penalties", "constraints"],
+    )  # fmt: skip
+    def test_parameters_that_change_the_distribution_are_remembered_by_name(self, parameters, names):
+        app = GenerateEndpoint(server_of(choice(weight_versions=[{"version": "9"}])))
+        assert generate(app, **parameters).status == 200
+        answer = policy_versions(app, [*PROMPT, 3, 4], [*PROMPT]).json
+        assert answer == {"policy_versions": [9, None], "sampling_parameters": [names, None]}
 
     def test_server_that_refuses_the_caller_answers_itself(self):
         server = server_of()

@@ -11,6 +11,7 @@ from scripted_server import ScriptedServer
 
 from trl_atropos.errors import VLLMServerError
 from trl_atropos.trainer.servers import Servers
+from trl_atropos.types import ServedCall
 from trl_atropos.weight_sync.client import AtroposVLLMClient
 
 
@@ -30,13 +31,13 @@ def connections(servers: list[ScriptedServer]) -> Servers:
 
 
 def test_whichever_server_knows_a_sequence_says_its_version(connections):
-    assert connections.get_policy_versions(["a", "b", "c"]) == [4, 5, None]
+    assert connections.find_calls(["a", "b", "c"]) == [ServedCall(4), ServedCall(5), None]
 
 
 def test_of_a_server_that_is_away_the_versions_are_unknown_and_that_is_said(connections, servers, caplog):
     servers[0].script["POST /atropos/policy_versions"] = "close"
     with caplog.at_level(logging.WARNING):
-        assert connections.get_policy_versions(["a", "b", "c"]) == [7, 5, None]
+        assert connections.find_calls(["a", "b", "c"]) == [ServedCall(7), ServedCall(5), None]
     assert servers[0].base_url in caplog.text
     assert "staleness of rollouts that it sampled is unknown" in caplog.text
 
@@ -44,4 +45,4 @@ def test_of_a_server_that_is_away_the_versions_are_unknown_and_that_is_said(conn
 def test_a_server_that_refuses_the_question_is_an_error(connections, servers):
     servers[1].script["POST /atropos/policy_versions"] = 500
     with pytest.raises(VLLMServerError):
-        connections.get_policy_versions(["a", "b", "c"])
+        connections.find_calls(["a", "b", "c"])

@@ -109,7 +109,7 @@ QUESTIONS = [
     Case("environment", lambda c: c.get_server_environment(), "GET /server_info", {"config_format": ["json"]}),
     Case(
         "versions",
-        lambda c: c.get_policy_versions(["k"]),
+        lambda c: c.find_calls(["k"]),
         "POST /atropos/policy_versions",
         {},
         {"rollout_keys": ["k"]},

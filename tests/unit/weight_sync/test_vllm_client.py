@@ -17,6 +17,7 @@ from trl_atropos.errors import (
     WeightSyncError,
     WeightSyncTimeout,
 )
+from trl_atropos.types import ServedCall
 from trl_atropos.weight_sync import control
 from trl_atropos.weight_sync.client import AtroposVLLMClient
 
@@ -124,8 +125,19 @@ class TestAnswers:
         assert client.get_server_environment()["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] is True
 
     def test_policy_versions(self, client, server):
+        answer = {"policy_versions": [4, None, 3], "sampling_parameters": [["top_p"], None, []]}
+        server.script["POST /atropos/policy_versions"] = answer
+        assert client.find_calls(["a", "b", "c"]) == [ServedCall(4, ("top_p",)), None, ServedCall(3)]
+
+    def test_an_earlier_middleware_remembers_versions_alone(self, client, server):
         server.script["POST /atropos/policy_versions"] = {"policy_versions": [4, None]}
-        assert client.get_policy_versions(["a", "b"]) == [4, None]
+        assert client.find_calls(["a", "b"]) == [ServedCall(4), None]
+
+    def test_parameters_of_other_calls_are_refused(self, client, server):
+        answer = {"policy_versions": [4, None], "sampling_parameters": [[]]}
+        server.script["POST /atropos/policy_versions"] = answer
+        with pytest.raises(WeightSyncError, match="`sampling_parameters` of 2 keys"):
+            client.find_calls(["a", "b"])
 
     def test_logprobs_of_all_tokens_but_the_first(self, client, server):
         # The first position is scored by nothing; at the others vLLM lists the token itself and the likeliest one.
