@@ -45,6 +45,7 @@ def make_forward(
     max_length: int,
     needs_reference: bool,
     sequence_parallel: SequenceParallel | None = None,
+    has_float32_head: bool = False,
 ) -> PolicyForward:
     """Find out how forward passes are best made. A collective call: the model runs on every rank.
 
@@ -52,6 +53,7 @@ def make_forward(
     `reference_model` is what [`~policy.load.make_reference_model`] made, not yet wrapped. `layout` is the option
     `sequence_layout`, `max_length` the longest rollout in tokens. `needs_reference` says whether the loss has a KL
     term to a reference that is computed here. `sequence_parallel` is None if every rank holds whole sequences.
+    `has_float32_head` is the option `cast_lm_head_to_fp32`.
 
     Raises:
         PreflightError: as [`~policy.plan.plan_forward`] does.
@@ -66,6 +68,7 @@ def make_forward(
         dtype=mixed or next(model.parameters()).dtype,
         device=accelerator.device,
         autocast=accelerator.autocast,
+        has_float32_head=has_float32_head,
     )
     reference = None
     if needs_reference:

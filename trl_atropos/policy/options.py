@@ -52,5 +52,13 @@ class PolicyOptions:
         default=False, metadata={"help": "Keep activations in host memory until the backward pass. Needs a GPU."}
     )
 
+    cast_lm_head_to_fp32: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute logits in float32 also in mixed precision (MiniMax-M1): the head runs outside of autocast. The "
+            "server's are in its own dtype all the same."
+        },
+    )
+
     def __post_init__(self) -> None:
         check_declared(self, PolicyOptions)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,6 +74,7 @@ def plan_forward(
     dtype: torch.dtype,
     device: torch.device,
     autocast: Callable[[], Any] = nullcontext,
+    has_float32_head: bool = False,
 ) -> ForwardPlan:
     """Find the best way to make forward passes that gives the logprobs of each sequence run alone.
 
@@ -80,19 +82,24 @@ def plan_forward(
 
     `model` is the unwrapped model, with or without an adapter; `wrapped` is the model as it will be called.
     `requested` is `"auto"` or one of `layouts.LAYOUTS`. `max_length` is the longest rollout in tokens, prompt
-    included. The forward computes in `dtype` on `device`; `autocast` is that of [`~policy.scoring.PolicyScorer`].
+    included. The forward computes in `dtype` on `device`; `autocast` is that of [`~policy.scoring.PolicyScorer`], and
+    `has_float32_head` that of [`~policy.scoring.ForwardPlan`].
 
     The `fallbacks` of the plan are logged as warnings.
 
     Raises:
-        PreflightError: the layout that was asked for gives other logprobs, or even padded rows do.
+        PreflightError: the layout that was asked for gives other logprobs, or even padded rows do; or the head cannot
+            compute in float32.
     """
+    if has_float32_head:
+        _check_float32_head(model)
     config = model.config.get_text_config()
     eps = torch.finfo(dtype).eps
     fallbacks: list[str] = []
 
     def difference(plan: ForwardPlan, length: int = CHECK_LENGTH) -> float:
         groups = _check_sequences(config.vocab_size, min(max_length, length))
+        plan = replace(plan, has_float32_head=has_float32_head)
         return largest_over_ranks(_difference_to_alone(PolicyScorer(model, plan, autocast), wrapped, groups, device))
 
     if device.type == "cuda" and (reason := why_not_compiled(device.type)) is not None:
@@ -126,7 +133,13 @@ def plan_forward(
     for fallback in fallbacks:
         logger.warning(f"Forward passes are slower than they could be: {fallback}.")
     logger.info(f"Layout of micro-batches: {layout}")
-    return ForwardPlan(layout, in_pieces, tuple(fallbacks))
+    if has_float32_head and not in_pieces:
+        raise PreflightError(
+            "cast_lm_head_to_fp32 is on, and the head of this model is called inside of its forward.",
+            f"There it computes in the precision of the rest: {fallbacks[-1] if fallbacks else 'its logits are changed'}.",
+            "Leave --cast_lm_head_to_fp32 out, or set --bf16 false.",
+        )
+    return ForwardPlan(layout, in_pieces, tuple(fallbacks), has_float32_head)
 
 
 def _check_padded(
@@ -151,6 +164,16 @@ def _check_padded(
             "Set --per_device_train_batch_size 1, or another --attn_implementation.",
         )
     return False, distance
+
+
+def _check_float32_head(model: PreTrainedModel) -> None:
+    coarse = {parameter.dtype for parameter in model.get_output_embeddings().parameters()} - {torch.float32}
+    if coarse:
+        raise PreflightError(
+            f"cast_lm_head_to_fp32 is on, and the head has weights in {', '.join(sorted(map(str, coarse)))}.",
+            "They would be copied to float32 in every forward pass, and trained at their own resolution.",
+            "Load the model in float32 (--dtype float32, the default where it is given by its path).",
+        )
 
 
 def _check_long_neighbour(

@@ -41,12 +41,14 @@ class ForwardPlan:
 
     `layout` is one of `layouts.LAYOUTS`. `projects_in_pieces` says whether the head is called outside of the model's
     forward, piece by piece; if not, the model's forward makes the logits of all scored positions at once. `fallbacks`
-    say why a better way was not taken, one sentence each.
+    say why a better way was not taken, one sentence each. `has_float32_head` says whether the head computes in float32
+    also in mixed precision, for which it must be called outside of the model's forward.
     """
 
     layout: str
     projects_in_pieces: bool
     fallbacks: tuple[str, ...] = ()
+    has_float32_head: bool = False
 
 
 class PolicyScorer:
@@ -112,10 +114,13 @@ class PolicyScorer:
         with capture_hidden_states(head) as captured:
             output = model(**inputs, use_cache=False).logits
         assert captured.value is not None, "the context raises if the head was not called"
-        with self.autocast():
+        hidden_states = captured.value.flatten(0, 1)[index]
+        if self.plan.has_float32_head:
+            hidden_states = hidden_states.float()
+        with nullcontext() if self.plan.has_float32_head else self.autocast():
             scores = score_hidden_states(
                 lambda hidden: self._transform_logits(head(hidden)),
-                captured.value.flatten(0, 1)[index],
+                hidden_states,
                 targets,
                 temperature,
                 vocab_size=vocab_size,

@@ -326,6 +326,7 @@ class AtroposTrainer(HubUploads):
                 max_length=self.args.max_length,
                 needs_reference=self._needs_reference,
                 sequence_parallel=self._sequence_parallel,
+                has_float32_head=self.args.cast_lm_head_to_fp32,
             )
         return self._forward
 

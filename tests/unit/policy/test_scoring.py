@@ -234,6 +234,37 @@ class TestMixedPrecision:
         # A few times the epsilon of bfloat16, 2^-7, for logits of about 1.
         assert (scored - expected).abs().mean() < 4 * 2**-7
 
+    def test_the_head_computes_in_float32_if_told(self):
+        model = tiny_llama()
+        wrapped = Autocast(model)
+        found = plan(model, wrapped=wrapped, dtype=torch.bfloat16, autocast=autocast, has_float32_head=True)
+        assert found == ForwardPlan("tree", projects_in_pieces=True, has_float32_head=True)
+        padded = ForwardPlan("padded", projects_in_pieces=True, has_float32_head=True)
+        dtypes: list[torch.dtype] = []
+        model.lm_head.register_forward_hook(lambda head, args, logits: dtypes.append(logits.dtype))
+        scored = scored_logprobs(model, padded, wrapped, autocast)
+        assert dtypes[-1] == torch.float32
+        with torch.no_grad():
+            hidden = []
+            model.model.register_forward_hook(lambda module, args, output: hidden.append(output.last_hidden_state))
+            batch = RolloutCollator("padded", temperature=1.0)(rollouts())
+            wrapped(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            logits = hidden[0].float().flatten(0, 1)[batch["prediction_index"]] @ model.lm_head.weight.T
+            of_tokens = (logits / batch["temperature"][:, None]).log_softmax(-1)
+            expected = of_tokens.gather(-1, batch["targets"][:, None])[:, 0][batch["token_index"]]
+        torch.testing.assert_close(scored, expected, rtol=0, atol=1e-5)
+        scored.sum().backward()
+        assert model.lm_head.weight.grad.dtype == torch.float32
+
+    def test_a_head_that_cannot_compute_in_float32_is_refused(self):
+        model = tiny_llama()
+        model.lm_head.weight.ds_id = 0
+        with pytest.raises(PreflightError, match="called inside of its forward") as caught:
+            plan(model, has_float32_head=True)
+        assert "the head's weight is sharded" in caught.value.why
+        with pytest.raises(PreflightError, match=r"the head has weights in torch\.bfloat16"):
+            plan(tiny_llama().to(torch.bfloat16), has_float32_head=True)
+
     def test_a_transform_of_the_logits_in_bfloat16(self):
         model = tiny(Gemma2ForCausalLM, Gemma2Config, head_dim=8, final_logit_softcapping=2.0)
         wrapped = Autocast(model)
