@@ -45,6 +45,16 @@ def sum_over_ranks(
     return totals.tolist()
 
 
+def gather_over_ranks(values: torch.Tensor, process_group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The entries (N,) of all ranks, or of those of a group, one rank after the other, on the CPU; a collective call."""
+    values = values.cpu()
+    if not is_distributed():
+        return values
+    gathered: list[torch.Tensor] = [values] * dist.get_world_size(process_group)
+    dist.all_gather_object(gathered, values, group=process_group)
+    return torch.cat(gathered)
+
+
 def run_on_main_process(function: Callable[[], T]) -> T:
     """Call `function` on rank 0 and give every rank its value, or raise its error on every rank.
 

@@ -53,11 +53,14 @@ CASES: dict[str, dict[str, Any]] = {
     "off_policy_mask": {"loss_type": "grpo", "off_policy_mask_threshold": 0.05},
     "beta": {"loss_type": "grpo", "beta": 0.3, "ref_logprobs": "require"},
     "entropy": {"loss_type": "dr_grpo", "entropy_coef": 0.1},
+    "top_entropy": {"loss_type": "dapo", "top_entropy_quantile": 0.4},
     "distillation": {"loss_type": "dapo", "distillation_coef": 0.7},
     **{layout: {"loss_type": "dapo", "sequence_layout": layout} for layout in LAYOUTS},
 }  # fmt: skip
 # float32 rounds sums of other lengths differently; a wrong denominator is off by tens of percent.
 RELATIVE_ERROR = 1e-6
+# The weight of a rollout is the exponential of a sum over its tokens, which makes their rounding larger.
+VESPO_RELATIVE_ERROR = 4e-6
 
 Gradient = dict[str, torch.Tensor]
 
@@ -225,7 +228,7 @@ def test_any_split_gives_the_same_gradient_and_loss(
         gradient, loss = gradients_of_two_ranks[split, case]
     else:
         gradient, loss = step_gradient(make_trainer(split, tmp_path, **CASES[case]), split, ragged_rollouts())
-    assert_same_gradient(gradient, expected)
+    assert_same_gradient(gradient, expected, VESPO_RELATIVE_ERROR if case == "vespo" else RELATIVE_ERROR)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
 
 

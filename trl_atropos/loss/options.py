@@ -294,6 +294,13 @@ class StepOptions(LossOptions):
             "from a cut: leave it off for environments that stop at strings."
         },
     )
+    top_entropy_quantile: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the trained tokens of a step, those with the highest entropy, whose advantages are kept; the others get "
+            "0 (0.2 in Beyond the 80/20 Rule). Below 1, a step makes one more forward pass."
+        },
+    )
     entropy_coef: float = field(
         default=0.0,
         metadata={"help": "Weight of the mean entropy of trained tokens, which is subtracted from the loss."},
@@ -325,6 +332,11 @@ class StepOptions(LossOptions):
             raise ValueError(
                 "advantage_baseline is batch and scale_rewards is group. A distance to the mean of the step is not measured in the "
                 "spread of one group, which a group of one does not have. Set --scale_rewards batch or none."
+            )
+        if not 0 <= self.top_entropy_quantile <= 1:
+            raise ValueError(
+                f"top_entropy_quantile is {self.top_entropy_quantile}. It is the share of tokens that are trained. Set "
+                "--top_entropy_quantile between 0 and 1."
             )
         if not math.isfinite(self.entropy_coef):
             raise ValueError(

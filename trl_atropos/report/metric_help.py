@@ -65,6 +65,9 @@ METRICS: dict[str, str] = {
     "off_policy_mask/masked_frac": (
         "Fraction of trained tokens that off_policy_mask_threshold takes out of the loss, 0 to 1. High: the data is too old."
     ),
+    "entropy_mask/threshold": (
+        "Entropy in nats above which a token is trained, with `top_entropy_quantile`. It falls with `entropy`."
+    ),
     "vespo/phi_seq_mean": (
         "Mean weight of a rollout in `vespo`, over trained tokens. 1 on policy; near 0: rollouts are too far from the policy to "
         "train."

@@ -34,8 +34,8 @@ from trl.models import get_act_offloading_ctx_manager
 from ..data.micro_batches import Dealer, RolloutCollator
 from ..distributed import is_distributed, run_on_main_process, without_gradient_sync
 from ..loss.losses import LossFunction, LossInputs, make_loss_function
-from ..loss.metrics import MetricAccumulator, mean_of
-from ..loss.step import LossWatch, check_grad_norm, distillation_loss, is_overflow, prepare_step
+from ..loss.metrics import Metric, MetricAccumulator, mean_of
+from ..loss.step import LossWatch, check_grad_norm, distillation_loss, is_overflow, keep_high_entropy, prepare_step
 from ..loss.weighted_sft import weighted_sft_loss_of_model
 from ..policy.forward import PolicyForward, make_forward
 from ..policy.load import eos_token_ids, padding_id, prepare_policy, tokenizer_of, use_sparse_embedding_gradient
@@ -310,9 +310,22 @@ class AtroposTrainer(HubUploads):
         num_trained_tokens, metrics = prepare_step(
             micro_batches, self.args, self.args.max_length, device, self._data_group
         )
+        if self.args.top_entropy_quantile < 1.0:
+            metrics |= self._keep_high_entropy(micro_batches)
         metrics["perf/has_layout_fallback"] = mean_of(bool(self._get_forward().scorer.plan.fallbacks))
         self._metrics.update({**(self._data.pop_metrics() if self._data else {}), **metrics})
         return items, torch.tensor(num_trained_tokens, device=device)
+
+    def _keep_high_entropy(self, micro_batches: list[dict[str, Any]]) -> dict[str, Metric]:
+        """Find out at which tokens of the step the policy is least sure, and train only these; collective."""
+        self.model_wrapped.train()
+        entropies = []
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in micro_batches:
+                inputs = self._prepare_inputs(batch)
+                scores, _ = self._get_forward().scorer(self.model_wrapped, inputs)
+                entropies.append(scores.entropy[inputs["token_index"]])
+        return keep_high_entropy(micro_batches, entropies, self.args.top_entropy_quantile, self._data_group)
 
     def _get_forward(self) -> PolicyForward:
         if self._forward is None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from trl import GRPOTrainer
 
 from trl_atropos.data.micro_batches import RolloutCollator
 from trl_atropos.errors import NonFiniteGradientError
 from trl_atropos.loss.loss_types import AGGREGATIONS
 from trl_atropos.loss.metrics import Metric, MetricAccumulator
 from trl_atropos.loss.options import StepOptions
-from trl_atropos.loss.step import LossWatch, is_overflow, prepare_step, teacher_cross_entropy
+from trl_atropos.loss.step import LossWatch, is_overflow, keep_high_entropy, prepare_step, teacher_cross_entropy
 from trl_atropos.report.metric_help import METRICS
 from trl_atropos.types import Rollout, RolloutOrigin
 
@@ -335,3 +338,24 @@ class TestLossWatch:
 )
 def test_a_gradient_that_is_not_finite_is_an_overflow_while_its_scale_can_be_halved(grad_norm, loss_scale, expected):
     assert is_overflow(grad_norm, loss_scale) is expected
+
+
+class TestHighEntropy:
+    @pytest.mark.parametrize("quantile", [0.0, 0.2, 0.5, 0.9, 1.0])
+    def test_the_tokens_that_are_kept_are_those_of_trl(self, quantile):
+        entropy = torch.rand(12, generator=torch.Generator().manual_seed(3))
+        batches = micro_batches([rollout([1.0] * 5)], [rollout([-2.0] * 4, 1), rollout([0.5] * 3, 2)])
+        before = advantages_of(batches)
+        metrics = reduced(keep_high_entropy(batches, entropy.split([5, 7]), quantile))
+        trainer = SimpleNamespace(accelerator=Accelerator(cpu=True))
+        is_kept = GRPOTrainer.get_high_entropy_mask(trainer, entropy[None], torch.ones(1, 12), 1 - quantile)[0]
+        expected = [value if kept else 0.0 for value, kept in zip(before, is_kept.tolist(), strict=True)]
+        assert advantages_of(batches) == expected
+        assert metrics["entropy_mask/threshold"] == pytest.approx(entropy[is_kept].min().item(), abs=0.2)
+        assert metrics.keys() <= METRICS.keys()
+
+    def test_a_micro_batch_without_a_trained_token_changes_nothing(self):
+        batches = micro_batches([rollout([1.0, 1.0])], [rollout([], 1)])
+        keep_high_entropy(batches, [torch.tensor([0.1, 0.2]), torch.zeros(0)], 0.5)
+        assert advantages_of(batches) == [0.0, 1.0]
+        assert keep_high_entropy([], [], 0.5) == {}

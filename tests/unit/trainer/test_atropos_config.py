@@ -132,6 +132,7 @@ CONTRADICTIONS = {
     "reference_without_kl": ({"ref_logprobs": "require"}, ["ref_logprobs is require", "beta is 0", "--beta"]),
     "baseline_of_the_batch_in_the_spread_of_a_group": (
         {"advantage_baseline": "batch"}, ["advantage_baseline is batch", "scale_rewards is group", "--scale_rewards batch"]),
+    "top_entropy_quantile": ({"top_entropy_quantile": 20.0}, ["top_entropy_quantile is 20.0", "between 0 and 1"]),
     "entropy_coef": ({"entropy_coef": float("inf")}, ["entropy_coef is inf", "--entropy_coef"]),
     "distillation_coef": ({"distillation_coef": -1.0}, ["distillation_coef is -1.0", "--distillation_coef"]),
     "distillation_coef_nan": ({"distillation_coef": float("nan")}, ["distillation_coef is nan"]),
