@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import torch
 from tiny_models import tiny_gpt2
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from trl_atropos import AtroposConfig, AtroposTrainer
 from trl_atropos.errors import TrlAtroposError
@@ -152,13 +153,17 @@ class RecordingTrainer(AtroposTrainer):
         moment (`tuple[str, int]`, *optional*):
             What, and after how many times of it: `"append"` with half a line of the journal written, `"fetched"` with the
             whole batch written, `"mark"` with half a mark written, `"weights"` and `"state"` in the middle of a checkpoint,
-            `"published"` right after a publish.
+            `"published"` right after a publish. At `"sigterm"`, in the middle of a step, it gets that signal instead.
     """
 
     def __init__(self, records: Records, moment: tuple[str, int] | None, *args: Any, **kwargs: Any):
         super().__init__(*args, callbacks=[records], **kwargs)
         # It takes longer than all steps: most kills would come after the training.
         self.remove_callback(ReportCallback)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, JITCheckpointCallback) and callback.jit_manager is not None:
+                # It waits for whether SIGKILL follows; there are not so many steps.
+                callback.jit_manager.kill_wait = 0
         self.records = records
         self.moment, self.num_left = moment or ("", 0)
 
@@ -175,6 +180,12 @@ class RecordingTrainer(AtroposTrainer):
                 yield item
 
         return super().get_batch_samples(recorded(), num_batches, device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.reach("sigterm"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        return super().training_step(*args, **kwargs)
 
     def publish_policy(self) -> None:
         super().publish_policy()

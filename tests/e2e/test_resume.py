@@ -166,6 +166,31 @@ def test_a_live_run_goes_on_after_a_kill_at_each_kind_of_moment(
         check_live(run, feeder, num_fetches_killed)
 
 
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_a_live_run_that_sigterm_ends_goes_on_with_steps_of_another_size(
+    publish_target: PublishTarget, tmp_path: Path, batch_size: int
+) -> None:
+    with LiveRun(tmp_path, publish_target, enable_jit_checkpoint=True, save_strategy="no") as run:
+        feeder = run.feed(range(NUM_POSTED))
+        # In the middle of the fifth step, of two micro-batches each; the next batch is fetched by then.
+        assert run.join(run.start(moment=("sigterm", 9))) == 0, run.log
+        assert run.steps() == [1, 2, 3, 4, 5]
+        feeder.join()
+        left = sum(map(fingerprints, run.api.drain()), Counter())
+        # An API keeps the batch size of its first registration.
+        run.api.kill()
+        run.api.start()
+        feeder = run.feed(range(NUM_POSTED, NUM_POSTED + 20))
+        run.options |= {"per_device_train_batch_size": batch_size // 2, "max_steps": 8}
+        run.finish()
+        feeder.join()
+        # The fifth step is not in the checkpoint, and is made again.
+        assert run.steps()[5:] == [5, 6, 7, 8]
+        left += sum(map(fingerprints, run.api.drain()), Counter())
+        assert run.trained() == run.journaled()
+        assert run.trained() + left == rollouts_of(range(NUM_POSTED + 20))
+
+
 def test_a_full_disk_ends_the_run_before_the_batch_is_used_and_the_journal_can_be_resumed(
     publish_target: PublishTarget, tmp_path: Path
 ) -> None:
