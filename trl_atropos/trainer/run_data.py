@@ -109,10 +109,10 @@ class RunData:
             return
         forget_checkpoint(self._main.args.output_dir, state.global_step)
         state.stateful_callbacks[STATE_KEY] = {
+            **self.stream.state_dict(),
             "policy_version": policy_version,
             "global_step": state.global_step,
             "has_optimizer": not self._main.args.save_only_model,
-            **self.stream.state_dict(),
         }
 
     def after_save(self) -> None:

@@ -32,6 +32,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.platforms import current_platform
 
 
 NUM_NAMED = 3
@@ -148,6 +149,8 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         self._has_policy = False
         is_known = self._known.issuperset(update_info.names)
         recorder = None if is_known or not self._holds_all_layers() else ReadRecorder()
+        if self.parallel_config.tensor_parallel_size > 1:
+            weights = _with_own_biases(weights)
         copies = None if self._copies_itself is False else DirectCopies(self.model)
         with recorder or nullcontext(), copies or nullcontext():
             watched = iter(weights) if recorder is None else recorder.watch(weights)
@@ -235,7 +238,10 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
 
     def _set_expert_kernels_aside(self) -> None:
         # vLLM packs experts for its CPU kernels when it makes these, and takes a method that has one for packed: without
-        # it, the weights of an update are packed as those of the start were.
+        # it, the weights of an update are packed as those of the start were. On GPUs it must stay, because graphs were captured
+        # with it.
+        if not current_platform.is_cpu():
+            return
         for method in (getattr(module, "quant_method", None) for module in self.model.modules()):
             if isinstance(method, FusedMoEMethodBase) and method.moe_kernel is not None and _packs_experts(method):
                 self._expert_kernels[method] = method.moe_kernel
@@ -312,6 +318,12 @@ class DirectCopies(TorchDispatchMode):
         info.load_numel += tensor.numel()
         if info.load_numel >= info.load_numel_total:
             _layerwise_process(layer, info)
+
+
+def _with_own_biases(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Copy the biases, which are small: GPT-OSS zeroes those that another rank adds, in memory that all ranks may read."""
+    for name, tensor in weights:
+        yield name, tensor.clone() if name.endswith("bias") else tensor
 
 
 def _is_buffered(layer: nn.Module, name: str) -> bool:
