@@ -14,8 +14,10 @@ import requests
 from resume_run import GROUP_SIZE, Run, make_group
 from scripted_routes import Refusal, Request
 from scripted_server import ScriptedServer
-from servers import HOST, free_port
+from servers import HOST
 from tiny_models import tiny_gpt2
+
+from trl_atropos.cli.launch.processes import free_port
 
 
 START_TIMEOUT_S = 60.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from transformers import AutoTokenizer
 from trl.scripts.vllm_serve import build_command, make_parser
 
 from trl_atropos import AtroposConfig
+from trl_atropos.cli.launch.processes import free_port
 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -57,13 +57,6 @@ def add_chat_template(model_dir: Path) -> Path:
     )
     tokenizer.save_pretrained(model_dir)
     return model_dir
-
-
-def free_port() -> int:
-    """Return a TCP port that nobody uses right now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
 
 
 def config(output_dir: Path, api_url: str, vllm_url: str, **options: object) -> AtroposConfig:

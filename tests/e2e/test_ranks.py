@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from live_api import LiveRun, PublishTarget, long_messages
 from resume_run import make_group, read_records, rollouts_of
-from servers import free_port
+
+from trl_atropos.cli.launch.processes import free_port
 
 
 NUM_STEPS = 3

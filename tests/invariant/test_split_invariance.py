@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
+from trl_atropos.cli.launch.processes import free_port
 from trl_atropos.data.micro_batches import deal_by_tokens
 from trl_atropos.data.steps import with_advantages
 from trl_atropos.errors import NonFiniteGradientError
@@ -195,10 +195,7 @@ def run_rank(rank: int, port: int, directory: str) -> None:
 @pytest.fixture(scope="module")
 def gradients_of_two_ranks(tmp_path_factory) -> dict[Any, Any]:
     directory = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(run_rank, args=(port, str(directory)), nprocs=2)
+    mp.spawn(run_rank, args=(free_port(), str(directory)), nprocs=2)
     return torch.load(directory / "gradients.pt", weights_only=False)
 
 

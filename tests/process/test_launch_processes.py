@@ -15,7 +15,13 @@ import psutil
 import pytest
 
 from trl_atropos.cli.launch.output import LaunchOutput
-from trl_atropos.cli.launch.processes import ManagedProcess, ProcessFailedError, ProcessGroup, free_port
+from trl_atropos.cli.launch.processes import (
+    EPHEMERAL_PORTS,
+    ManagedProcess,
+    ProcessFailedError,
+    ProcessGroup,
+    free_port,
+)
 from trl_atropos.cli.launch.services import ExternalService, Service, check_port, wait_until_ready
 from trl_atropos.errors import PreflightError
 
@@ -227,9 +233,20 @@ def test_environment_variables_are_added_to_those_of_the_launcher(tmp_path: Path
     assert process.log_tail() == "yes True"
 
 
-def test_free_port_can_be_bound() -> None:
+def test_free_port_can_be_bound_and_is_none_that_a_connection_may_take() -> None:
+    first, last = map(int, EPHEMERAL_PORTS.read_text().split())
+    ports = {free_port() for _ in range(20)}
+    assert len(ports) > 10
+    assert not any(first <= port <= last for port in ports)
     with socket.socket() as sock:
-        sock.bind(("127.0.0.1", free_port()))
+        sock.bind(("127.0.0.1", ports.pop()))
+
+
+def test_where_connections_may_take_any_port_it_is_one_that_the_system_names(monkeypatch, tmp_path) -> None:
+    path = tmp_path / "range"
+    path.write_text("1024\t65535\n")
+    monkeypatch.setattr("trl_atropos.cli.launch.processes.EPHEMERAL_PORTS", path)
+    assert free_port() > 0
 
 
 class HttpServers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,6 +20,9 @@ from ...errors import TrlAtroposError
 from . import guard
 
 
+EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+FIRST_USER_PORT = 1024
+NUM_CANDIDATE_PORTS = 8000
 LOG_TAIL_LINES = 30
 LOG_TAIL_BYTES = 64 * 1024
 # What compiled extensions print when their interpreter exits; in a crash it buries the cause.
@@ -36,10 +40,19 @@ class ProcessFailedError(TrlAtroposError, ChildProcessError):
 
 
 def free_port() -> int:
-    """Return a loopback TCP port that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Return a loopback TCP port that was free a moment ago.
+
+    It lies below those that Linux gives to connections, where it could be taken while a service imports for half a minute.
+    """
+    first_ephemeral = int(EPHEMERAL_PORTS.read_text().split()[0]) if EPHEMERAL_PORTS.exists() else 0
+    candidates = range(max(first_ephemeral - NUM_CANDIDATE_PORTS, FIRST_USER_PORT), first_ephemeral)
+    # Of its own: a seed that somebody set would give two processes the same one.
+    order = random.SystemRandom().sample(candidates, len(candidates))
+    for port in (*order, 0):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return int(sock.getsockname()[1])
+    raise OSError("No TCP port can be bound on 127.0.0.1.")
 
 
 class ManagedProcess:
