@@ -102,14 +102,13 @@ def keep_high_entropy(
     `entropies` has (N,) in nats for each micro-batch, and the share `quantile` of all tokens of `process_group`, in [0, 1], is
     kept: the others get an advantage of 0. Returns the metric of the threshold.
     """
-    of_step = gather_over_ranks(
-        torch.cat([torch.zeros(0), *(entropy.float().cpu() for entropy in entropies)]), process_group
-    )
+    entropies = [entropy.float().cpu() for entropy in entropies]
+    of_step = gather_over_ranks(torch.cat([torch.zeros(0), *entropies]), process_group)
     if of_step.numel() == 0:
         return {}
     threshold = torch.quantile(of_step, 1 - quantile)
     for batch, entropy in zip(micro_batches, entropies, strict=True):
-        batch["advantages"] = torch.where(entropy.float().cpu() >= threshold, batch["advantages"], 0.0)
+        batch["advantages"] = torch.where(entropy >= threshold, batch["advantages"], 0.0)
     return {"entropy_mask/threshold": mean_of(threshold)}
 
 

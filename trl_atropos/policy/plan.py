@@ -108,6 +108,12 @@ def plan_forward(
     padded_tolerance = max(CHECK_TOLERANCE, PADDED_TOLERANCE_EPS * eps)
     with evaluating(model), torch.no_grad():
         in_pieces, padded_difference = _check_padded(model, difference, padded_tolerance, fallbacks)
+        if has_float32_head and not in_pieces:
+            raise PreflightError(
+                "cast_lm_head_to_fp32 is on, and the head of this model is called inside of its forward.",
+                f"There it computes in the precision of the rest: {fallbacks[-1]}.",
+                "Leave --cast_lm_head_to_fp32 out, or set --bf16 false.",
+            )
         if _is_code_of_others(model):
             scorer = PolicyScorer(model, ForwardPlan("padded", in_pieces), autocast)
             _check_long_neighbour(scorer, wrapped, max_length, device, padded_tolerance)
@@ -133,12 +139,6 @@ def plan_forward(
     for fallback in fallbacks:
         logger.warning(f"Forward passes are slower than they could be: {fallback}.")
     logger.info(f"Layout of micro-batches: {layout}")
-    if has_float32_head and not in_pieces:
-        raise PreflightError(
-            "cast_lm_head_to_fp32 is on, and the head of this model is called inside of its forward.",
-            f"There it computes in the precision of the rest: {fallbacks[-1] if fallbacks else 'its logits are changed'}.",
-            "Leave --cast_lm_head_to_fp32 out, or set --bf16 false.",
-        )
     return ForwardPlan(layout, in_pieces, tuple(fallbacks), has_float32_head)
 
 
