@@ -81,13 +81,10 @@ class Worker:
 
     def __init__(self, engine: str, rank: int, world_size: int):
         module, name = engine.split(":")
-        parallel = SimpleNamespace(
-            rank=rank,
-            world_size=world_size,
-            data_parallel_index=0,
-            pipeline_parallel_size=1,
-            enable_expert_parallel=False,
-        )
+        # vLLM's own, which has every field that an engine may read of it.
+        from vllm.config import ParallelConfig
+
+        parallel = ParallelConfig(tensor_parallel_size=world_size, rank=rank, distributed_executor_backend="mp")
         config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(dtype=torch.bfloat16))
         self.model = StandInModel()
         self.engine = getattr(importlib.import_module(module), name)(None, config, torch.device("cpu"), self.model)
