@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 TREE_IMPLEMENTATIONS = ("sdpa", TREE_SDPA, TREE_FLEX, "eager", "flex_attention")
 """Attention implementations that take an arbitrary mask."""
 
+WINDOW_IMPLEMENTATIONS = ("sdpa", TREE_SDPA, TREE_FLEX)
+"""Those of them for which layers say their window: `sdpa` becomes one of ours for trees."""
+
 CHECK_LENGTH = 24
 """Longest made-up sequence in tokens: long enough to fork twice."""
 
@@ -61,8 +64,8 @@ trained model shows a ratio of 1.5, one whose recurrent layers run on from a seq
 WINDOW_NAMES = ("sliding_window", "window_size")
 """What configs call the number of tokens that a token attends to."""
 
-MODEL_ERRORS = (ValueError, RuntimeError, TypeError, IndexError)
-"""What models raise when they cannot take a layout."""
+MODEL_ERRORS = (ValueError, RuntimeError, TypeError, IndexError, AttributeError)
+"""What models raise when they cannot take a layout, and torch where it lacks a kernel."""
 
 
 def plan_forward(
@@ -95,19 +98,14 @@ def plan_forward(
         _check_float32_head(model)
     config = model.config.get_text_config()
     eps = torch.finfo(dtype).eps
-    fallbacks: list[str] = []
-
-    def difference(plan: ForwardPlan, length: int = CHECK_LENGTH) -> float:
-        groups = _check_sequences(config.vocab_size, min(max_length, length))
-        plan = replace(plan, has_float32_head=has_float32_head)
-        return largest_over_ranks(_difference_to_alone(PolicyScorer(model, plan, autocast), wrapped, groups, device))
-
+    comparison = _Comparison(model, wrapped, max_length, dtype, device, autocast, has_float32_head)
+    fallbacks = comparison.fallbacks
     if device.type == "cuda" and (reason := why_not_compiled(device.type)) is not None:
         fallbacks.append(f"logprobs are computed a few rows at a time: torch.compile makes no kernels here ({reason})")
 
     padded_tolerance = max(CHECK_TOLERANCE, PADDED_TOLERANCE_EPS * eps)
     with evaluating(model), torch.no_grad():
-        in_pieces, padded_difference = _check_padded(model, difference, padded_tolerance, fallbacks)
+        in_pieces, padded_difference = _check_padded(comparison, padded_tolerance)
         if has_float32_head and not in_pieces:
             raise PreflightError(
                 "cast_lm_head_to_fp32 is on, and the head of this model is called inside of its forward.",
@@ -121,12 +119,8 @@ def plan_forward(
         for layout in ("tree", "packed", "padded") if requested == "auto" else (requested,):
             reason = _cannot(layout, config, max_length) or _needless(layout, config, requested, device)
             if reason is None and layout != "padded":
-                implementation = config._attn_implementation
-                if layout == "tree" and implementation == "sdpa":
-                    _use_tree_attention(model, difference, in_pieces, tolerance, max_length, dtype, device, fallbacks)
-                reason = _refused(difference, ForwardPlan(layout, in_pieces), tolerance)
-                if reason is not None and implementation != config._attn_implementation:
-                    model.set_attn_implementation(implementation)
+                plan = ForwardPlan(layout, in_pieces)
+                reason = (comparison.refuses_tree if layout == "tree" else comparison.refuses)(plan, tolerance)
             if reason is None:
                 break
             if requested != "auto":
@@ -142,21 +136,101 @@ def plan_forward(
     return ForwardPlan(layout, in_pieces, tuple(fallbacks), has_float32_head)
 
 
-def _check_padded(
-    model: PreTrainedModel, difference: Callable[[ForwardPlan], float], tolerance: float, fallbacks: list[str]
-) -> tuple[bool, float]:
+@dataclass(frozen=True)
+class _Comparison:
+    """Scores made-up sequences in one layout and compares with each sequence run alone; every call is collective.
+
+    The fields are the arguments of `plan_forward`. What is slower than it could be is added to `fallbacks`.
+    """
+
+    model: PreTrainedModel
+    wrapped: nn.Module
+    max_length: int
+    dtype: torch.dtype
+    device: torch.device
+    autocast: Callable[[], Any] = nullcontext
+    has_float32_head: bool = False
+    fallbacks: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> Any:
+        return self.model.config.get_text_config()
+
+    def difference(self, plan: ForwardPlan, length: int = CHECK_LENGTH) -> float:
+        """Mean |logprob difference| in nats with sequences of up to `length` tokens, the largest of all ranks."""
+        groups = _check_sequences(self.config.vocab_size, min(self.max_length, length))
+        scorer = PolicyScorer(self.model, replace(plan, has_float32_head=self.has_float32_head), self.autocast)
+        return largest_over_ranks(_difference_to_alone(scorer, self.wrapped, groups, self.device))
+
+    def refuses(self, plan: ForwardPlan, tolerance: float, length: int = CHECK_LENGTH) -> str | None:
+        """Why the comparison speaks against a layout; None if it does not."""
+        try:
+            distance = self.difference(plan, length)
+        except torch.OutOfMemoryError:
+            raise
+        except MODEL_ERRORS as exc:
+            return f"the model cannot take it ({_first_line(exc)})"
+        if distance <= tolerance:
+            return None
+        return f"it gives other logprobs on this model: mean difference {distance:.2g} nats"
+
+    def refuses_tree(self, plan: ForwardPlan, tolerance: float) -> str | None:
+        """As `refuses`; a model with `sdpa` is given the attention that computes no more of a tree than it needs.
+
+        For good: gradient checkpointing runs the layers again in the backward pass.
+        """
+        if self.config._attn_implementation != "sdpa":
+            return self.refuses(plan, tolerance)
+        register_tree_attention()
+        window = _short_window(self.config, self.max_length)
+        # Beyond a window, too: whether the layers say theirs shows in no shorter sequence.
+        length = CHECK_LENGTH + (0 if window is None else window[1])
+        implementation = TREE_SDPA if self.device.type == "cpu" else TREE_FLEX
+        skipping = None
+        # Without a window, there is nothing to skip in the short rows of a GPU.
+        if self.device.type == "cpu" or window is not None or self.max_length >= MIN_FLEX_LENGTH:
+            self.model.set_attn_implementation(implementation)
+            skipping = self._refuses_skipping(plan, tolerance, length)
+            if skipping is None:
+                return None
+            self.model.set_attn_implementation("sdpa")
+            if window is not None:
+                return skipping
+        reason = self.refuses(plan, tolerance)
+        if reason is None and skipping is not None:
+            self.fallbacks.append(
+                f"attention multiplies every pair of tokens of a tree: {implementation} is not used, {skipping}"
+            )
+        return reason
+
+    def _refuses_skipping(self, plan: ForwardPlan, tolerance: float, length: int) -> str | None:
+        """Why a model cannot take the attention over trees that it was given; sequences have up to `length` tokens."""
+        if self.device.type != "cpu":
+            if getattr(self.config, "attention_dropout", 0.0):
+                return "it has no attention_dropout"
+            if self.max_length >= MIN_FLEX_LENGTH:
+                logger.info("Compiling and comparing the attention over trees, which takes up to a minute")
+                reason = _refuses_flex_gradient(self.config, self.dtype, self.device)
+                reason = reason or self.refuses(plan, tolerance, max(length, FLEX_CHECK_LENGTH))
+                if reason is not None:
+                    return reason
+        return self.refuses(plan, tolerance, length)
+
+
+def _check_padded(comparison: _Comparison, tolerance: float) -> tuple[bool, float]:
     """Whether the head may be called piece by piece, and how far padded rows are from sequences run alone, in nats."""
-    if _is_sharded(model.get_output_embeddings()):
+    fallbacks = comparison.fallbacks
+    if _is_sharded(comparison.model.get_output_embeddings()):
         fallbacks.append("the head's weight is sharded, so the logits of a micro-batch are made at once")
     else:
-        distance = difference(ForwardPlan("padded", True))
+        distance = comparison.difference(ForwardPlan("padded", True))
         if distance <= tolerance:
             return True, distance
         fallbacks.append(
             f"the model changes its logits in an unknown way (mean |logprob difference| {distance:.2g} nats), so those of a "
             "micro-batch are made at once"
         )
-    distance = difference(ForwardPlan("padded", False))
+    distance = comparison.difference(ForwardPlan("padded", False))
     if not distance <= tolerance:
         raise PreflightError(
             f"Padded rows give other logprobs than each sequence run alone: mean difference {distance:.2g} nats.",
@@ -203,49 +277,9 @@ def _is_code_of_others(model: Any) -> bool:
     return not type(base).__module__.startswith("transformers.")
 
 
-def _use_tree_attention(
-    model: PreTrainedModel,
-    difference: Callable[..., float],
-    in_pieces: bool,
-    tolerance: float,
-    max_length: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    fallbacks: list[str],
-) -> None:
-    """Give a model with `sdpa` the attention that computes no more of a tree than it needs.
-
-    For good: gradient checkpointing runs the layers again in the backward pass. On a GPU the long rows, for which it
-    is there, are tried first; if they fail, `sdpa` stays, and multiplies every pair of tokens.
-    """
-    register_tree_attention()
-    if device.type == "cpu":
-        model.set_attn_implementation(TREE_SDPA)
-        return
-    if max_length < MIN_FLEX_LENGTH:
-        return
-    if getattr(model.config.get_text_config(), "attention_dropout", 0.0):
-        fallbacks.append(
-            "attention multiplies every pair of tokens of a tree: flex attention has no attention_dropout"
-        )
-        return
-    model.set_attn_implementation(TREE_FLEX)
-    logger.info("Compiling and comparing the attention over trees, which takes up to a minute")
-
-    def differences(plan: ForwardPlan) -> float:
-        _check_flex_gradient(model.config.get_text_config(), dtype, device)
-        return difference(plan, FLEX_CHECK_LENGTH)
-
-    reason = _refused(differences, ForwardPlan("tree", in_pieces), tolerance)
-    if reason is not None:
-        model.set_attn_implementation("sdpa")
-        fallbacks.append(f"attention multiplies every pair of tokens of a tree: flex attention is not used, {reason}")
-
-
-def _check_flex_gradient(config: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """Compare the gradient of flex attention with that of `sdpa`, at the sizes of a model; collective.
-
-    Raises a ValueError on every rank if it differs on any, or cannot be computed there: one may lack a compiler.
+def _refuses_flex_gradient(config: Any, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the gradient of flex attention speaks against it, compared with `sdpa` at the sizes of a model; None if it does
+    not. A collective call, with one answer: a single rank may lack a compiler.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     num_key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -259,21 +293,9 @@ def _check_flex_gradient(config: Any, dtype: torch.dtype, device: torch.device) 
     except MODEL_ERRORS as exc:
         difference, error = torch.inf, f" ({_first_line(exc)})"
     difference = largest_over_ranks(difference)
-    if not difference <= max(CHECK_TOLERANCE, GRADIENT_TOLERANCE_EPS * torch.finfo(dtype).eps):
-        raise ValueError(f"its gradient differs from that of sdpa by {difference:.2g} of its norm{error}")
-
-
-def _refused(difference: Callable[[ForwardPlan], float], plan: ForwardPlan, tolerance: float) -> str | None:
-    """Why the comparison speaks against a layout; None if it does not."""
-    try:
-        distance = difference(plan)
-    except torch.OutOfMemoryError:
-        raise
-    except MODEL_ERRORS as exc:
-        return f"the model cannot take it ({_first_line(exc)})"
-    if distance <= tolerance:
+    if difference <= max(CHECK_TOLERANCE, GRADIENT_TOLERANCE_EPS * torch.finfo(dtype).eps):
         return None
-    return f"it gives other logprobs on this model: mean difference {distance:.2g} nats"
+    return f"its gradient differs from that of sdpa by {difference:.2g} of its norm{error}"
 
 
 def _first_line(error: BaseException) -> str:
@@ -287,14 +309,26 @@ def _cannot(layout: str, config: Any, max_length: int) -> str | None:
     implementation = config._attn_implementation
     if implementation not in TREE_IMPLEMENTATIONS:
         return f"attention implementation {implementation} takes no mask; {', '.join(TREE_IMPLEMENTATIONS)} do"
-    # The made-up sequences are shorter than most windows: this would not show in the comparison.
-    for name in WINDOW_NAMES:
-        window = getattr(config, name, None)
-        if isinstance(window, int) and window < max_length and getattr(config, "use_sliding_window", True):
-            return f"the model's {name.replace('_', ' ')} of {window} tokens is shorter than max_length ({max_length})"
+    # The made-up sequences are shorter than most windows and chunks: this would not show in the comparison.
+    window = _short_window(config, max_length)
+    if window is not None and implementation not in WINDOW_IMPLEMENTATIONS:
+        name, size = window
+        return (
+            f"the model's {name.replace('_', ' ')} of {size} tokens is shorter than max_length ({max_length}), and only sdpa "
+            f"has trees with windows, not {implementation}"
+        )
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk is not None and chunk < max_length:
         return f"the model's attention chunks of {chunk} tokens are shorter than max_length ({max_length})"
+    return None
+
+
+def _short_window(config: Any, max_length: int) -> tuple[str, int] | None:
+    """Name and size in tokens of the window that is shorter than `max_length`; None if there is none."""
+    for name in WINDOW_NAMES:
+        window = getattr(config, name, None)
+        if isinstance(window, int) and window < max_length and getattr(config, "use_sliding_window", True):
+            return name, window
     return None
 
 

@@ -24,7 +24,7 @@ from .logprobs import (
     select_positions_before,
 )
 from .sequence_parallel import SequenceParallel
-from .tree_attention import MIN_FLEX_LENGTH, TREE_FLEX, TREE_SDPA, tree_block_mask
+from .tree_attention import TREE_FLEX, TREE_SDPA, tree_block_mask, tree_columns
 
 
 if TYPE_CHECKING:
@@ -148,8 +148,10 @@ def model_inputs(batch: Mapping[str, Tensor], implementation: str, dtype: torch.
     subtree_end = batch.get("subtree_end")
     if subtree_end is None:
         return inputs
-    if implementation == "flex_attention" or (implementation == TREE_FLEX and subtree_end.shape[1] >= MIN_FLEX_LENGTH):
-        return {**inputs, "attention_mask": tree_block_mask(subtree_end)}
+    if implementation in (TREE_SDPA, TREE_FLEX):
+        return {**inputs, "attention_mask": tree_columns(subtree_end, batch["position_ids"])}
+    if implementation == "flex_attention":
+        return {**inputs, "attention_mask": tree_block_mask(subtree_end, batch["position_ids"])}
     mask = tree_attention_mask(subtree_end)
     if implementation == "eager":
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

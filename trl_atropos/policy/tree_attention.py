@@ -2,27 +2,30 @@
 
 torch's `sdpa` multiplies every query with every key under any mask but a causal one, and then hides what the mask hides.
 
-- On a CPU (`tree_sdpa`), blocks of queries see the keys up to their own last position only, as views: the upper triangle
-  is skipped, nothing is copied and nothing more is kept for the backward pass.
+- On a CPU (`tree_sdpa`), blocks of queries see the keys on their paths only (`tree_blocks`), which is never more than
+  each sequence alone takes, and nothing of L x L is made. Windows are windows on the path of a token.
 - On a GPU (`tree_flex`), flex attention skips every block of 128 x 128 in which no token attends to another: what
-  remains is about what each path of the tree costs alone. Which blocks these are follows from one number a token
-  (`subtree_end`), and nothing of L x L is ever made. Flex attention: https://arxiv.org/abs/2412.05496
+  remains is about what each path of the tree costs alone. Which blocks these are follows from two numbers a token
+  (`subtree_end` and depth), and nothing of L x L is ever made. Flex attention: https://arxiv.org/abs/2412.05496
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .layouts import tree_attention_mask
+from .tree_blocks import Positions, TreeBlock, tree_blocks
 
 
 TREE_SDPA = "trl_atropos_sdpa"
@@ -35,8 +38,17 @@ BLOCK_SIZE = 128
 MIN_FLEX_LENGTH = 1024
 """Shortest row in tokens for which blocks are skipped on a GPU. Below, a dense mask is as fast, and compiles nothing."""
 
-BLOCK_QUERIES = 256
-"""Smaller blocks skip more of the triangle, larger ones keep both cores busy: the fastest of 64, 128, 256 and all."""
+
+Made = TypeVar("Made")
+
+
+def tree_columns(subtree_end: Tensor, position_ids: Tensor) -> Tensor:
+    """What [`tree_sdpa`] and [`tree_flex`] need to know of a tree layout, in the form of an attention mask.
+
+    Both are (R, L) int64, of a [`~policy.layouts.Layout`]. Returns (R, 1, 2, L) int64: with four dimensions, models hand
+    it to their layers as it is.
+    """
+    return torch.stack([subtree_end, position_ids], dim=1)[:, None]
 
 
 def tree_sdpa(
@@ -48,39 +60,26 @@ def tree_sdpa(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer with a mask in which no query sees a later key.
+    """Attention of one layer over trees, on a CPU; with another mask or none, this is `sdpa`.
 
     `query` is (R, heads, L, D), `key` and `value` are (R, key-value heads, L, D), with rotary embeddings applied.
-    `attention_mask` (R, 1, L, L), bool or floating, is that of [`~policy.layouts.tree_attention_mask`] or any causal
-    mask; if it is None, and with a key-value cache, this is `sdpa`. The other arguments are those of `sdpa`.
+    `attention_mask` is that of [`tree_columns`]. A layer with a window names it in `sliding_window`: a token attends to
+    itself and to the `sliding_window - 1` tokens before it on its path. The other arguments are those of `sdpa`. With a
+    `dropout` above 0, every pair of tokens is multiplied. What the rotary embedding or a norm has left in float32 under
+    autocast is cast to the dtype of the values, as autocast does for `sdpa`.
 
     Returns the output (R, L, heads, D), and no weights.
     """
-    length = query.shape[2]
-    if attention_mask is None or key.shape[2] != length or length <= BLOCK_QUERIES:
-        output: Tensor
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
-        )
-        return output, None
-    num_groups = getattr(module, "num_key_value_groups", 1)
-    key, value = repeat_kv(key, num_groups), repeat_kv(value, num_groups)
-    blocks = []
-    for start in range(0, length, BLOCK_QUERIES):
-        end = min(start + BLOCK_QUERIES, length)
-        blocks.append(
-            F.scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, :end],
-                value[:, :, :end],
-                attn_mask=attention_mask[:, :, start:end, :end],
-                dropout_p=dropout,
-                scale=scaling,
-            )
-        )
-    return torch.cat(blocks, dim=2).transpose(1, 2).contiguous(), None
+    if _is_tree(attention_mask) and not dropout:
+        assert attention_mask is not None, "it is the mask of a tree"
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        return _attend(query, key, value, attention_mask, sliding_window, scaling), None
+    return _sdpa(
+        module, query, key, value, attention_mask, dropout, scaling, is_causal, sliding_window=sliding_window, **kwargs
+    )
 
 
 def tree_flex(
@@ -88,31 +87,39 @@ def tree_flex(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: BlockMask | Tensor | None,
+    attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer with the blocks of a tree, on a GPU; with a dense mask or none, this is `sdpa`.
+    """Attention of one layer over trees, on a GPU; in rows below `MIN_FLEX_LENGTH`, every pair of tokens is multiplied.
 
-    Shapes are those of [`tree_sdpa`]; `attention_mask` is that of [`tree_block_mask`]. What the rotary embedding or a
-    norm has left in float32 under autocast is cast to the dtype of the values, as autocast does for `sdpa`.
+    The arguments and the output are those of [`tree_sdpa`].
 
     Raises:
         ValueError: `dropout` is not 0, which flex attention does not have.
     """
-    if not isinstance(attention_mask, BlockMask):
-        output: Tensor
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
+    if not _is_tree(attention_mask) or query.shape[2] < MIN_FLEX_LENGTH:
+        return _sdpa(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            scaling,
+            is_causal,
+            sliding_window=sliding_window,
+            **kwargs,
         )
-        return output, None
     if dropout:
         raise ValueError(
             f"The attention dropout is {dropout}. Flex attention has none. Set attention_dropout 0 in the model's "
             "configuration, or --sequence_layout padded."
         )
+    assert attention_mask is not None, "it is the mask of a tree"
     num_heads, num_groups = query.shape[1], getattr(module, "num_key_value_groups", 1)
     # Other numbers of heads than powers of two are not taken in groups.
     if num_heads & (num_heads - 1):
@@ -121,19 +128,205 @@ def tree_flex(
         query.to(value.dtype),
         key.to(value.dtype),
         value,
-        block_mask=attention_mask,
+        block_mask=_known(attention_mask, sliding_window, tree_block_mask),
         scale=scaling,
         enable_gqa=num_groups > 1,
     )
     return output.transpose(1, 2).contiguous(), None
 
 
-def tree_block_mask(subtree_end: Tensor) -> BlockMask:
-    """Which blocks of queries and keys attend to each other in a tree layout with the `subtree_end` (R, L) int64.
+def _is_tree(attention_mask: Tensor | None) -> bool:
+    return attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.int64
 
-    The mask is that of [`~policy.layouts.tree_attention_mask`], without ever being made. Before the diagonal, a block
-    of keys is needed if the subtree of any of its tokens reaches into the block of queries, and needs no mask if those
-    of all of its tokens reach to the end of it.
+
+def _sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention that multiplies every pair of tokens, of a tree too."""
+    if _is_tree(attention_mask):
+        attention_mask = _known(attention_mask, kwargs.get("sliding_window"), _dense_mask)
+    output: Tensor
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
+    )
+    return output, None
+
+
+def _dense_mask(subtree_end: Tensor, depth: Tensor, window: int | None) -> Tensor:
+    """Who attends to whom, (R, 1, L, L) bool; the arguments are those of [`tree_block_mask`]."""
+    mask = tree_attention_mask(subtree_end)
+    if window is not None:
+        mask &= (depth[:, None, :, None] - depth[:, None, None, :]) < window
+    return mask
+
+
+def _blocks(subtree_end: Tensor, depth: Tensor, window: int | None) -> list[list[TreeBlock]]:
+    return [tree_blocks(*row, window) for row in zip(subtree_end, depth, strict=True)]
+
+
+_made: Any = WeakIdKeyDictionary()
+"""What was made of each mask of a tree that still exists, by window: all layers of a forward pass share the mask."""
+
+
+def _known(columns: Tensor | None, window: int | None, make: Callable[[Tensor, Tensor, int | None], Made]) -> Made:
+    """What `make` makes of `subtree_end` (R, L), depth (R, L) and a window: for the first of the layers that need it."""
+    assert columns is not None, "it is the mask of a tree"
+    of_mask: dict[Any, Made] = _made.setdefault(columns, {})
+    if (make, window) not in of_mask:
+        subtree_end, depth = columns[:, 0].unbind(dim=1)
+        of_mask[make, window] = make(subtree_end, depth, window)
+    return of_mask[make, window]
+
+
+# A compiled model calls it as it is: which blocks there are depends on the data.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, columns: Tensor, window: int | None, scaling: float | None
+) -> Tensor:
+    """Output (R, L, heads, D) of attention over the blocks of every row."""
+    output: Tensor = _BlockAttention.apply(  # type: ignore[no-untyped-call]
+        query, key, value, _known(columns, window, _blocks), scaling
+    )
+    return output.transpose(1, 2)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Attention over blocks: the keys that all queries of a block see without a mask, the others with one.
+
+    Softmax over the two kinds of keys together is that over each, weighted by their sums of exponentials, which torch's
+    kernel returns as logarithms; its backward pass takes the output and the sum of both. FlashAttention, section 3.1:
+    https://arxiv.org/abs/2205.14135
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        blocks: Sequence[Sequence[TreeBlock]],
+        scaling: float | None,
+    ) -> Tensor:
+        num_rows, num_heads, length, _ = query.shape
+        # As the layers want it: positions before heads.
+        output = query.new_empty(num_rows, length, num_heads, value.shape[-1]).transpose(1, 2)
+        log_sum = torch.empty(num_rows, num_heads, length, dtype=_accurate(query.dtype))
+        for row, block in _of_all_rows(blocks):
+            queries = query[row, :, block.queries]
+            result, result_sum = _kernel(queries, key[row], value[row], block.others, block, scaling)
+            if block.common is not None:
+                common, common_sum = _kernel(queries, key[row], value[row], block.common, None, scaling)
+                both = torch.logaddexp(result_sum, common_sum)
+                result = result * (result_sum - both).exp()[..., None] + common * (common_sum - both).exp()[..., None]
+                result_sum = both
+            output[row, :, block.queries] = result
+            log_sum[row, :, block.queries] = result_sum
+        ctx.save_for_backward(query, key, value, output, log_sum)
+        ctx.blocks, ctx.scaling = blocks, scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, log_sum = ctx.saved_tensors
+        to_query = torch.empty_like(query)
+        # The gradients of all blocks that see a key are added up.
+        to_key, to_value = (torch.zeros(of.shape, dtype=_accurate(of.dtype)) for of in (key, value))
+        for row, block in _of_all_rows(ctx.blocks):
+            of_queries = [each[row, :, block.queries] for each in (gradients[0], query, output, log_sum)]
+            total = torch.zeros(())
+            for keys, masked in ((block.others, block), (block.common, None)):
+                if keys is None:
+                    continue
+                part, part_to_key, part_to_value = _kernel_backward(
+                    of_queries, key[row], value[row], keys, masked, ctx.scaling
+                )
+                total = total + part
+                _add_at(to_key[row], keys, part_to_key)
+                _add_at(to_value[row], keys, part_to_value)
+            to_query[row, :, block.queries] = total
+        return to_query, to_key.to(key.dtype), to_value.to(value.dtype), None, None
+
+
+def _of_all_rows(blocks: Sequence[Sequence[TreeBlock]]) -> list[tuple[slice, TreeBlock]]:
+    return [(slice(row, row + 1), block) for row, of_row in enumerate(blocks) for block in of_row]
+
+
+def _kernel(
+    query: Tensor, key: Tensor, value: Tensor, keys: Positions, masked: TreeBlock | None, scaling: float | None
+) -> tuple[Tensor, Tensor]:
+    """Output (1, heads, Q, D) and logarithms of the sums of exponentials (1, heads, Q) of attention to some keys.
+
+    `masked` is the block whose mask hides some of them, or None.
+    """
+    result: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, _take(key, keys), _take(value, keys), 0.0, **_mask_options(masked, query.dtype), scale=scaling
+    )
+    return result
+
+
+def _kernel_backward(
+    of_queries: Sequence[Tensor],
+    key: Tensor,
+    value: Tensor,
+    keys: Positions,
+    masked: TreeBlock | None,
+    scaling: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the queries and of some keys and values; `of_queries` are gradient, query, output and sum."""
+    gradient, query, output, log_sum = of_queries
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradient,
+        query,
+        _take(key, keys),
+        _take(value, keys),
+        output,
+        log_sum,
+        0.0,
+        **_mask_options(masked, query.dtype),
+        scale=scaling,
+    )
+    return result
+
+
+def _mask_options(masked: TreeBlock | None, dtype: torch.dtype) -> dict[str, Any]:
+    if masked is None:
+        return {"is_causal": False, "attn_mask": None}
+    return {"is_causal": masked.mask is None, "attn_mask": None if masked.mask is None else masked.mask.to(dtype)}
+
+
+def _take(values: Tensor, positions: Positions) -> Tensor:
+    """The positions of values (1, heads, L, D)."""
+    return values[:, :, positions] if isinstance(positions, slice) else values.index_select(2, positions)
+
+
+def _add_at(values: Tensor, positions: Positions, added: Tensor) -> None:
+    """Add to the positions of values (1, heads, L, D), in place."""
+    if isinstance(positions, slice):
+        values[:, :, positions] += added
+    else:
+        values.index_add_(2, positions, added.to(values.dtype))
+
+
+def _accurate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tree_block_mask(subtree_end: Tensor, depth: Tensor, window: int | None = None) -> BlockMask:
+    """Which blocks of queries and keys attend to each other in a tree layout.
+
+    `subtree_end` and `depth` (`position_ids`) are (R, L) int64, of a [`~policy.layouts.Layout`]; `window`, at least 1, is
+    that of [`tree_sdpa`]. The mask is that of [`~policy.layouts.tree_attention_mask`], without ever being made. Before
+    the diagonal, a block of keys is needed if the subtree of any of its tokens reaches into the block of queries, and
+    needs no mask if those of all of its tokens reach to the end of it; a window must reach back to the deepest, or to
+    the shallowest of them.
     """
     num_rows, length = subtree_end.shape
     num_blocks = -(-length // BLOCK_SIZE)
@@ -146,8 +339,15 @@ def tree_block_mask(subtree_end: Tensor) -> BlockMask:
     is_needed = (block[None, :] == block[:, None]) | (is_before & (ends.amax(dim=-1)[..., None, :] > query_start))
     is_full = is_before & (ends.amin(dim=-1)[..., None, :] >= (query_start + BLOCK_SIZE).clamp(max=length))
 
+    if window is not None:
+        shallowest, deepest = _extremes(depth, num_blocks)
+        is_needed &= deepest[:, None, None, :] > shallowest[:, None, :, None] - window
+        is_full &= shallowest[:, None, None, :] > deepest[:, None, :, None] - window
+        depth = F.pad(depth, (0, num_blocks * BLOCK_SIZE - length))
+
     def attends(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < subtree_end[row, key])
+        sees = (key <= query) & (query < subtree_end[row, key])
+        return sees if window is None else sees & (depth[row, query] - depth[row, key] < window)
 
     return BlockMask.from_kv_blocks(
         *_number_and_indices(is_needed & ~is_full),
@@ -183,6 +383,7 @@ def flex_gradient_difference(
     index = torch.arange(length, device=device)
     third = length // 3
     subtree_end = torch.where((index >= third) & (index < 2 * third), 2 * third, torch.full_like(index, length))[None]
+    depth = torch.where(index < 2 * third, index, index - third)[None]
     generator = torch.Generator(device).manual_seed(0)
 
     def states(heads: int) -> Tensor:
@@ -192,13 +393,22 @@ def flex_gradient_difference(
     weights = states(num_heads).transpose(1, 2)
     layer = _Layer(num_heads // num_key_value_heads)
     gradients = []
-    for mask in (tree_block_mask(subtree_end), tree_attention_mask(subtree_end)):
+    columns = tree_columns(subtree_end, depth)
+    for attention in (tree_flex, _sdpa):
         query, key, value = (tensor.clone().requires_grad_() for tensor in given)
         with torch.enable_grad():
-            output, _ = tree_flex(layer, query, key, value, mask, scaling=head_dim**-0.5)
+            output, _ = attention(layer, query, key, value, columns, 0.0, head_dim**-0.5, None)
             gradient = torch.autograd.grad((output * weights).sum(), (query, key, value))
         gradients.append(torch.cat([part.float().flatten() for part in gradient]))
     return float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+
+
+def _extremes(depth: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest depth in each block of a row, (R, blocks) int64 both, of depths (R, L)."""
+    missing = num_blocks * BLOCK_SIZE - depth.shape[1]
+    # The last depth once more changes neither.
+    blocks = torch.cat([depth, depth[:, -1:].expand(-1, missing)], dim=1).view(-1, num_blocks, BLOCK_SIZE)
+    return blocks.amin(dim=-1), blocks.amax(dim=-1)
 
 
 def _number_and_indices(is_chosen: Tensor) -> tuple[Tensor, Tensor]:

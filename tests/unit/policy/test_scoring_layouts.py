@@ -21,25 +21,44 @@ from transformers import (
     BambaForCausalLM,
     BloomConfig,
     BloomForCausalLM,
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Exaone4Config,
+    Exaone4ForCausalLM,
     FalconH1Config,
     FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 from trl_atropos.errors import PreflightError
+from trl_atropos.policy import tree_attention
 from trl_atropos.policy.layouts import LAYOUTS
 from trl_atropos.policy.scoring import ForwardPlan
 
@@ -90,32 +109,101 @@ class TestLayout:
 # model class, config class, options that make a window of 16 tokens
 WINDOWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 16}),
+    "ministral": (MinistralForCausalLM, MinistralConfig, {"sliding_window": 16, "head_dim": 8}),
+    "phi3": (Phi3ForCausalLM, Phi3Config, {"sliding_window": 16}),
+    "starcoder2": (Starcoder2ForCausalLM, Starcoder2Config, {"sliding_window": 16}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config,
               {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config,
+              {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "head_dim": 8}),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"sliding_window": 16, "head_dim": 8}),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig,
+               {"sliding_window": 16, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "cohere2": (Cohere2ForCausalLM, Cohere2Config,
+                {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}),
+    "olmo3": (Olmo3ForCausalLM, Olmo3Config,
+              {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}),
+    "exaone4": (Exaone4ForCausalLM, Exaone4Config,
+                {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gpt_oss": (GptOssForCausalLM, GptOssConfig,
+                {"sliding_window": 16, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+                 "layer_types": ["sliding_attention", "full_attention"]}),
 }  # fmt: skip
+WITHOUT_SDPA = ("gpt_oss",)
+"""transformers has only eager attention of these on a CPU."""
 
 
 class TestSlidingWindow:
-    @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-    @pytest.mark.parametrize("name", WINDOWS)
-    def test_a_window_shorter_than_rollouts_takes_packed_rows_and_says_why(self, name, attn_implementation, caplog):
+    @pytest.mark.parametrize("name", sorted(WINDOWS.keys() - WITHOUT_SDPA))
+    def test_trees_have_windows(self, name):
         model_class, config_class, options = WINDOWS[name]
-        model = tiny(model_class, config_class, attn_implementation, **options)
+        model = tiny(model_class, config_class, **options)
+        # The same weights, one rollout at a time, with the kernels of torch.
+        alone = tiny(model_class, config_class, **options)
         found = plan(model)
-        assert (found.layout, found.projects_in_pieces) == ("packed", True)
-        (reason,) = found.fallbacks
+        assert found == ForwardPlan("tree", projects_in_pieces=True)
+        expected = own_logprobs(alone, rollouts())
+        scored = scored_logprobs(model, found)
+        torch.testing.assert_close(scored, expected, rtol=0, atol=1e-5)
+        weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+        gradients = [
+            torch.autograd.grad((weights * logprobs).sum(), list(each.parameters()))
+            for each, logprobs in ((model, scored), (alone, expected))
+        ]
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+    @pytest.mark.parametrize("name", sorted(WINDOWS))
+    def test_the_window_makes_a_difference(self, name):
+        # Otherwise the test above could not fail.
+        model_class, config_class, options = WINDOWS[name]
+        implementation = "eager" if name in WITHOUT_SDPA else "sdpa"
+        windowed, whole = (
+            tiny(model_class, config_class, implementation, **{**options, "sliding_window": window})
+            for window in (16, MAX_LENGTH)
+        )
+        with torch.no_grad():
+            difference = own_logprobs(windowed, rollouts()) - own_logprobs(whole, rollouts())
+        assert difference.abs().max() > 1e-3
+
+    @pytest.mark.parametrize("name", sorted(WINDOWS))
+    def test_eager_attention_takes_packed_or_padded_rows_and_says_why(self, name, caplog):
+        model_class, config_class, options = WINDOWS[name]
+        model = tiny(model_class, config_class, "eager", **options)
+        found = plan(model)
+        assert found.projects_in_pieces
+        # GPT-OSS does not keep packed rows apart.
+        assert found.layout == ("padded" if name == "gpt_oss" else "packed")
+        reason, *others = found.fallbacks
+        assert len(others) == (1 if name == "gpt_oss" else 0)
         assert reason == (
-            "the tree layout is not used: the model's sliding window of 16 tokens is shorter than max_length (64)"
+            "the tree layout is not used: the model's sliding window of 16 tokens is shorter than max_length (64), and only "
+            "sdpa has trees with windows, not eager"
         )
         warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-        assert warnings == [f"Forward passes are slower than they could be: {reason}."]
+        assert warnings == [f"Forward passes are slower than they could be: {why}." for why in found.fallbacks]
         assert_scores_are_the_models_own(model, found)
+
+    def test_layers_that_do_not_say_their_window_are_found_out(self, monkeypatch):
+        attend = tree_attention.tree_sdpa
+
+        def forget(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> Any:
+            return attend(*args, **kwargs)
+
+        monkeypatch.setattr(tree_attention, "tree_sdpa", forget)
+        model_class, config_class, options = WINDOWS["gemma3"]
+        # Longer than the sequences of a check without a window.
+        model = tiny(model_class, config_class, **{**options, "sliding_window": 40})
+        found = plan(model)
+        assert (found.layout, model.config._attn_implementation) == ("packed", "sdpa")
+        (reason,) = found.fallbacks
+        assert reason.startswith("the tree layout is not used: it gives other logprobs on this model")
 
     @pytest.mark.parametrize("name", WINDOWS)
     def test_a_window_that_covers_rollouts_takes_trees(self, name):
         model_class, config_class, options = WINDOWS[name]
-        model = tiny(model_class, config_class, **{**options, "sliding_window": MAX_LENGTH})
+        implementation = "eager" if name in WITHOUT_SDPA else "sdpa"
+        model = tiny(model_class, config_class, implementation, **{**options, "sliding_window": MAX_LENGTH})
         found = plan(model)
         assert found == ForwardPlan("tree", projects_in_pieces=True)
         assert_scores_are_the_models_own(model, found)
@@ -127,9 +215,9 @@ class TestSlidingWindow:
     def test_a_tree_that_was_asked_for_stops_the_run(self):
         model_class, config_class, options = WINDOWS["mistral"]
         with pytest.raises(PreflightError) as caught:
-            plan(tiny(model_class, config_class, **options), "tree")
-        assert caught.value.what == (
-            "sequence_layout is tree, and the model's sliding window of 16 tokens is shorter than max_length (64)."
+            plan(tiny(model_class, config_class, "eager", **options), "tree")
+        assert caught.value.what.startswith(
+            "sequence_layout is tree, and the model's sliding window of 16 tokens is shorter than max_length (64)"
         )
         assert "--sequence_layout auto" in caught.value.fix
 
