@@ -5,7 +5,8 @@
 The model has the proportions of SmolLM2-135M (576 hidden, 9 heads of 64 with 3 key-value heads, 1,536 in the MLP) in two
 layers, a vocabulary of 4,096, and random weights; with `--model` it is the one of that directory. A case is prompt tokens / completion tokens /
 rollouts of the group, `turns` is a group of multi-turn rollouts that fork after each turn, `ragged` one of completions
-of 32 to 2,048 tokens, `window` is 512/512/8 with a window of 256 tokens in every layer. Each measurement is a process
+of 32 to 2,048 tokens, `window` is 512/512/8 with a window of 256 tokens in every layer, and `system` has four groups of four that
+share a system prompt of 512 tokens and differ in the 100 behind it. Each measurement is a process
 of its own, the layouts in turns. One JSON line per case:
 
     tokens, tree_tokens     of all rollouts; without what they share
@@ -52,7 +53,7 @@ GRID = [
     for completion in (16, 128, 512, 2048)
     for rollouts in (4, 8, 16)
 ]
-CASES = (*GRID, "0/2000/8", "turns", "ragged", "window")
+CASES = (*GRID, "0/2000/8", "turns", "ragged", "window", "system")
 VOCAB_SIZE = 4096
 MAX_PACKED = 8192
 TIME_LIMIT = MEMORY_LIMIT = 1.1
@@ -69,25 +70,28 @@ def make_rollouts(case: str) -> list[Rollout]:
 
     prompt = tokens(512)
     if case == "ragged":
-        pairs = [(prompt, tokens(length)) for length in (32, 64, 128, 256, 512, 1024, 1536, 2048)]
+        members = [(0, prompt, tokens(length)) for length in (32, 64, 128, 256, 512, 1024, 1536, 2048)]
     elif case == "turns":
         first, other = torch.cat([prompt, tokens(200)]), torch.cat([prompt, tokens(300)])
         second = torch.cat([first, tokens(400)])
-        starts = [second, second, first, first, other, other, prompt, prompt]
-        pairs = [(start, tokens(100 + 60 * number)) for number, start in enumerate(starts)]
+        starts = (second, second, first, first, other, other, prompt, prompt)
+        members = [(0, start, tokens(100 + 60 * number)) for number, start in enumerate(starts)]
+    elif case == "system":
+        starts = tuple(torch.cat([prompt, tokens(100)]) for _ in range(4))
+        members = [(group, start, tokens(128)) for group, start in enumerate(starts) for _ in range(4)]
     else:
         num_prompt, length, number = map(int, ("512/512/8" if case == "window" else case).split("/"))
         prompt = tokens(num_prompt)
-        pairs = [(prompt, tokens(length)) for _ in range(number)]
+        members = [(0, prompt, tokens(length)) for _ in range(number)]
     return [
         Rollout(
             input_ids=torch.cat([start, completion]),
             labels=torch.cat([torch.full_like(start, -100), completion]),
             reward=0.0,
             advantages=torch.ones(start.numel() + completion.numel()),
-            origin=RolloutOrigin(0, 0, index),
+            origin=RolloutOrigin(0, group, index),
         )
-        for index, (start, completion) in enumerate(pairs)
+        for index, (group, start, completion) in enumerate(members)
     ]
 
 
@@ -119,7 +123,8 @@ def measure(case: str, layout: str, threads: int, model_dir: str | None, results
         max_length = max(rollout.num_tokens for rollout in rollouts)
         device = torch.device("cpu")
         plan = plan_forward(model, model, layout, max_length=max_length, dtype=torch.float32, device=device)
-    scorer, collate = PolicyScorer(model, plan), RolloutCollator(plan.layout, temperature=1.0)
+    scorer = PolicyScorer(model, plan)
+    collate = RolloutCollator(plan.layout, temperature=1.0, shares_between_groups=scorer.shares_between_groups)
 
     def step(of: list[Rollout]) -> float:
         model.zero_grad()

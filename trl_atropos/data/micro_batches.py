@@ -76,8 +76,8 @@ def deal_by_tokens(
     """Cut the rollouts of an optimizer step into as few micro-batches as a token budget allows, of like cost.
 
     `max_tokens` is the number of positions that a forward pass computes at most, without the padding between trees; a
-    single rollout above it gets a micro-batch of its own. `layout` is one of `layouts.LAYOUTS`: with `tree`, a shared
-    prefix costs once.
+    single rollout above it gets a micro-batch of its own. `layout` is one of `layouts.LAYOUTS`: with `tree`, a prefix that
+    rollouts of a group share costs once. What groups share is not counted off.
 
     Groups stay together unless one alone exceeds the budget. The costliest are dealt first, each to the micro-batch
     with the least work so far ([Graham 1969](https://doi.org/10.1137/0117039): at most 4/3 of the best possible
@@ -104,7 +104,8 @@ def deal_by_tokens(
 class RolloutCollator:
     """Makes the tensors of a micro-batch.
 
-    `layout` is one of `layouts.LAYOUTS`. `temperature` is the sampling temperature of rollouts for which the wire
+    `layout` is one of `layouts.LAYOUTS`; `shares_between_groups` is that of [`~policy.scoring.PolicyScorer`]. `temperature`
+    is the sampling temperature of rollouts for which the wire
     names none. `applies_temperature` says whether the server's logprobs are those after temperature; if not, the
     trainer's are not either. `pad_token_id` is never attended to and never trained.
     """
@@ -113,6 +114,7 @@ class RolloutCollator:
     temperature: float
     applies_temperature: bool = True
     pad_token_id: int = 0
+    shares_between_groups: bool = False
 
     def __call__(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
         """Collate rollouts that have advantages.
@@ -142,6 +144,8 @@ class RolloutCollator:
         where = [(target != IGNORE_INDEX).nonzero().squeeze(-1) for target in targets]
         computed = iter([r.input_ids[: int(w[-1]) + 1] for r, w in zip(trained, where, strict=True)])
         sequences = [[next(computed) for _ in group] for group in groups if group]
+        if self.shares_between_groups and sequences:
+            sequences = [[sequence for group in sequences for sequence in group]]
         layout = lay_out(self.layout, sequences or [[torch.full((2,), self.pad_token_id)]], self.pad_token_id)
 
         def flat(columns: list[Tensor], empty: Tensor) -> Tensor:

@@ -72,6 +72,14 @@ class PolicyScorer:
         self.sequence_parallel = sequence_parallel
         self._transform_logits = logits_transform(model.config.get_text_config())
 
+    @property
+    def shares_between_groups(self) -> bool:
+        """Whether rollouts of different groups may share a tree: where attention skips what nobody sees, one row of all
+        trees costs no more than a row for each, has no padding, and holds what groups share (a system prompt) once.
+        """
+        implementation = self.model.config.get_text_config()._attn_implementation
+        return self.plan.layout == "tree" and implementation in (TREE_SDPA, TREE_FLEX)
+
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[TokenScores, Tensor]:
         """Score a micro-batch with `model`, the one that accelerate, DDP, DeepSpeed or FSDP wrapped.
 

@@ -344,8 +344,10 @@ class AtroposTrainer(HubUploads):
         return self._forward
 
     def _get_collator(self) -> RolloutCollator:
+        scorer = self._get_forward().scorer
         return RolloutCollator(
-            layout=self._get_forward().scorer.plan.layout,
+            layout=scorer.plan.layout,
+            shares_between_groups=scorer.shares_between_groups,
             temperature=self.args.temperature,
             applies_temperature=self._connection is None or self._connection.facts.has_processed_logprobs,
             pad_token_id=padding_id(self._tokenizer, vocab_size_of(self.model)),

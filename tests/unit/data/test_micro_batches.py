@@ -291,6 +291,32 @@ class TestRolloutCollator:
         batch = self.collate("tree", [rollout([10, 11], group=0), rollout([10, 11], group=1)])
         assert batch["prediction_index"].numel() == 2
 
+    def test_groups_that_share_are_one_row_and_keep_their_columns(self):
+        # A system prompt 10, 11; prompts 12 and 13. The third group has nothing of it.
+        mixed = [
+            rollout([10, 11, 12, 20, 21], group=0, number=0, trained="...xx"),
+            rollout([10, 11, 13, 20, 22], group=1, number=0, trained="...xx"),
+            rollout([10, 11, 12, 23], group=0, number=1, trained="...x"),
+            rollout([30, 31], group=2, number=0),
+        ]
+        batch = self.collate("tree", mixed, shares_between_groups=True)
+        assert batch["input_ids"].tolist() == [[10, 11, 12, 20, 13, 20, 30]]
+        assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 0]]
+        assert batch["subtree_end"].tolist() == [[6, 6, 4, 4, 6, 6, 7]]
+        assert read(batch, batch["targets"]) == [20, 21, 23, 20, 22, 31]
+        assert read(batch, batch["prediction_index"]) == [2, 3, 2, 4, 5, 6]
+        assert batch["names"] == [
+            "environment 0, group 0, rollout 0",
+            "environment 0, group 0, rollout 1",
+            "environment 0, group 1, rollout 0",
+            "environment 0, group 2, rollout 0",
+        ]
+        assert batch["num_sequence_tokens"] == 12
+
+    def test_nothing_trained_is_laid_out_where_groups_share_too(self):
+        batch = self.collate("tree", [], shares_between_groups=True)
+        assert batch["input_ids"].tolist() == [[3, 3]]
+
     def test_equal_tokens_at_different_temperatures_are_scored_each_at_its_own(self):
         twins = [rollout([10, 11], number=0), rollout([10, 11], number=1, temperature=1.3)]
         batch = self.collate("tree", twins)

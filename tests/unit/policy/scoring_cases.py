@@ -97,8 +97,10 @@ def scored_logprobs(
     wrapped: nn.Module | None = None,
     autocast: Callable[[], Any] = nullcontext,
 ) -> Tensor:
-    batch = RolloutCollator(forward_plan.layout, temperature=1.0)(rollouts())
-    scores, tie = PolicyScorer(model, forward_plan, autocast)(wrapped or model, batch)
+    scorer = PolicyScorer(model, forward_plan, autocast)
+    shares = scorer.shares_between_groups
+    batch = RolloutCollator(forward_plan.layout, temperature=1.0, shares_between_groups=shares)(rollouts())
+    scores, tie = scorer(wrapped or model, batch)
     assert tie.item() == 0.0
     return scores.logprobs[batch["token_index"]]
 

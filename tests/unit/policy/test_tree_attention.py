@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl_atropos.policy import plan as planning
 from trl_atropos.policy import tree_attention, tree_blocks
 from trl_atropos.policy.layouts import tree_attention_mask, tree_layout
+from trl_atropos.policy.scoring import PolicyScorer
 from trl_atropos.policy.tree_attention import (
     MIN_FLEX_LENGTH,
     TREE_FLEX,
@@ -211,6 +212,15 @@ def dense(mask: BlockMask, length: int) -> torch.Tensor:
                     assert not seen[row, 0, queries, keys].any(), "a block is computed once"
                     seen[row, 0, queries, keys] = True if is_full else allowed[queries, keys]
     return seen
+
+
+@pytest.mark.parametrize(
+    ("layout", "implementation", "shares"),
+    [("auto", "sdpa", True), ("tree", "eager", False), ("packed", "sdpa", False), ("padded", "sdpa", False)],
+)
+def test_groups_share_a_tree_where_attention_skips_what_nobody_sees(layout, implementation, shares):
+    model = tiny_llama(implementation)
+    assert PolicyScorer(model, plan(model, layout)).shares_between_groups is shares
 
 
 def test_a_model_that_takes_no_mask_but_a_dense_one_multiplies_every_pair():
