@@ -34,7 +34,7 @@ endif
 
 replay: $(INSTALLED) ## Train the rollouts that the quickstart recorded once more, without any server, and compare the losses.
 	@test -d runs/quickstart/model/journal || { echo "No recorded rollouts: run \`make quickstart\` first." >&2; exit 1; }
-	OMP_WAIT_POLICY=passive $(BIN)/python examples/scripts/atropos.py --config examples/configs/quickstart.yaml \
+	$(BIN)/python examples/scripts/atropos.py --config examples/configs/quickstart.yaml \
 		--model_name_or_path "$(MODEL)" --data_path runs/quickstart/model/journal --output_dir runs/replay $$ARGS
 	@$(BIN)/python examples/scripts/compare_losses.py runs/quickstart/model runs/replay
 

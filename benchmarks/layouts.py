@@ -32,9 +32,10 @@ import time
 from typing import Any
 
 
-# Both before torch is imported: no hub, and no DeepSpeed looking for an accelerator.
+# All before torch is imported: no hub, no DeepSpeed looking for an accelerator, and threads that sleep while they wait.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from resident_memory import watch_peak

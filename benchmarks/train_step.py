@@ -35,9 +35,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CASES = ("128/32/8", "48/24/8", "512/64/8", "ragged")
 
-# Both before torch is imported: no hub, and no DeepSpeed looking for an accelerator.
+# All before torch is imported: no hub, no DeepSpeed looking for an accelerator, and threads that sleep while they wait,
+# on both sides.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch  # noqa: E402
 from resident_memory import watch_peak  # noqa: E402

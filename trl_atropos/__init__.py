@@ -1,15 +1,25 @@
 """A Hugging Face TRL-style trainer for Atropos reinforcement-learning environments.
 
 Names are imported on first use, so that `import trl_atropos` loads neither torch nor vLLM.
+
+Where torch is not imported yet, threads that compute together on a CPU are made to sleep while they wait for each other,
+in this process and those that it starts: `OMP_WAIT_POLICY=passive`, unless the variable is set. They would spin, and
+beside another busy process (a server, an environment) a training step takes several times as long.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 
 __version__ = "0.1.0"
+
+# OpenMP reads it when torch is imported; set later, it would say what is not.
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _EXPORTS = {
     "AtroposClient": "wire.client",

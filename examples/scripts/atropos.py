@@ -9,7 +9,7 @@ CPU
         --middleware trl_atropos.serving.generate_endpoint.GenerateEndpoint
     python examples/envs/capitals.py serve --env.tokenizer_name MODEL --openai.model_name MODEL \
         --openai.tokenizer_name MODEL --openai.base_url http://127.0.0.1:8001/v1
-    OMP_WAIT_POLICY=passive accelerate launch --cpu examples/scripts/atropos.py \
+    accelerate launch --cpu examples/scripts/atropos.py \
         --config examples/configs/quickstart.yaml --model_name_or_path MODEL --atropos_api_url http://localhost:8000
 
 GPU: the server and the trainer on different devices; the weights travel over NCCL.
@@ -29,10 +29,13 @@ from __future__ import annotations
 
 import logging
 
+# First: imported before torch, it makes threads on a CPU sleep while they wait for each other.
+from trl_atropos import AtroposConfig, AtroposParser, AtroposTrainer
+
+
+# isort: split
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
-
-from trl_atropos import AtroposConfig, AtroposParser, AtroposTrainer
 
 
 def main(training_args: AtroposConfig, model_args: ModelConfig) -> None:

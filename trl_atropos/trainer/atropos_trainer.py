@@ -51,7 +51,7 @@ from .callbacks import StepCallback
 from .checkpoints import check_optimizer, find_checkpoint
 from .evaluation import Evaluator
 from .hub_uploads import HubUploads
-from .preflight import check_launch
+from .preflight import check_launch, warn_of_spinning_threads
 from .run_data import RunData
 from .servers import Connection, open_connection
 from .step_clock import StepClock
@@ -191,6 +191,8 @@ class AtroposTrainer(HubUploads):
                 or a publish fails. The server is left paused if it does not hold a complete policy.
         """
         check_launch(self.accelerator, self.args.n_gpu)
+        if self.is_world_process_zero():
+            warn_of_spinning_threads(self.args.device)
         checkpoint, state = run_on_main_process(lambda: self._find_checkpoint(resume_from_checkpoint))
         # Another run may wrap the model in another way, and takes other data.
         self._forward, self._data = None, None

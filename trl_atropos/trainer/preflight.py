@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,9 @@ from .run_facts import (
 
 
 logger = logging.getLogger(__name__)
+
+WAIT_POLICY = "OMP_WAIT_POLICY"
+"""Variable that tells the threads of OpenMP how to wait for each other; they read it once, when torch is imported."""
 
 COMPARED_CONFIG_FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 
@@ -75,6 +79,20 @@ def check_launch(accelerator: Accelerator, num_gpus: int) -> None:
             f"{num_ranks} processes share a group, accelerate counts {accelerator.num_processes}.",
             "The loss would be scaled for another number of ranks, and each would act as the main process.",
             "Start with `accelerate launch`, for DeepSpeed with --use_deepspeed; on a CPU give the script --ddp_backend gloo.",
+        )
+
+
+def warn_of_spinning_threads(device: torch.device) -> None:
+    """Say it if training computes with threads that wait for each other without giving the processor away.
+
+    `import trl_atropos` makes them sleep where it comes before torch.
+    """
+    num_threads = torch.get_num_threads()
+    if device.type == "cpu" and num_threads > 1 and os.environ.get(WAIT_POLICY, "").lower() != "passive":
+        logger.warning(
+            f"{num_threads} threads compute together and keep the processor while they wait for each other. Beside another busy "
+            f"process a step then takes several times as long. Start with {WAIT_POLICY}=passive in the environment, or import "
+            "trl_atropos before torch and transformers."
         )
 
 

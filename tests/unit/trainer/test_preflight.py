@@ -8,6 +8,9 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +26,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_atropos.errors import PreflightError, WeightSyncError
 from trl_atropos.trainer.atropos_config import AtroposConfig
-from trl_atropos.trainer.preflight import ServerFacts, check_launch, inspect_run, inspect_server, trainer_side
+from trl_atropos.trainer.preflight import (
+    ServerFacts,
+    check_launch,
+    inspect_run,
+    inspect_server,
+    trainer_side,
+    warn_of_spinning_threads,
+)
 from trl_atropos.weight_sync.client import AtroposVLLMClient
 
 
@@ -269,3 +279,38 @@ class TestLaunch:
         ) as caught:
             check_launch(Accelerator(cpu=True), 4)
         assert "accelerate launch --num_processes 4" in caught.value.fix
+
+
+class TestSpinningThreads:
+    @pytest.mark.parametrize(
+        ("device", "threads", "policy", "is_warned"),
+        [
+            ("cpu", 2, None, True),
+            ("cpu", 2, "active", True),
+            ("cpu", 2, "passive", False),
+            ("cpu", 2, "PASSIVE", False),
+            ("cpu", 1, None, False),
+            ("cuda", 2, None, False),
+        ],
+    )
+    def test_they_are_said_where_they_cost(self, monkeypatch, caplog, device, threads, policy, is_warned):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if policy is not None:
+            monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+        warn_of_spinning_threads(torch.device(device))
+        assert ("OMP_WAIT_POLICY=passive" in caplog.text) is is_warned
+
+    @pytest.mark.parametrize(
+        ("before", "given", "expected"),
+        [("", None, "passive"), ("", "active", "active"), ("import torch;", None, None)],
+    )
+    def test_the_package_makes_them_sleep_if_it_comes_before_torch(self, before, given, expected):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        if given is not None:
+            environment["OMP_WAIT_POLICY"] = given
+        code = f"{before}import os, trl_atropos; print(os.environ.get('OMP_WAIT_POLICY'))"
+        printed = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        assert printed.strip() == str(expected)
