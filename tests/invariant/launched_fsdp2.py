@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from trl_atropos.policy.forward import ReferencePolicy
-from trl_atropos.policy.scoring import ForwardPlan
+from trl_atropos.policy.logprobs import MAX_LOGITS
+from trl_atropos.policy.scoring import ForwardPlan, PolicyScorer
 from trl_atropos.weight_sync.weights.source import PolicyWeights
 
 
@@ -71,6 +72,10 @@ def micro_batch() -> dict[str, Tensor]:
     }
 
 
+def weighted_sum(logprobs: Tensor) -> Tensor:
+    return (torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1)) * logprobs).sum()
+
+
 def main(checkpoint: Path, output: Path, precision: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
@@ -78,18 +83,25 @@ def main(checkpoint: Path, output: Path, precision: str) -> None:
     policy, copy_of_start = load(checkpoint), load(checkpoint)
     copy_of_start.requires_grad_(False).eval()
     wrapping = accelerator(precision)
-    plan = ForwardPlan("padded", projects_in_pieces=False)
+    plan = ForwardPlan("padded", projects_in_pieces=True, is_head_sharded=True)
+    # Two tokens at a time: the backward pass makes most logits again, of weights that may be in pieces by then.
+    MAX_LOGITS["cpu"] = 2 * policy.config.vocab_size
     reference = ReferencePolicy(policy, copy_of_start, plan, wrapping)
     wrapped = fsdp2_prepare_model(wrapping, policy)
     batch = micro_batch()
     ref_logprobs = reference.logprobs(wrapped, batch)
+    # Every rank has the same rows, and the mean of their gradients is that of one.
+    scores, no_loss = PolicyScorer(policy, plan)(wrapped, batch)
+    (weighted_sum(scores.logprobs) + no_loss).backward()
+    gradient = {name: parameter.grad.full_tensor() for name, parameter in wrapped.named_parameters()}
+    wrapped.zero_grad()
     with torch.no_grad():
         # What a logprob probe does before the next publish.
         wrapped(input_ids=batch["input_ids"], use_cache=False)
     left_whole = sum(not isinstance(parameter, DTensor) for parameter in wrapped.parameters())
     source = PolicyWeights(wrapped, torch.float32)
     published = {name: tensor.clone() for name, tensor in source.tensors(source.manifest())}
-    results = {"ref_logprobs": ref_logprobs, "left_whole": left_whole, "published": published}
+    results = {"ref_logprobs": ref_logprobs, "left_whole": left_whole, "published": published, "gradient": gradient}
     torch.save(results, output / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -19,13 +19,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
-from test_split_invariance import NUM_ROLLOUTS, Gradient, endless_data, make_trainer, policy, ragged_rollouts
+from test_split_invariance import (
+    NUM_ROLLOUTS,
+    VOCAB_SIZE,
+    Gradient,
+    endless_data,
+    make_trainer,
+    policy,
+    ragged_rollouts,
+)
 from transformers import Trainer
 
 from trl_atropos.data.micro_batches import deal_by_count, deal_by_tokens
 from trl_atropos.distributed import run_on_main_process
 from trl_atropos.errors import NonFiniteGradientError
 from trl_atropos.loss.losses import LossFunction, LossInputs, LossOutputs
+from trl_atropos.policy.logprobs import MAX_LOGITS
 from trl_atropos.trainer.atropos_trainer import AtroposTrainer
 from trl_atropos.trainer.callbacks import StepCallback
 from trl_atropos.weight_sync.client import AtroposVLLMClient
@@ -220,6 +229,7 @@ def check_parallelism(trainer: AtroposTrainer, parallelism: str) -> None:
         pieces = [piece.numel() for piece in wrapped.optimizer.single_partition_of_fp32_groups]
         assert abs(sum(pieces) - num_parameters // dist.get_world_size()) < 64, pieces
         return
+    assert trainer._get_forward().scorer.plan.is_head_sharded
     for name, parameter in trainer.model.named_parameters():
         assert parameter.shape == (0,), (name, parameter.shape)
         assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // dist.get_world_size()), name
@@ -238,6 +248,8 @@ def whole_weights(trainer: AtroposTrainer, parallelism: str) -> Gradient:
 
 def main(model: Path, output: Path, parallelism: str, names: list[str]) -> None:
     torch.set_num_threads(1)
+    # A few tokens at a time: the backward pass makes most logits again, of weights that may be in pieces by then.
+    MAX_LOGITS["cpu"] = 8 * VOCAB_SIZE
     options: dict[str, Any] = {}
     if parallelism.startswith(("zero", "ulysses")):
         import deepspeed

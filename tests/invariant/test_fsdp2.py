@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from launched_fsdp2 import load, micro_batch
+from launched_fsdp2 import load, micro_batch, weighted_sum
 from launcher import run_launcher
 from tiny_models import tiny_llama
 
@@ -51,3 +51,17 @@ def test_a_publish_after_a_forward_pass_is_exact(launched):
         assert result["left_whole"] > 0
         for name, tensor in result["published"].items():
             assert torch.equal(tensor, expected[name]), name
+
+
+def test_the_gradient_is_that_of_one_process_though_logits_are_made_a_few_at_a_time(launched):
+    checkpoint, precision, ranks = launched
+    model = load(checkpoint)
+    scores, _ = PolicyScorer(model, ForwardPlan("padded", projects_in_pieces=True))(model, micro_batch())
+    weighted_sum(scores.logprobs).backward()
+    tolerance = 1e-5 if precision == "no" else 0.1
+    for result in ranks:
+        for name, parameter in model.named_parameters():
+            scale = parameter.grad.abs().max().item()
+            torch.testing.assert_close(
+                result["gradient"][name], parameter.grad, rtol=0, atol=tolerance * scale, msg=name
+            )

@@ -22,7 +22,7 @@ import yaml
 from launched_step import CASES, TOKEN_BUDGET, run_case
 from launcher import run_launcher
 from scripted_server import ScriptedServer
-from test_split_invariance import VOCAB_SIZE, assert_same_gradient, policy
+from test_split_invariance import RELATIVE_ERROR, VOCAB_SIZE, assert_same_gradient, policy
 from tiny_models import tiny_llama
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -179,8 +179,9 @@ def test_every_rank_makes_the_step_of_one_process(results_of, in_one_process, la
     expected = in_one_process[case]
     for result in results_of(launch):
         assert result[case]["error"] is None
-        # The tolerance of `assert_same_gradient`, 1e-6 of the norm, holds for DDP and for both stages of ZeRO.
-        assert_same_gradient(result[case]["change"], expected["change"])
+        # At the small rate of two steps, the rounding of the weights alone is 0.9e-6 of the norm of their change.
+        relative_error = RELATIVE_ERROR if CASES[case].num_steps == 1 else 2 * RELATIVE_ERROR
+        assert_same_gradient(result[case]["change"], expected["change"], relative_error)
         assert result[case]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 

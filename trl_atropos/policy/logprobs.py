@@ -196,14 +196,48 @@ def select_positions_before(head: nn.Module, index: Tensor) -> Iterator[None]:
     is fine: the logits are then empty, connected to every parameter, and a backward gives zero gradients. `head` is
     what `model.get_output_embeddings()` returns; with PEFT, its wrapper.
 
-    The way for heads that only the model's own forward can call, because their weight is in pieces outside of it
-    (ZeRO-3, FSDP2), and for models that change their logits in an unknown way.
+    The way for models that change their logits in an unknown way.
 
     Raises:
         RuntimeError: the head was not called, or not with hidden states of shape (B, T, H).
     """
     with _replace_input_of(head, lambda hidden_states: hidden_states.flatten(0, 1)[index].unsqueeze(0)):
         yield
+
+
+@contextmanager
+def score_inside(head: nn.Module, score: Callable[[Callable[[Tensor], Tensor], Tensor], None]) -> Iterator[None]:
+    """Inside this context, the output head of a causal language model calls `score` in the place of making logits.
+
+    `score` gets what the head would have done to hidden states (n, H), and the hidden states (B T, H) of all positions.
+    It may keep of them what it likes, with gradient. `model(...).logits` has shape (B, 0, V): its sum is 0 and ties the
+    model's own output to a loss of what `score` kept.
+
+    The way for heads whose weight is in pieces outside of the model's forward (ZeRO-3, FSDP2): inside, it is whole, and
+    in the backward pass it is whole again from the gradient of the model's output on, so that logits may be made again
+    there. That gradient comes first, because autograd takes what was computed last.
+
+    `head` is what `model.get_output_embeddings()` returns; with PEFT, its wrapper.
+
+    Raises:
+        RuntimeError: the head was not called, or not with hidden states of shape (B, T, H).
+    """
+    had_own, project = "forward" in vars(head), head.forward
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        score(project, hidden_states.flatten(0, 1))
+        empty: Tensor = project(hidden_states[:, :0])
+        return empty
+
+    with _replace_input_of(head, lambda hidden_states: hidden_states):
+        head.forward = forward
+        try:
+            yield
+        finally:
+            if had_own:
+                head.forward = project
+            else:
+                del head.forward
 
 
 @contextmanager

@@ -105,21 +105,22 @@ def plan_forward(
 
     padded_tolerance = max(CHECK_TOLERANCE, PADDED_TOLERANCE_EPS * eps)
     with evaluating(model), torch.no_grad():
-        in_pieces, padded_difference = _check_padded(comparison, padded_tolerance)
-        if has_float32_head and not in_pieces:
+        padded, padded_difference = _check_padded(comparison, padded_tolerance)
+        if has_float32_head and (padded.is_head_sharded or not padded.projects_in_pieces):
+            why = "the head's weight is sharded" if padded.is_head_sharded else fallbacks[-1]
             raise PreflightError(
                 "cast_lm_head_to_fp32 is on, and the head of this model is called inside of its forward.",
-                f"There it computes in the precision of the rest: {fallbacks[-1]}.",
+                f"There it computes in the precision of the rest: {why}.",
                 "Leave --cast_lm_head_to_fp32 out, or set --bf16 false.",
             )
         if _is_code_of_others(model):
-            scorer = PolicyScorer(model, ForwardPlan("padded", in_pieces), autocast)
+            scorer = PolicyScorer(model, padded, autocast)
             _check_long_neighbour(scorer, wrapped, max_length, device, padded_tolerance)
         tolerance = max(CHECK_TOLERANCE, eps, LAYOUT_TOLERANCE_RATIO * padded_difference)
         for layout in ("tree", "packed", "padded") if requested == "auto" else (requested,):
             reason = _cannot(layout, config, max_length) or _needless(layout, config, requested, device)
             if reason is None and layout != "padded":
-                plan = ForwardPlan(layout, in_pieces)
+                plan = replace(padded, layout=layout)
                 reason = (comparison.refuses_tree if layout == "tree" else comparison.refuses)(plan, tolerance)
             if reason is None:
                 break
@@ -133,7 +134,7 @@ def plan_forward(
     for fallback in fallbacks:
         logger.warning(f"Forward passes are slower than they could be: {fallback}.")
     logger.info(f"Layout of micro-batches: {layout}")
-    return ForwardPlan(layout, in_pieces, tuple(fallbacks), has_float32_head)
+    return replace(padded, layout=layout, fallbacks=tuple(fallbacks), has_float32_head=has_float32_head)
 
 
 @dataclass(frozen=True)
@@ -217,19 +218,18 @@ class _Comparison:
         return self.refuses(plan, tolerance, length)
 
 
-def _check_padded(comparison: _Comparison, tolerance: float) -> tuple[bool, float]:
-    """Whether the head may be called piece by piece, and how far padded rows are from sequences run alone, in nats."""
+def _check_padded(comparison: _Comparison, tolerance: float) -> tuple[ForwardPlan, float]:
+    """How the head may be called (the plan for padded rows), and how far these are from sequences run alone, in nats."""
     fallbacks = comparison.fallbacks
-    if _is_sharded(comparison.model.get_output_embeddings()):
-        fallbacks.append("the head's weight is sharded, so the logits of a micro-batch are made at once")
-    else:
-        distance = comparison.difference(ForwardPlan("padded", True))
-        if distance <= tolerance:
-            return True, distance
-        fallbacks.append(
-            f"the model changes its logits in an unknown way (mean |logprob difference| {distance:.2g} nats), so those of a "
-            "micro-batch are made at once"
-        )
+    is_sharded = _is_sharded(comparison.model.get_output_embeddings())
+    in_pieces = ForwardPlan("padded", True, is_head_sharded=is_sharded)
+    distance = comparison.difference(in_pieces)
+    if distance <= tolerance:
+        return in_pieces, distance
+    fallbacks.append(
+        f"the model changes its logits in an unknown way (mean |logprob difference| {distance:.2g} nats), so those of a "
+        "micro-batch are made at once"
+    )
     distance = comparison.difference(ForwardPlan("padded", False))
     if not distance <= tolerance:
         raise PreflightError(
@@ -237,7 +237,7 @@ def _check_padded(comparison: _Comparison, tolerance: float) -> tuple[bool, floa
             "The model does not respect attention_mask, so the loss of a rollout would depend on its neighbours.",
             "Set --per_device_train_batch_size 1, or another --attn_implementation.",
         )
-    return False, distance
+    return ForwardPlan("padded", False), distance
 
 
 def _check_float32_head(model: PreTrainedModel) -> None:

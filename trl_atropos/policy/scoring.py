@@ -21,6 +21,7 @@ from .logprobs import (
     TokenScores,
     capture_hidden_states,
     score_hidden_states,
+    score_inside,
     select_positions_before,
 )
 from .sequence_parallel import SequenceParallel
@@ -39,8 +40,9 @@ NEEDS_NO_PADDING_MASK = ("sdpa", TREE_SDPA, TREE_FLEX)
 class ForwardPlan:
     """How forward passes are made.
 
-    `layout` is one of `layouts.LAYOUTS`. `projects_in_pieces` says whether the head is called outside of the model's
-    forward, piece by piece; if not, the model's forward makes the logits of all scored positions at once. `fallbacks`
+    `layout` is one of `layouts.LAYOUTS`. `projects_in_pieces` says whether the head is called piece by piece; if not, the
+    model's forward makes the logits of all scored positions at once. `is_head_sharded` says whether the pieces are made
+    inside of the model's forward, where a head whose weight is sharded is whole; else they are made outside. `fallbacks`
     say why a better way was not taken, one sentence each. `has_float32_head` says whether the head computes in float32
     also in mixed precision, for which it must be called outside of the model's forward.
     """
@@ -49,6 +51,7 @@ class ForwardPlan:
     projects_in_pieces: bool
     fallbacks: tuple[str, ...] = ()
     has_float32_head: bool = False
+    is_head_sharded: bool = False
 
 
 class PolicyScorer:
@@ -102,39 +105,54 @@ class PolicyScorer:
         self, model: nn.Module, inputs: Mapping[str, Any], batch: Mapping[str, Tensor]
     ) -> tuple[TokenScores, Tensor]:
         head = self.model.get_output_embeddings()
-        index, targets, temperature = batch["prediction_index"], batch["targets"], batch["temperature"]
-        teacher_token_ids = batch.get("teacher_token_ids")
-        vocab_size = self.model.config.get_text_config().vocab_size
         if not self.plan.projects_in_pieces:
-            with select_positions_before(head, index):
+            with select_positions_before(head, batch["prediction_index"]):
                 logits = model(**inputs, use_cache=False).logits
-            scores = score_hidden_states(
-                lambda rows: rows,
-                logits.squeeze(0),
-                targets,
-                temperature,
-                vocab_size=vocab_size,
-                teacher_token_ids=teacher_token_ids,
-                # They are there already: to make them again would need the model's forward.
-                max_logits=max(logits.numel(), 1),
-            )
+            # They are there already: to make them again would need the model's forward.
+            scores = self._score_rows(lambda rows: rows, logits.squeeze(0), batch, max_logits=max(logits.numel(), 1))
             return scores, logits.new_zeros(())
+        if self.plan.is_head_sharded:
+            return self._score_inside(head, model, inputs, batch)
         with capture_hidden_states(head) as captured:
             output = model(**inputs, use_cache=False).logits
         assert captured.value is not None, "the context raises if the head was not called"
-        hidden_states = captured.value.flatten(0, 1)[index]
+        hidden_states = captured.value.flatten(0, 1)[batch["prediction_index"]]
         if self.plan.has_float32_head:
             hidden_states = hidden_states.float()
         with nullcontext() if self.plan.has_float32_head else self.autocast():
-            scores = score_hidden_states(
-                lambda hidden: self._transform_logits(head(hidden)),
-                hidden_states,
-                targets,
-                temperature,
-                vocab_size=vocab_size,
-                teacher_token_ids=teacher_token_ids,
-            )
+            scores = self._score_rows(lambda hidden: self._transform_logits(head(hidden)), hidden_states, batch)
         return scores, output.sum()
+
+    def _score_inside(
+        self, head: nn.Module, model: nn.Module, inputs: Mapping[str, Any], batch: Mapping[str, Tensor]
+    ) -> tuple[TokenScores, Tensor]:
+        found: list[TokenScores] = []
+
+        def score(project: Callable[[Tensor], Tensor], hidden_states: Tensor) -> None:
+            rows = hidden_states[batch["prediction_index"]]
+            found.append(self._score_rows(lambda hidden: self._transform_logits(project(hidden)), rows, batch))
+
+        with score_inside(head, score):
+            output = model(**inputs, use_cache=False).logits
+        (scores,) = found
+        return scores, output.sum()
+
+    def _score_rows(
+        self,
+        project: Callable[[Tensor], Tensor],
+        rows: Tensor,
+        batch: Mapping[str, Tensor],
+        max_logits: int | None = None,
+    ) -> TokenScores:
+        return score_hidden_states(
+            project,
+            rows,
+            batch["targets"],
+            batch["temperature"],
+            vocab_size=self.model.config.get_text_config().vocab_size,
+            teacher_token_ids=batch.get("teacher_token_ids"),
+            max_logits=max_logits,
+        )
 
 
 def model_inputs(batch: Mapping[str, Tensor], implementation: str, dtype: torch.dtype) -> dict[str, Any]:

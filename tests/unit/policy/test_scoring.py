@@ -32,6 +32,7 @@ from transformers import (
 
 from trl_atropos.data.micro_batches import RolloutCollator
 from trl_atropos.errors import PreflightError
+from trl_atropos.policy import logprobs
 from trl_atropos.policy.layouts import LAYOUTS
 from trl_atropos.policy.scoring import ForwardPlan, PolicyScorer
 from trl_atropos.types import Rollout
@@ -90,14 +91,40 @@ class TestHead:
         assert reason in caplog.text
         assert_scores_are_the_models_own(model, found)
 
-    def test_a_sharded_head_is_called_by_the_models_own_forward(self):
-        model = tiny_llama()
+    @pytest.mark.parametrize("name", TRANSFORMED)
+    @pytest.mark.parametrize("is_tied", [True, False])
+    def test_pieces_of_a_sharded_head_are_made_inside_of_the_models_forward(self, monkeypatch, name, is_tied):
+        model_class, config_class, option, value, _ = TRANSFORMED[name]
+        model = tiny(model_class, config_class, head_dim=8, tie_word_embeddings=is_tied, **{option: value})
+        outside = plan(model)
+        expected = gradients(model, scored_logprobs(model, outside).sum())
         # What DeepSpeed's ZeRO-3 marks its parameters with.
         model.lm_head.weight.ds_id = 0
         found = plan(model)
-        assert (found.layout, found.projects_in_pieces) == ("tree", False)
-        assert found.fallbacks == ("the head's weight is sharded, so the logits of a micro-batch are made at once",)
+        assert found == ForwardPlan("tree", projects_in_pieces=True, is_head_sharded=True)
+        monkeypatch.setitem(logprobs.MAX_LOGITS, "cpu", 3 * VOCAB_SIZE)
         assert_scores_are_the_models_own(model, found)
+        is_whole, sizes = [False], []
+        model.register_forward_pre_hook(lambda *args: is_whole.__setitem__(0, True))
+        model.register_forward_hook(lambda *args: is_whole.__setitem__(0, False))
+        project = type(model.lm_head).forward
+
+        def watched(head: nn.Module, hidden: Tensor) -> Tensor:
+            assert is_whole[0], "outside of forward and backward, the weight is in pieces"
+            sizes.append(hidden.numel() // hidden.shape[-1])
+            return project(head, hidden)
+
+        monkeypatch.setattr(type(model.lm_head), "forward", watched)
+        loss = scored_logprobs(model, found).sum()
+        is_whole[0] = True
+        ours = gradients(model, loss)
+        # Pieces of at most three rows, then the empty output of the model, and the same pieces in the backward pass.
+        num_pieces = sizes.index(0)
+        assert max(sizes) == 3
+        assert num_pieces > 1
+        assert sorted(sizes[:num_pieces]) == sorted(sizes[num_pieces + 1 :])
+        for name, gradient in expected.items():
+            torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
     def test_rows_that_depend_on_each_other_stop_the_run(self):
         model = mixes_rows(tiny_llama())
@@ -164,13 +191,13 @@ class TestGradient:
         for name, gradient in expected.items():
             torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("in_pieces", [True, False])
+    @pytest.mark.parametrize(("in_pieces", "is_sharded"), [(True, False), (False, False), (True, True)])
     @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_a_micro_batch_without_rollouts_gives_every_parameter_a_gradient_of_0(self, layout, in_pieces):
+    def test_a_micro_batch_without_rollouts_gives_every_parameter_a_gradient_of_0(self, layout, in_pieces, is_sharded):
         # The hooks of DDP and ZeRO wait for every one of them.
         model = tiny_llama()
         batch = RolloutCollator(layout, temperature=1.0)([])
-        scores, tie = PolicyScorer(model, ForwardPlan(layout, in_pieces))(model, batch)
+        scores, tie = PolicyScorer(model, ForwardPlan(layout, in_pieces, is_head_sharded=is_sharded))(model, batch)
         assert scores.logprobs.shape == (0,)
         for gradient in gradients(model, scores.logprobs.sum() + scores.entropy.sum() + tie).values():
             assert not gradient.any()
