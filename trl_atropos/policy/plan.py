@@ -191,7 +191,11 @@ class _Comparison:
         # Without a window, there is nothing to skip in the short rows of a GPU.
         if self.device.type == "cpu" or window is not None or self.max_length >= MIN_FLEX_LENGTH:
             self.model.set_attn_implementation(implementation)
-            skipping = self._refuses_skipping(plan, tolerance, length)
+            if self.config._attn_implementation == implementation:
+                skipping = self._refuses_skipping(plan, tolerance, length)
+            else:
+                # transformers leaves models alone that do not look their attention up by name.
+                skipping = "the model has attention of its own"
             if skipping is None:
                 return None
             self.model.set_attn_implementation("sdpa")

@@ -65,8 +65,8 @@ def tree_sdpa(
 ) -> tuple[Tensor, None]:
     """Attention of one layer over trees, on a CPU; with another mask or none, this is `sdpa`.
 
-    `query` is (R, heads, L, D), `key` and `value` are (R, key-value heads, L, D), with rotary embeddings applied.
-    `attention_mask` is that of [`tree_columns`]. A layer with a window names it in `sliding_window`: a token attends to
+    `query` is (R, heads, L, D), `key` and `value` are (R, key-value heads, L, D), with rotary embeddings applied; heads of
+    `value` may be smaller. `attention_mask` is that of [`tree_columns`]. A layer with a window names it in `sliding_window`: a token attends to
     itself and to the `sliding_window - 1` tokens before it on its path. The other arguments are those of `sdpa`. With a
     `dropout` above 0, every pair of tokens is multiplied. What the rotary embedding or a norm has left in float32 under
     autocast is cast to the dtype of the values, as autocast does for `sdpa`.
@@ -76,7 +76,10 @@ def tree_sdpa(
     if _is_tree(attention_mask) and not dropout:
         assert attention_mask is not None, "it is the mask of a tree"
         query, key = query.to(value.dtype), key.to(value.dtype)
-        return _attend(query, key, value, attention_mask, sliding_window, scaling), None
+        # The kernel wants heads of one size; what zeros add is cut off again.
+        num_missing = query.shape[-1] - value.shape[-1]
+        output = _attend(query, key, F.pad(value, (0, num_missing)), attention_mask, sliding_window, scaling)
+        return output[..., : output.shape[-1] - num_missing].contiguous(), None
     return _sdpa(
         module, query, key, value, attention_mask, dropout, scaling, is_causal, sliding_window=sliding_window, **kwargs
     )

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from scoring_cases import plan, tiny_llama
+from scoring_cases import plan, tiny, tiny_llama
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import FalconConfig, FalconForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from trl_atropos.policy import plan as planning
@@ -83,6 +84,19 @@ def test_blocks_give_the_output_and_the_gradient_of_one_call(small_blocks, lengt
         (output * weights).sum().backward()
         assert no_weights is None
         results.append([output.detach(), *(tensor.grad for tensor in tensors)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_values_may_have_smaller_heads(small_blocks):
+    columns = tree(12)
+    results = []
+    for attention, mask in ((tree_sdpa, columns), (sdpa_attention_forward, dense_mask(columns))):
+        query, key, value = inputs(12)
+        output, _ = attention(Layer(), query, key, value[..., :5], mask, scaling=0.3)
+        assert output.shape == (2, 12, 4, 5)
+        output.square().sum().backward()
+        results.append([output.detach(), query.grad, key.grad, value.grad])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -237,6 +251,15 @@ def test_a_model_that_takes_no_mask_but_a_dense_one_multiplies_every_pair():
     assert found.fallbacks == (
         "attention multiplies every pair of tokens of a tree: trl_atropos_sdpa is not used, the model cannot take it "
         "(TypeError: masks are boolean)",
+    )
+
+
+def test_a_model_with_attention_of_its_own_multiplies_every_pair():
+    model = tiny(FalconForCausalLM, FalconConfig)
+    found = plan(model)
+    assert (found.layout, model.config._attn_implementation) == ("tree", "sdpa")
+    assert found.fallbacks == (
+        "attention multiplies every pair of tokens of a tree: trl_atropos_sdpa is not used, the model has attention of its own",
     )
 
 
