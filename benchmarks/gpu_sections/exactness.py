@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trl_atropos.data.micro_batches import RolloutCollator
-from trl_atropos.policy import scoring
+from trl_atropos.policy import tree_attention
 from trl_atropos.policy.scoring import ForwardPlan, PolicyScorer
 from trl_atropos.types import Rollout
 
@@ -27,7 +27,7 @@ ALONE = Variant("alone", "padded", "sdpa")
 def run(bench: Bench) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     # Blocks at every length: the package would use a dense mask for short rows.
-    scoring.MIN_FLEX_LENGTH = 1
+    tree_attention.MIN_FLEX_LENGTH = 1
     sizes = {} if bench.is_tiny else {"num_hidden_layers": 4, "vocab_size": 8192, "hidden_size": 512}
     model = qwen3(bench, **sizes).train()
     # With a block of keys that is not whole, whole, and begun; the last has every kind of block.

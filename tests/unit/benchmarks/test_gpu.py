@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_atropos.policy import scoring
+from trl_atropos.policy import tree_attention
 
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
@@ -21,7 +21,7 @@ BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 def benchmarks_are_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     # The section on exactness sets it, in a process of its own.
-    monkeypatch.setattr(scoring, "MIN_FLEX_LENGTH", scoring.MIN_FLEX_LENGTH)
+    monkeypatch.setattr(tree_attention, "MIN_FLEX_LENGTH", tree_attention.MIN_FLEX_LENGTH)
 
 
 def section(name: str, capsys: pytest.CaptureFixture[str]) -> list[dict]:
