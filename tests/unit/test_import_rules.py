@@ -35,7 +35,8 @@ IMPORTS_OF = {
     "data": {"wire", "policy", "loss", "checks"},
     "report": {"data", "loss", "weight_sync.weights"},
     "trainer": {"wire", "policy", "loss", "weight_sync", "checks", "data", "report"},
-    "cli": {"wire", "weight_sync", "checks", "report", "trainer"},
+    "api": set(),
+    "cli": {"wire", "weight_sync", "checks", "report", "trainer", "api"},
 }
 """Package -> the packages, or single modules, that it may import. docs/architecture.md shows the same table."""
 
@@ -60,6 +61,7 @@ LIBRARIES_OF = {
     },
     "serving": {"vllm", "torch"},
     "checks": set(),
+    "api": {"msgspec", "uvicorn"},
     "data": {"torch"},
     "report": {
         *("torch", "transformers", "trl", "huggingface_hub", "jinja2", "markupsafe", "matplotlib", "pandas"),
