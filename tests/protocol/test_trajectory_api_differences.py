@@ -34,7 +34,7 @@ from trl_atropos.api.options import ApiOptions
 from trl_atropos.api.packing import QueuedGroup, choose_batch, choose_batch_with_allocations, indices_summing_to
 
 
-NUM_EXAMPLES = 400
+NUM_EXAMPLES = 150
 NUM_PACKINGS = 500
 
 INTENDED = {

@@ -12,12 +12,12 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from . import store as jobs
+from .counts import Counts
 from .environments import allocations_of, shares_of
 from .group_queue import GroupQueue
 from .messages import EnvironmentId, EnvironmentRegistration, Receipt, Registration
@@ -33,21 +33,6 @@ logger = logging.getLogger(__name__)
 
 MAX_BUFFERED_GROUPS = 1024
 """Most groups of one environment that wait for others to make up its group size."""
-
-
-@dataclass
-class Counts:
-    """What happened since the process began, for `/metrics`."""
-
-    num_groups_received: int = 0
-    num_posts_refused: int = 0
-    num_posts_repeated: int = 0
-    num_posts_turned_away: int = 0
-    num_batches_handed_out: int = 0
-    num_batches_repeated: int = 0
-    num_batches_acknowledged: int = 0
-    num_batches_put_back: int = 0
-    num_requests_failed: int = 0
 
 
 class TrajectoryService:
