@@ -5,6 +5,7 @@
     |   +-- AtroposAnswerLost     (ConnectionError)   a request left, its answer did not arrive
     +-- AtroposProtocolError      (ValueError)        an answer or a group that breaks the wire format
     |   +-- AtroposBatchLost      (ValueError)        the API took a batch from its queue and could not write it
+    |   +-- AtroposBatchGivenAway (ValueError)        the API gave a batch to others before its receipt came
     +-- AtroposRegistrationError  (RuntimeError)      the API did not take this registration
     +-- AtroposDataTimeout        (TimeoutError)      no batch was formed in time
     +-- JournalError              (OSError)           the journal of fetched groups cannot be written or read
@@ -71,6 +72,10 @@ class AtroposProtocolError(TrlAtroposError, ValueError):
 
 class AtroposBatchLost(AtroposProtocolError):
     """The API took a batch out of its queue and could not write it as JSON. The next one may be fine."""
+
+
+class AtroposBatchGivenAway(AtroposProtocolError):
+    """The trajectory API gave a batch to other trainers, because its receipt did not come for too long."""
 
 
 class AtroposRegistrationError(TrlAtroposError, RuntimeError):

@@ -16,6 +16,7 @@ STANDARD_BASE = {
     errors.AtroposAnswerLost: ConnectionError,
     errors.AtroposProtocolError: ValueError,
     errors.AtroposBatchLost: ValueError,
+    errors.AtroposBatchGivenAway: ValueError,
     errors.AtroposRegistrationError: RuntimeError,
     errors.AtroposDataTimeout: TimeoutError,
     errors.JournalError: OSError,

@@ -46,7 +46,11 @@ class EnvironmentId(msgspec.Struct):
 
 
 class Receipt(msgspec.Struct):
-    """The body of `POST /acknowledge`: the batch with this number, of the trainer's own count, is safe with it."""
+    """The body of `POST /acknowledge`: the batch with this number, of the trainer's own count, is safe with it.
+
+    `num_groups` says how many groups of it, so that half a batch is found; None: all.
+    """
 
     trainer: str
     number: int
+    num_groups: int | None = None

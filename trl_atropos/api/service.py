@@ -348,7 +348,7 @@ class TrajectoryService:
                 await self._put_back(lease)
 
     async def acknowledge(self, receipt: Receipt) -> dict[str, Any]:
-        """Delete a batch that its trainer has in its journal.
+        """Delete a batch that its trainer has in its journal; if it has a part of it only, say so and keep the batch.
 
         Raises:
             RequestRefused: The batch went to others because the trainer was silent (409).
@@ -358,6 +358,9 @@ class TrajectoryService:
             if lease is not None and lease.number is not None and receipt.number >= lease.number:
                 if lease.given_back:
                     raise self._was_given_back(lease)
+                is_last = receipt.number == lease.number
+                if is_last and receipt.num_groups not in (None, len(lease.groups)):
+                    return {"status": "incomplete", "num_groups": len(lease.groups)}
                 await self._end(lease)
         return {"status": "success"}
 

@@ -24,7 +24,7 @@ class ApiFacts:
 
     `info` is the registered `batch_size` (rollouts) and `max_token_len` (tokens). `/status` was asked at the start and
     at the end of the look, `watch_s` seconds apart. `environments` are those that the API knows and can say something
-    of. `latest_group_size` counts the rollouts of the newest group that reached the queue: 0 if there was none, None
+    of. `keeps_batches` is whether it is `trl-atropos api`, which has none of the traps of order and registration. `latest_group_size` counts the rollouts of the newest group that reached the queue: 0 if there was none, None
     if it cannot be written as JSON. What a trainer registers is None where it is not known. `has_waiting_trainer` is
     whether a trainer is known to have registered and to get nothing from `/batch`.
     """
@@ -40,6 +40,7 @@ class ApiFacts:
     expected_batch_size: int | None = None
     expected_max_token_len: int | None = None
     has_waiting_trainer: bool = False
+    keeps_batches: bool = False
 
     @property
     def is_registered(self) -> bool:
@@ -86,7 +87,7 @@ def _data_before_register(facts: ApiFacts) -> str | None:
     # was reset keeps max_token_len and the newest group of its former life; there the queue betrays it.
     was_reset = facts.info[1] != UNREGISTERED
     has_data = facts.status.queue_size > 0 if was_reset else facts.latest_group_size != 0
-    if facts.is_registered or not has_data:
+    if facts.is_registered or not has_data or facts.keeps_batches:
         return None
     state = "The registration was wiped by /reset_data" if was_reset else f"No trainer is registered at {facts.url}"
     return f"{state}, and an environment has posted groups since."
@@ -120,7 +121,8 @@ def _other_registration(facts: ApiFacts) -> str | None:
         for name, found, wanted in zip(("batch_size", "max_token_len"), facts.info, expected, strict=True)
         if wanted is not None and found != wanted
     ]
-    if not facts.is_registered or not wrong:
+    # `trl-atropos api` takes the sizes of whoever registers last.
+    if not facts.is_registered or not wrong or facts.keeps_batches:
         return None
     return f"The Atropos API at {facts.url} is registered with {' and '.join(wrong)}."
 
@@ -185,7 +187,8 @@ def _batch_never_forms(facts: ApiFacts) -> str | None:
 
 def _lifo_ageing(facts: ApiFacts) -> str | None:
     num_rollouts = facts.status.queue_size * facts.max_group_size
-    if not facts.is_registered or facts.has_waiting_trainer or num_rollouts < 2 * facts.info[0]:
+    is_newest_first = not facts.keeps_batches
+    if not (facts.is_registered and is_newest_first) or facts.has_waiting_trainer or num_rollouts < 2 * facts.info[0]:
         return None
     return f"Up to {num_rollouts} rollouts are queued, a batch has {facts.info[0]}."
 
@@ -348,6 +351,7 @@ def inspect_api(
             expected_batch_size=expected_batch_size,
             expected_max_token_len=expected_max_token_len,
             has_waiting_trainer=has_waiting_trainer,
+            keeps_batches=client.keeps_batches,
         )
     except (AtroposConnectionError, AtroposProtocolError) as exc:
         return ApiFacts(client.base_url, error=exc.what)

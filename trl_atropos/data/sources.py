@@ -15,6 +15,7 @@ from typing import Any
 from ..checks.api import data_timeout, describe_wait, inspect_api
 from ..errors import (
     AtroposAnswerLost,
+    AtroposBatchGivenAway,
     AtroposBatchLost,
     AtroposConnectionError,
     AtroposProtocolError,
@@ -66,7 +67,9 @@ class FetchedBatch:
 class ApiBatches:
     """The batches of a live API, each on the disk before it is handed on. Iterate once.
 
-    An API that goes away is waited for; one that was restarted is registered with again, by calling `register`.
+    An API that goes away is waited for; one that was restarted is registered with again, by calling `register`. An API that
+    keeps batches (`trl-atropos api`) is asked for them by the numbers of the journal, and told when they are in it: a batch
+    that did not get there comes again, after a restart of either side, too.
 
     `num_restarts` counts the restarts of the API, `num_batches_maybe_lost` the requests for a batch that were sent and
     whose answer did not arrive, `num_batches_lost` the batches that the API could not write as JSON.
@@ -95,7 +98,17 @@ class ApiBatches:
             if raw_groups is None:
                 return
             number = self.journal.append(raw_groups)
+            if not self._acknowledge_last():
+                continue
             yield FetchedBatch(Position(number, 0), raw_groups, Position(number + 1, 0))
+
+    def confirm_journal(self) -> None:
+        """Give the receipt of the last batch of a journal that an earlier run wrote, before any of it is used.
+
+        If that run was killed while it wrote the batch, the API still has the whole of it, and the half is taken out.
+        """
+        if self.journal.num_groups_of_last:
+            self._acknowledge_last()
 
     def stop(self) -> None:
         """Do not ask for another batch."""
@@ -109,7 +122,7 @@ class ApiBatches:
         while not self._stop.is_set():
             elapsed = time.monotonic() - start
             try:
-                raw_groups = self.client.fetch_batch()
+                raw_groups = self._fetch()
                 if raw_groups is not None:
                     return _checked(raw_groups)
                 if elapsed >= options.batch_timeout_s:
@@ -118,19 +131,54 @@ class ApiBatches:
                     logger.info(describe_wait(elapsed, inspect_api(self.client, has_waiting_trainer=True)))
                     next_report = time.monotonic() - start + PROGRESS_INTERVAL_S
             except (AtroposConnectionError, AtroposRegistrationError) as exc:
+                if not self.client.keeps_batches:
+                    self._recover(exc)
+                    # Environments have to be started again, too.
+                    start, delay, next_report = time.monotonic(), FIRST_DELAY_S, PROGRESS_INTERVAL_S
+                    continue
+                if elapsed >= options.batch_timeout_s:
+                    raise
                 self._recover(exc)
-                start, delay, next_report = time.monotonic(), FIRST_DELAY_S, PROGRESS_INTERVAL_S
-                continue
             self._stop.wait(min(delay, options.refresh_interval, max(options.batch_timeout_s - elapsed, 0.0)))
             delay *= DELAY_GROWTH
         return None
 
+    def _fetch(self) -> list[Any] | None:
+        if not self.client.keeps_batches:
+            return self.client.fetch_batch()
+        return self.client.fetch_batch(self.journal.trainer_id(), self.journal.next_batch)
+
+    def _acknowledge_last(self) -> bool:
+        """Tell the API that the last batch of the journal is in it; False if it must not be used, and was taken out."""
+        number, num_groups = self.journal.next_batch - 1, self.journal.num_groups_of_last
+        deadline = time.monotonic() + self.options.api_timeout_s
+        while self.client.keeps_batches:
+            try:
+                if self.client.acknowledge(self.journal.trainer_id(), number, num_groups):
+                    return True
+                logger.warning(
+                    f"Batch {number} of the journal was not written whole ({num_groups} groups); it is fetched again."
+                )
+            except AtroposBatchGivenAway as exc:
+                logger.error(f"{exc} It is taken out of the journal and not trained here.")
+            except AtroposConnectionError as exc:
+                if time.monotonic() >= deadline:
+                    raise
+                self._recover(exc)
+                self._stop.wait(FIRST_DELAY_S)
+                continue
+            self.journal.drop_last()
+            return False
+        return True
+
     def _recover(self, exc: AtroposConnectionError | AtroposRegistrationError) -> None:
         """Wait for the API and register with it again if it forgot this trainer."""
-        self.num_batches_maybe_lost += isinstance(exc, AtroposAnswerLost)
+        keeps_batches = self.client.keeps_batches
+        self.num_batches_maybe_lost += isinstance(exc, AtroposAnswerLost) and not keeps_batches
+        held = "it keeps what it holds" if keeps_batches else "what it still held is gone if it was restarted"
         logger.error(
             f"{exc.what} {exc.why} Waiting up to {self.options.api_timeout_s:g} s for the API (--api_timeout_s). Every batch "
-            "that it handed out is in the journal; what it still held is gone if it was restarted."
+            f"that it handed out is in the journal; {held}."
         )
         timeout_s = self.options.api_timeout_s
         deadline = time.monotonic() + timeout_s
@@ -149,6 +197,9 @@ class ApiBatches:
         if self.client.info()[0] != UNREGISTERED:
             if isinstance(exc, AtroposRegistrationError):
                 raise exc
+            if self.client.keeps_batches:
+                logger.warning("The trajectory API answers again. Registration, queue and environments are as before.")
+                return
             # Compares the sizes, too: another trainer may have been the first after a restart.
             self.register()
             logger.warning("The Atropos API answers again, and a registration with this trainer's sizes holds.")

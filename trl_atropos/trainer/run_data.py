@@ -203,6 +203,7 @@ class _LiveSource:
     def open(self) -> Iterator[FetchedBatch]:
         """Register with the API. After the first publish: the first request for a batch lets environments begin."""
         self._register()
+        self._api.confirm_journal()
         replayed = replayed_batches(self.journal, self._first, self._batch_size)
         return itertools.chain(replayed, iter(self._api))
 

@@ -1,7 +1,8 @@
-"""HTTP to the Atropos API (`run-api`), as its trainer sees it.
+"""HTTP to the Atropos API, as its trainer sees it: atroposlib's `run-api`, or `trl-atropos api`.
 
-`/batch` is a destructive read: the API takes a batch out of its queue before it writes the answer, and keeps no copy.
-Hence every request is sent exactly once, and an error says whether a batch can have been lost with it.
+`/batch` of `run-api` is a destructive read: it takes a batch out of its queue before it writes the answer, and keeps no copy.
+Hence every request is sent exactly once, and an error says whether a batch can have been lost with it. `trl-atropos api` says
+in every answer what it is: it keeps a batch until the trainer, which names itself, has acknowledged it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import requests
 from urllib3.exceptions import NewConnectionError
 
 from ..errors import (
     AtroposAnswerLost,
+    AtroposBatchGivenAway,
     AtroposBatchLost,
     AtroposConnectionError,
     AtroposProtocolError,
@@ -37,6 +39,9 @@ MAX_PROBE_DELAY_S = 2.0
 PROGRESS_INTERVAL_S = 10.0
 UNREGISTERED = -1
 """What `/info` answers for the batch size as long as no trainer is registered."""
+
+DURABLE_API_HEADER = "trl-atropos-api"
+"""In every answer of `trl-atropos api`."""
 
 _START_API = "Start the API with `run-api --port PORT`, and give the trainer its URL with `--atropos_api_url`."
 _RESTART = "Stop all environments, restart `run-api`, then start the trainer first and the environments after it."
@@ -116,23 +121,29 @@ class AtroposClient:
 
     Args:
         base_url (`str`):
-            Root of `run-api`, for example `http://localhost:8000`.
+            Root of the API, for example `http://localhost:8000`. A key, if the API asks for one, is the password in it:
+            `http://trainer:KEY@localhost:8000`.
         connect_timeout_s (`float`, *optional*, defaults to 5.0):
             Longest wait for a connection, in seconds.
         read_timeout_s (`float`, *optional*, defaults to 600.0):
             Longest silence of the API while it answers, in seconds. Long, because giving up on `/batch` loses a batch.
+
+    `keeps_batches` is whether the API that answered last keeps a batch until it is acknowledged, and everything else over a
+    restart: whether it is `trl-atropos api`.
 
     Raises:
         PreflightError: `base_url` is not an http(s) URL.
     """
 
     def __init__(self, base_url: str, *, connect_timeout_s: float = 5.0, read_timeout_s: float = 600.0):
-        self.base_url = _checked_url(base_url)
+        self.base_url, credentials = _without_credentials(_checked_url(base_url))
+        self.keeps_batches = False
         self.connect_timeout_s = connect_timeout_s
         self.read_timeout_s = read_timeout_s
         self._session = requests.Session()  # its default adapters never retry
         self._proxies = proxies_for(self.base_url)
         self._session.headers["Connection"] = "close"
+        self._session.auth = credentials
 
     def __enter__(self) -> AtroposClient:
         return self
@@ -211,7 +222,7 @@ class AtroposClient:
                 The API's number of the environment.
 
         Returns:
-            [`EnvironmentStatus`], *optional*: None for HTTP 500: no such environment, or all weights sum to 0.
+            [`EnvironmentStatus`], *optional*: None for HTTP 500 or 404: no such environment, or all weights sum to 0.
 
         Raises:
             AtroposConnectionError: the API does not answer.
@@ -246,9 +257,10 @@ class AtroposClient:
     def register(self, registration: Registration) -> None:
         """Registers this trainer and makes sure that the registration holds.
 
-        The API keeps the first registration for good and answers every later one with success. So a registration with
+        `run-api` keeps the first registration for good and answers every later one with success. So a registration with
         other sizes is refused before it is posted, and after posting the sizes are read back. Registering again with
-        the same sizes (a trainer that was restarted) is fine: queue and step counter of the API go on.
+        the same sizes (a trainer that was restarted) is fine: queue and step counter of the API go on. With `trl-atropos api`
+        the last registration counts.
 
         Args:
             registration ([`Registration`]):
@@ -261,7 +273,13 @@ class AtroposClient:
         """
         wanted = (registration.batch_size, registration.max_token_len)
         found = self.info()
-        if found[0] != UNREGISTERED:
+        if found[0] != UNREGISTERED and self.keeps_batches:
+            if found != wanted:
+                logger.warning(
+                    f"The API at {self.base_url} was registered with batch_size {found[0]} and max_token_len {found[1]}. From "
+                    f"now on they are {wanted[0]} and {wanted[1]}; environments that run keep the old max_token_len."
+                )
+        elif found[0] != UNREGISTERED:
             self._compare(found, wanted)
             logger.warning(
                 "The Atropos API at %s is registered already, with the same sizes: its queue and its step counter go "
@@ -293,8 +311,15 @@ class AtroposClient:
         """
         self._exchange("GET", "/reset_data", is_json=False)
 
-    def fetch_batch(self) -> list[Any] | None:
-        """Takes the newest batch out of the API. The request is sent exactly once.
+    def fetch_batch(self, trainer: str | None = None, number: int | None = None) -> list[Any] | None:
+        """Takes a batch out of the API: the newest of `run-api`, the oldest of `trl-atropos api`. The request is sent once.
+
+        Args:
+            trainer (`str`, *optional*):
+                A name that no other trainer has. With it, `trl-atropos api` keeps the batch until `acknowledge`, and answers
+                with the same one as long as it is asked for the same number. `run-api` takes no notice.
+            number (`int`, *optional*):
+                Number of the batch, by the trainer's own count; given if `trainer` is.
 
         Returns:
             `list`, *optional*: the groups of one batch, as JSON gave them, or None if no batch is formed yet.
@@ -302,9 +327,11 @@ class AtroposClient:
         Raises:
             AtroposConnectionError: the API does not answer; the message says whether a batch can be lost.
             AtroposRegistrationError: no trainer is registered, or the registration was wiped by `/reset_data`.
+            AtroposBatchGivenAway: the batch before was not acknowledged in time.
             AtroposProtocolError: the answer is an error or not a batch.
         """
-        answer = self._exchange("GET", "/batch")
+        query = "" if trainer is None else f"?trainer={trainer}&number={number}"
+        answer = self._exchange("GET", f"/batch{query}", loses_batch=not (self.keeps_batches and query))
         if isinstance(answer, dict) and answer.get("status") == "error":
             raise AtroposRegistrationError(
                 f"The Atropos API at {self.base_url} gives no batch: {_shorten(answer.get('message'))}.",
@@ -317,6 +344,33 @@ class AtroposClient:
         if batch is not None and (not isinstance(batch, list) or not batch):
             raise _not_the_api(f"GET {self.base_url}/batch answered with the batch {_shorten(batch)}.")
         return batch
+
+    def acknowledge(self, trainer: str, number: int, num_groups: int) -> bool:
+        """Tells `trl-atropos api` that a batch is safe with this trainer, so that it is not handed out again.
+
+        Args:
+            trainer (`str`):
+                The name with which the batch was fetched.
+            number (`int`):
+                Its number, by the trainer's own count.
+            num_groups (`int`):
+                Number of its groups that the trainer has.
+
+        Returns:
+            `bool`: False if the batch had more groups: the API keeps it, to be fetched again.
+
+        Raises:
+            AtroposConnectionError: the API does not answer. Then acknowledge it again.
+            AtroposBatchGivenAway: the batch went to others, and must not be trained.
+            AtroposProtocolError: the answer is another error.
+        """
+        body = {"trainer": trainer, "number": number, "num_groups": num_groups}
+        answer = self._exchange("POST", "/acknowledge", json=body)
+        if not isinstance(answer, dict) or answer.get("status") not in ("success", "incomplete"):
+            raise _not_the_api(
+                f"POST {self.base_url}/acknowledge answered {_shorten(answer)}, without a `status` of ours."
+            )
+        return bool(answer["status"] == "success")
 
     def _compare(self, found: tuple[int, int], wanted: tuple[int, int]) -> None:
         if found != wanted:
@@ -340,11 +394,15 @@ class AtroposClient:
         read_timeout_s: float | None = None,
         is_json: bool = True,
         none_if_failed: bool = False,
+        loses_batch: bool = False,
     ) -> Any:
-        """One request, sent once; returns the JSON of a 200 answer, or its text; None for a 500 if that is asked for."""
+        """One request, sent once; returns the JSON of a 200 answer, or its text; None for a 500 if that is asked for.
+
+        `loses_batch` is whether a batch may be lost with the answer.
+        """
         request = f"{method} {self.base_url}{path}"
         timeout = (self.connect_timeout_s, self.read_timeout_s if read_timeout_s is None else read_timeout_s)
-        with _requests_errors_mapped(request, takes_batch=path == "/batch"):
+        with _requests_errors_mapped(request, takes_batch=loses_batch):
             try:
                 # A redirect would send the request a second time.
                 response = self._session.request(
@@ -359,14 +417,34 @@ class AtroposClient:
                 # A kept connection that the server closes at the moment of the next request looks like a lost answer.
                 # A fresh one per request tells "nobody listens, nothing sent" from "sent, answer lost".
                 self._session.close()
+            self.keeps_batches = DURABLE_API_HEADER in response.headers
             if response.status_code == 200:
                 return response.json() if is_json else response.text
-            if none_if_failed and response.status_code == 500:
+            # 404 of another service is not about environments.
+            if none_if_failed and response.status_code in ((404, 500) if self.keeps_batches else (500,)):
                 return None
-        raise self._http_error(request, response, takes_batch=path == "/batch")
+        raise self._http_error(request, response, takes_batch=path.startswith("/batch"))
 
     def _http_error(self, request: str, response: requests.Response, *, takes_batch: bool) -> TrlAtroposError:
         what = f"{request} answered HTTP {response.status_code}: {_shorten(response.text)}."
+        if response.status_code == 401:
+            return AtroposProtocolError(
+                what,
+                "The API asks for a key.",
+                "Give it in the URL: `--atropos_api_url http://trainer:KEY@HOST:PORT`.",
+            )
+        if self.keeps_batches and response.status_code == 409:
+            return AtroposBatchGivenAway(
+                what,
+                "The trainer was silent for longer than `--lease_timeout_s` of `trl-atropos api`.",
+                "Nothing is to be done for this batch; raise that option if the trainer may be silent for so long.",
+            )
+        if self.keeps_batches and response.status_code == 503:
+            return AtroposConnectionError(
+                what,
+                "The API cannot read or write its database. It keeps what it holds.",
+                "Free or mend the disk of the API; the trainer asks again.",
+            )
         if takes_batch and response.status_code >= 500:
             # Without a queue /batch also ends in a 500. Only /info tells that from a batch that cannot be written.
             if self.info()[0] == UNREGISTERED:
@@ -439,6 +517,15 @@ def _checked_url(base_url: str) -> str:
             "Give it as in `--atropos_api_url http://localhost:8000`.",
         )
     return base_url.rstrip("/")
+
+
+def _without_credentials(base_url: str) -> tuple[str, tuple[str, str] | None]:
+    """The URL as it may be shown, and the user and the password in it."""
+    parts = urlsplit(base_url)
+    if parts.password is None:
+        return base_url, None
+    shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return shown, (unquote(parts.username or ""), unquote(parts.password))
 
 
 def _integer(answer: Any, name: str, path: str) -> int:

@@ -6,6 +6,7 @@ directory:
     rollouts-00000000.jsonl   one `ScoredData` group per line as the wire had it, with one more, last key:
                               "journal": {"batch": 3, "group": 0, "crc32": "89abcdef"}
     rollouts-00000041.jsonl   the next segment; the number is that of its first batch
+    trainer_id                a name that no other journal has, by which the trajectory API knows the trainer
     marks.jsonl               what became of the batches:
                               {"event": "versions", "batch": 3, "first_group": 0, "fetched_version": 2,
                                "policy_versions": [[2, 2], null]}    a row per group, null for a refused one
@@ -21,6 +22,7 @@ import json
 import logging
 import os
 import re
+import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ from ..errors import JournalError
 logger = logging.getLogger(__name__)
 
 MARKS_NAME = "marks.jsonl"
+TRAINER_ID_NAME = "trainer_id"
 SEGMENT = re.compile(r"rollouts-(\d{8,})\.jsonl(\.gz)?")
 DEFAULT_SEGMENT_BYTES = 256 * 2**20
 
@@ -58,7 +61,8 @@ class Journal:
 
     A segment of `segment_bytes` bytes or more is followed by another one. When all segments together have more than
     `max_bytes` bytes, the oldest ones that no resume needs are deleted; None: they are kept. `next_batch` is the
-    number of the batch that is appended next.
+    number of the batch that is appended next, and `num_groups_of_last` counts the groups of the one before it that are in the
+    journal: fewer than it had if the machine or an earlier run ended while it was written.
 
     Raises:
         JournalError: the journal cannot be written, or its last line is damaged.
@@ -75,6 +79,7 @@ class Journal:
         self.segment_bytes = segment_bytes
         self.max_bytes = max_bytes
         self.next_batch = 0
+        self.num_groups_of_last = 0
         self._num_released = 0
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -89,7 +94,32 @@ class Journal:
                 _DISK_FIX,
             ) from exc
         for batch in self.batches(first_batch_of(segments(self.directory)[-1:])):
-            self.next_batch = batch.number + 1
+            self.next_batch, self.num_groups_of_last = batch.number + 1, len(batch.raw_groups)
+
+    def trainer_id(self) -> str:
+        """The name of this journal, 32 characters. It is made when it is asked for first.
+
+        Raises:
+            JournalError: the disk is full or fails.
+        """
+        path = self.directory / TRAINER_ID_NAME
+        try:
+            if not path.exists():
+                # Under its name only when it is whole: half a name would be another trainer's.
+                unfinished = path.with_suffix(".tmp")
+                with open(unfinished, "w", encoding="ascii") as file:
+                    file.write(uuid.uuid4().hex)
+                    file.flush()
+                    os.fsync(file.fileno())
+                unfinished.rename(path)
+                sync_directory(self.directory)
+            return path.read_text(encoding="ascii")
+        except OSError as exc:
+            raise JournalError(
+                f"The name of the journal {path} cannot be written or read: {exc}.",
+                "By it the trajectory API knows which batches this trainer has.",
+                _DISK_FIX,
+            ) from exc
 
     def append(self, raw_groups: Sequence[dict[str, Any]]) -> int:
         """Write the groups of one batch, as JSON gave them, and return its number when they are on the disk.
@@ -123,8 +153,32 @@ class Journal:
                 "The batch was taken from the API and is held by this process alone, which ends without using it.",
                 _DISK_FIX,
             ) from exc
-        self.next_batch = number + 1
+        self.next_batch, self.num_groups_of_last = number + 1, len(raw_groups)
         return number
+
+    def drop_last(self) -> None:
+        """Take the last batch out again: it is not whole, or was given to others. Nobody may have used it.
+
+        Raises:
+            JournalError: the disk fails.
+        """
+        number = self.next_batch - 1
+        path = segments(self.directory)[-1]
+        try:
+            if first_batch_of([path]) == number:
+                path.unlink()
+                sync_directory(self.directory)
+            else:
+                with open(path, "r+b") as file:
+                    file.truncate(_size_before_batch(path, number))
+                    os.fsync(file.fileno())
+        except OSError as exc:
+            raise JournalError(
+                f"Batch {number} cannot be taken out of the journal {path}: {exc}.",
+                "It would be trained, and the API hands it out once more.",
+                _DISK_FIX,
+            ) from exc
+        self.next_batch, self.num_groups_of_last = number, 0
 
     def mark(self, event: str, batch: int, **values: Any) -> None:
         """Note what became of the batch with the number `batch`.
@@ -319,6 +373,17 @@ def _make_line(group: dict[str, Any], batch: int, index: int) -> bytes:
         index,
         zlib.crc32(body),
     )
+
+
+def _size_before_batch(path: Path, number: int) -> int:
+    """Number of bytes of a segment up to the first line of a batch."""
+    size = 0
+    for line in _lines(path):
+        entry = _ENTRY.search(line.rstrip(b"\r\n"))
+        if entry is not None and json.loads(entry[1])["batch"] == number:
+            break
+        size += len(line)
+    return size
 
 
 def _cut_unfinished_line(file: BinaryIO, path: Path) -> None:
