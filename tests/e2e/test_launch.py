@@ -229,6 +229,30 @@ def test_services_for_an_external_trainer_run_until_they_are_interrupted(launch:
         requests.get(api_url[1], timeout=10)
 
 
+def test_the_trajectory_api_of_a_launch_survives_being_killed_and_keeps_its_database(launch: Launch) -> None:
+    launch.content |= {"api": "trl-atropos", "trainer_command": "external"}
+    process = launch.start()
+    (addresses, _) = wait_for_line(process, "until Ctrl-C")[-2:]
+    api_url = re.search(r"--atropos_api_url (\S+)", addresses)
+    assert api_url is not None
+    pid = requests.get(f"{api_url[1]}/healthz", timeout=10).json()["pid"]
+    os.kill(pid, signal.SIGKILL)
+    assert requests.get(f"{api_url[1]}/healthz", timeout=10).json()["pid"] != pid
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, output
+
+    # A run that resumes goes on with it, another one begins with an empty one.
+    trainer = f"{sys.executable} {launch.directory / 'trainer.py'}"
+    for number, arguments in enumerate(("--resume_from_checkpoint true", "")):
+        launch.content |= {"trainer_command": trainer, "trainer_args": arguments}
+        finished = launch.run()
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        assert (launch.run_dir / "api.db").exists()
+        assert (launch.run_dir / "api-1.db").exists() == (number == 1)
+    assert "the database of an earlier run is now" in finished.stdout
+
+
 def test_external_environments_are_told_where_to_go(launch: Launch, vllm: ScriptedServer) -> None:
     launch.content["environments"] = "external"
     finished = launch.run()

@@ -129,6 +129,8 @@ ENVIRONMENTS = "environments"
         ({"on_environment_exit": "ignore"}, "Choose one of: stop, continue"),
         ({"api_url": "localhost:8000"}, "must be the root of a server"),
         ({"vllm_url": "http://localhost:8001/v1"}, "must be the root of a server"),
+        ({"api": "run_api"}, "Choose one of: trl-atropos, run-api, external"),
+        ({"api": "external"}, "with external give `api_url`, too"),
         ({"api_port": 65536}, r"lies in 1\.\.65535"),
         (
             {
@@ -174,7 +176,11 @@ def test_absent_and_malformed_files_are_refused(tmp_path: Path) -> None:
 
 def test_servers_are_bound_to_the_loopback_address() -> None:
     config = LaunchConfig(**REQUIRED)
-    assert flags_of(build_api_command(1234)) == {"--host": "127.0.0.1", "--port": "1234"}
+    address = {"--host": "127.0.0.1", "--port": "1234"}
+    assert flags_of(build_api_command(config, 1234)) == address
+    durable = build_api_command(LaunchConfig(**REQUIRED, api="trl-atropos"), 1234)
+    assert durable[:2] == ["trl-atropos", "api"]
+    assert flags_of(durable) == {**address, "--db": "r/api.db"}
     flags = flags_of(build_vllm_command(config, 1234))
     assert (flags["--host"], flags["--port"], flags["--model"]) == ("127.0.0.1", "1234", "m")
 

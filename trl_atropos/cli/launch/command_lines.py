@@ -10,7 +10,7 @@ from typing import Any
 
 from ...trainer.yaml_file import read_yaml
 from ...weight_sync.transports.backends import MIDDLEWARE, SHARED_MEMORY_BACKEND
-from .config import EnvironmentConfig, LaunchConfig
+from .config import DURABLE_API, EnvironmentConfig, LaunchConfig
 
 
 HOST = "127.0.0.1"
@@ -23,8 +23,10 @@ DEFAULT_VLLM_ARGS: dict[str, Any] = {
 """Arguments of `trl vllm-serve` unless `vllm_args` names others."""
 
 
-def build_api_command(port: int) -> list[str]:
+def build_api_command(config: LaunchConfig, port: int) -> list[str]:
     """Return the command line of the Atropos API."""
+    if config.api == DURABLE_API:
+        return ["trl-atropos", "api", "--db", str(config.api_database), "--host", HOST, "--port", str(port)]
     # run-api starts one worker. It must stay one: the queue lives in that process's memory.
     return ["run-api", "--host", HOST, "--port", str(port)]
 

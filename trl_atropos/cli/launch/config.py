@@ -14,7 +14,12 @@ from ...trainer.yaml_file import read_yaml
 
 
 EXTERNAL = "external"
-"""Value of `environments` or `trainer_command`: somebody else starts them."""
+"""Value of `environments`, `trainer_command` or `api`: somebody else starts them."""
+
+DURABLE_API = "trl-atropos"
+"""Value of `api`: `trl-atropos api`, with its database in the run directory."""
+
+APIS = (DURABLE_API, "run-api", EXTERNAL)
 
 ENVIRONMENT_EXITS = ("stop", "continue")
 
@@ -39,7 +44,7 @@ class LaunchConfig:
 
     An `api_url` or `vllm_url` that is not None is a server that runs already. Of what is started, a port of 0 is any
     free one. `environments` is empty and `trainer_command` is `EXTERNAL` where somebody else starts them.
-    `startup_timeout_s` is in seconds, for the API and the inference server together.
+    `api` is one of `APIS`; with an `api_url` it is external. `startup_timeout_s` is in seconds, for the API and the inference server together.
     """
 
     model_name_or_path: str
@@ -47,6 +52,7 @@ class LaunchConfig:
     environments: dict[str, EnvironmentConfig]
     trainer_command: str
     trainer_args: str = ""
+    api: str = "run-api"
     api_url: str | None = None
     vllm_url: str | None = None
     api_port: int = 0
@@ -66,6 +72,11 @@ class LaunchConfig:
     def trainer_output_dir(self) -> Path:
         """Where the trainer saves the model and its state."""
         return Path(self.run_dir) / "model"
+
+    @property
+    def api_database(self) -> Path:
+        """The database of `trl-atropos api`."""
+        return Path(self.run_dir) / "api.db"
 
     @property
     def is_local_model(self) -> bool:
@@ -201,6 +212,12 @@ def _check_values(where: str, config: LaunchConfig) -> None:
             f"`on_environment_exit` in {where} is {config.on_environment_exit!r}.",
             "It says what becomes of the run when one of several environments ends.",
             f"Choose one of: {', '.join(ENVIRONMENT_EXITS)}.",
+        )
+    if config.api not in APIS or (config.api == EXTERNAL and config.api_url is None):
+        raise PreflightError(
+            f"`api` in {where} is {config.api!r}, `api_url` is {config.api_url!r}.",
+            "It says which API is started; one that runs already has an address.",
+            f"Choose one of: {', '.join(APIS)}; with {EXTERNAL} give `api_url`, too.",
         )
     for key in ("api_url", "vllm_url"):
         _check_url(where, key, getattr(config, key))

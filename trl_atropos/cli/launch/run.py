@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shlex
@@ -28,8 +29,9 @@ from .command_lines import (
     build_vllm_command,
     env_flags,
     trainer_flags,
+    trainer_option,
 )
-from .config import LaunchConfig
+from .config import DURABLE_API, LaunchConfig
 from .gpus import split_gpus
 from .output import LaunchOutput
 from .processes import ManagedProcess, ProcessGroup, failure_of
@@ -97,6 +99,9 @@ class _Launch:
         """Start the Atropos API and the inference server side by side, those of them that are not external."""
         config = self._config
 
+        def api_command(port: int) -> list[str]:
+            return build_api_command(config, port)
+
         def vllm_command(port: int) -> list[str]:
             return build_vllm_command(config, port)
 
@@ -105,9 +110,11 @@ class _Launch:
         if config.api_url is not None:
             api = ExternalService("api", config.api_url, "/")
         else:
+            if config.api == DURABLE_API:
+                self._keep_earlier_database()
             env = self._child_env({})
             api = Service(
-                "api", "/", build_api_command, self._log_path("api"), env, self._group, self._output, config.api_port
+                "api", "/", api_command, self._log_path("api"), env, self._group, self._output, config.api_port
             )
         if config.vllm_url is not None:
             vllm = ExternalService("vllm", config.vllm_url, "/health")
@@ -124,6 +131,20 @@ class _Launch:
                 config.vllm_port,
             )
         return api, vllm
+
+    def _keep_earlier_database(self) -> None:
+        """Move the groups of an earlier run aside, as the trainer does with its journal; a run that resumes goes on with them."""
+        database = self._config.api_database
+        resumes = trainer_option(self._config, "resume_from_checkpoint")
+        if not database.exists() or str(resumes).lower() not in ("none", "false"):
+            return
+        number = next(n for n in itertools.count(1) if not database.with_name(f"api-{n}.db").exists())
+        target = database.with_name(f"api-{number}.db")
+        for suffix in ("-wal", "-shm", ""):
+            source = Path(f"{database}{suffix}")
+            if source.exists():
+                source.rename(f"{target}{suffix}")
+        self._output.say("launch", f"the database of an earlier run is now {target}")
 
     def start_environments(self, api_url: str, vllm_url: str) -> None:
         """Start the environments, which wait by themselves until the trainer has registered."""
