@@ -291,7 +291,8 @@ class TrajectoryApp:
     async def _compressed_parts(self, lease: Lease) -> AsyncIterator[bytes]:
         compressor = zlib.compressobj(1, wbits=31)
         async for part in self._plain_parts(lease):
-            yield await self._on(self._readers, compressor.compress, part)
+            # Not on the readers, where it would wait behind all posts.
+            yield await self._on(self._bodies, compressor.compress, part)
         yield compressor.flush()
 
     async def _stored_parts(self, lease: Lease) -> AsyncIterator[bytes]:

@@ -20,8 +20,8 @@ from trl_atropos.report.metric_help import ENVIRONMENT_METRICS, EVALUATION_METRI
 
 PACKAGE = Path(trl_atropos.__file__).parent
 ROOT = PACKAGE.parent
-# Its dictionaries say how metrics are shown.
-READERS = PACKAGE / "cli"
+# The dictionaries of the first say how metrics are shown; the second has metrics, and a page, of its own.
+OTHERS = {PACKAGE / "cli", PACKAGE / "api"}
 CONSTRUCTORS = {"mean_of", "total", "minimum_of", "maximum_of", "Metric"}
 # Ratios and weights have no unit.
 UNIT_OR_RANGE = re.compile(
@@ -75,7 +75,7 @@ def metric_names(source: str) -> set[str]:
 
 
 def names_in_package() -> set[str]:
-    files = [path for path in PACKAGE.rglob("*.py") if READERS not in path.parents]
+    files = [path for path in PACKAGE.rglob("*.py") if not OTHERS & set(path.parents)]
     assert len(files) > 20
     return set().union(*(metric_names(path.read_text()) for path in files))
 
