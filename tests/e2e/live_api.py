@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import requests
 from resume_run import GROUP_SIZE, Run, make_group
 from scripted_routes import Refusal, Request
@@ -128,12 +129,34 @@ class PublishTarget(ScriptedServer):
         return super().answer(request)
 
 
-class LiveRun(Run):
-    """A run on an API of its own, which is started when this is entered."""
+class DurableApiProcess(ApiProcess):
+    """`trl-atropos api`, on the same port and the same database every time."""
 
-    def __init__(self, directory: Path, target: PublishTarget, **options: Any):
+    def __init__(self, log_path: Path):
+        super().__init__(log_path)
+        port = self.url.rpartition(":")[2]
+        database = str(log_path.with_name("api.db"))
+        self.command = [sys.executable, "-m", "trl_atropos.cli.main", "api", "--db", database, "--port", port]
+
+    def server_pid(self) -> int:
+        return self.get("/healthz")["pid"]
+
+    def kill(self) -> None:
+        """Kill the process that listens, and the one that answers."""
+        server = psutil.Process(self.server_pid())
+        super().kill()
+        server.kill()
+        psutil.wait_procs([server], timeout=10)
+
+
+class LiveRun(Run):
+    """A run on an API of its own, `run-api` unless another is given, which is started when this is entered."""
+
+    def __init__(
+        self, directory: Path, target: PublishTarget, api_class: type[ApiProcess] = ApiProcess, **options: Any
+    ):
         directory.mkdir(parents=True, exist_ok=True)
-        self.api = ApiProcess(directory / "api.log")
+        self.api = api_class(directory / "api.log")
         urls = {"atropos_api_url": self.api.url, "vllm_server_base_url": target.base_url}
         super().__init__(directory, **urls, **options)
 

@@ -223,9 +223,9 @@ def arm(trainer: RecordingTrainer, progress: Any) -> None:
         TrainerState.save_to_json,
     )
 
-    def armed_fetch_batch(client: AtroposClient) -> Any:
+    def armed_fetch_batch(client: AtroposClient, *name: Any) -> Any:
         progress.is_fetching = True
-        batch = fetch_batch(client)
+        batch = fetch_batch(client, *name)
         progress.is_fetching = batch is not None
         return batch
 

@@ -102,6 +102,23 @@ class ApiBatches:
                 continue
             yield FetchedBatch(Position(number, 0), raw_groups, Position(number + 1, 0))
 
+    def begin(self) -> None:
+        """Register with the API, and confirm the journal.
+
+        An API that keeps everything may be on its way back; of another one it would not be known what it lost.
+        """
+        deadline = time.monotonic() + self.options.api_timeout_s
+        while True:
+            try:
+                self.register()
+                break
+            except AtroposConnectionError as exc:
+                if not self.client.keeps_batches or time.monotonic() >= deadline:
+                    raise
+                logger.warning(f"{exc.what} Waiting for the API (--api_timeout_s).")
+                self.client.wait_until_reachable(self.options.api_timeout_s)
+        self.confirm_journal()
+
     def confirm_journal(self) -> None:
         """Give the receipt of the last batch of a journal that an earlier run wrote, before any of it is used.
 

@@ -194,16 +194,19 @@ class _LiveSource:
         if num_replayed:
             logger.info(f"{num_replayed} batches of the journal were not trained yet and come first.")
         self._first = first
-        self._register = lambda: servers.register(args, starting_step=progress.global_step)
-        self._api = ApiBatches(servers.atropos_client, self.journal, args, self._register)
+        self._api = ApiBatches(
+            servers.atropos_client,
+            self.journal,
+            args,
+            lambda: servers.register(args, starting_step=progress.global_step),
+        )
         self.lookup: CallLookup | None = None
         if servers.facts.knows_policy_versions:
             self.lookup = servers.find_calls
 
     def open(self) -> Iterator[FetchedBatch]:
         """Register with the API. After the first publish: the first request for a batch lets environments begin."""
-        self._register()
-        self._api.confirm_journal()
+        self._api.begin()
         replayed = replayed_batches(self.journal, self._first, self._batch_size)
         return itertools.chain(replayed, iter(self._api))
 
