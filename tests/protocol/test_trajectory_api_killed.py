@@ -25,6 +25,9 @@ NUM_POSTERS = 4
 NUM_ATTEMPTS = 3
 """Of BaseEnv, which waits up to 1 s and then up to 2 s between them."""
 
+BROKEN = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)
+"""Before the head of an answer, and after it."""
+
 
 @pytest.fixture
 def process(tmp_path):
@@ -46,14 +49,19 @@ class Poster(threading.Thread):
         self.number = number
         self.stop = stop
         self.acknowledged: list[int] = []
-        self.given_up: list[int] = []
+        self.given_up: dict[int, tuple[float, float]] = {}
+        """Serial -> when it was posted first, and last."""
 
     def run(self) -> None:
         rng = random.Random(self.number)
         serial = self.number * 1_000_000
         while not self.stop.is_set():
             serial += 1
-            (self.acknowledged if self.post(serial, rng) else self.given_up).append(serial)
+            start = time.monotonic()
+            if self.post(serial, rng):
+                self.acknowledged.append(serial)
+            else:
+                self.given_up[serial] = (start, time.monotonic())
 
     def post(self, serial: int, rng: random.Random) -> bool:
         for attempt in range(NUM_ATTEMPTS):
@@ -63,7 +71,7 @@ class Poster(threading.Thread):
                 group = make_group(2, tokens=[[serial, 6, 7]] * 2)
                 if requests.post(f"{self.url}/scored_data", json=group, timeout=30).status_code == 200:
                     return True
-            except requests.ConnectionError:
+            except BROKEN:
                 continue
         return False
 
@@ -84,7 +92,7 @@ class Trainer(threading.Thread):
             query: dict[str, Any] = {"trainer": "journal", "number": len(self.journal)}
             try:
                 batch = requests.get(f"{self.url}/batch", params=query, timeout=30).json()["batch"]
-            except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+            except BROKEN:
                 continue
             if batch is None:
                 if self.stop.is_set():
@@ -106,6 +114,7 @@ def test_every_acknowledged_group_is_trained_once_whenever_the_api_is_killed(pro
         thread.start()
     rng = random.Random(0)
     recovery_s = []
+    nobody_listens: list[tuple[float, float]] = []
     for kill in range(NUM_KILLS):
         pid = server_pid(url)
         time.sleep(rng.uniform(0.02, 0.3))
@@ -125,7 +134,9 @@ def test_every_acknowledged_group_is_trained_once_whenever_the_api_is_killed(pro
             except requests.ConnectionError:
                 assert time.monotonic() - start < 30, process.log.read_text()[-2000:]
                 time.sleep(0.01)
-        if kill % 10 != 9:
+        if kill % 10 == 9:
+            nobody_listens.append((start, time.monotonic()))
+        else:
             recovery_s.append(time.monotonic() - start)
     stop_posting.set()
     for poster in posters:
@@ -142,10 +153,13 @@ def test_every_acknowledged_group_is_trained_once_whenever_the_api_is_killed(pro
     assert max(trained.values()) == 1
     assert left < 4
     assert len(acknowledged - trained.keys()) <= left
-    given_up = {serial for poster in posters for serial in poster.given_up}
-    assert trained.keys() <= acknowledged | given_up
-    # An environment that lost the server only, and not the listening process, never runs out of attempts.
-    assert len(given_up) <= 2 * NUM_POSTERS
+    given_up = {serial: times for poster in posters for serial, times in poster.given_up.items()}
+    assert trained.keys() <= acknowledged | given_up.keys()
+    # Who lost the server only, and not the listening process, does not run out of attempts; three kills may hit one post.
+    overlaps = [
+        any(first < end and start < last for start, end in nobody_listens) for first, last in given_up.values()
+    ]
+    assert overlaps.count(False) <= 2
     assert trainer.num_forgotten > 0
     assert max(recovery_s) < 5.0, recovery_s
 
