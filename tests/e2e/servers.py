@@ -14,6 +14,7 @@ from typing import Any
 
 import requests
 import torch
+from fork_server import ForkedProcess
 from tiny_models import byte_tokenizer, tiny_llama, tiny_qwen3
 from transformers import AutoTokenizer
 from trl.scripts.vllm_serve import build_command, make_parser
@@ -23,7 +24,7 @@ from trl_atropos.cli.launch.processes import free_port
 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FORKING = Path(__file__).parent / "forking"
+VLLM = (sys.executable, str(Path(__file__).with_name("forking_vllm.py")))
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 240.0
 VOCAB_SIZE = 320
@@ -79,7 +80,7 @@ def config(output_dir: Path, api_url: str, vllm_url: str, **options: object) -> 
 def running(*command: str, log_path: Path) -> Iterator[None]:
     """A process that is killed at the end; it starts in the repository's root."""
     with log_path.open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        process = ForkedProcess(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     try:
         yield
     finally:
@@ -98,6 +99,7 @@ def trl_vllm_serve(arguments: list[str]) -> list[str]:
 class VLLMServer:
     """A `trl vllm-serve` process (plain `vllm serve` without dev mode) with our middleware and one of our engines.
 
+    It computes on one thread that may run on any core: others would wait for each other, where tests share the cores.
     `start` returns when it is healthy, on the same port every time; `kill` ends it with all of its workers at once.
     """
 
@@ -113,30 +115,31 @@ class VLLMServer:
         port = free_port()
         self.url = f"http://{HOST}:{port}"
         self.log_path = log_path
-        self.process: subprocess.Popen | None = None
+        self.process: ForkedProcess | None = None
         arguments = [
             *("--host", HOST, "--port", str(port), "--max-model-len", "256"),
             *("--weight-transfer-config", f'{{"backend": "{backend}"}}'),
             *("--middleware", "trl_atropos.serving.generate_endpoint.GenerateEndpoint"),
             *extra_args,
         ]
-        plain = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *arguments]
-        self.command = trl_vllm_serve(["--model", str(model), *arguments]) if has_dev_mode else plain
+        command = ["serve", str(model), *arguments]
+        if has_dev_mode:
+            interpreter, m, module, *command = trl_vllm_serve(["--model", str(model), *arguments])
+            assert (interpreter, m, module) == (sys.executable, "-m", "vllm.entrypoints.cli.main")
+        self.command = [*VLLM, *command]
         self.environment = {
             **os.environ,
             **({"VLLM_SERVER_DEV_MODE": "1"} if has_dev_mode else {}),
-            "PYTHONPATH": os.pathsep.join([str(FORKING), os.environ.get("PYTHONPATH", "")]),
-            "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",
-            "OMP_WAIT_POLICY": "passive",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             **(environment or {}),
         }
 
     def start(self) -> None:
         """Start the server and wait until it is healthy."""
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
+            self.process = ForkedProcess(
                 self.command, stdout=log, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
             )
         _wait_until_healthy(self.url, self.process, self.log_path)
@@ -164,7 +167,7 @@ def serve(model: Path, *extra_args: str, log_path: Path, **options: Any) -> Iter
         server.stop()
 
 
-def _wait_until_healthy(url: str, process: subprocess.Popen, log_path: Path) -> None:
+def _wait_until_healthy(url: str, process: ForkedProcess, log_path: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         assert process.poll() is None, f"the server ended:\n{log_path.read_text()[-4000:]}"
@@ -173,11 +176,11 @@ def _wait_until_healthy(url: str, process: subprocess.Popen, log_path: Path) -> 
                 return
         except requests.exceptions.RequestException:
             pass
-        time.sleep(0.25)
+        time.sleep(0.1)
     raise TimeoutError(f"the server is not healthy after {START_TIMEOUT_S} s:\n{log_path.read_text()[-4000:]}")
 
 
-def _end_session(process: subprocess.Popen) -> None:
+def _end_session(process: ForkedProcess) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

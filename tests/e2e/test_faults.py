@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 from killed_trainer import MOMENTS
 from publishing import BF16_NOISE, Publishing, load, max_abs_diff
@@ -188,7 +188,7 @@ def test_a_killed_trainer_leaves_nothing_and_the_next_one_heals_the_server(
 ) -> None:
     command = [sys.executable, str(DIRECTORY / "killed_trainer.py"), server.url, str(models[0]), moment]
     path = os.pathsep.join([str(DIRECTORY), str(DIRECTORY.parent), os.environ.get("PYTHONPATH", "")])
-    trainer = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, timeout=120, check=False)
+    trainer = fork_server.run(command, env={**os.environ, "PYTHONPATH": path}, timeout=120)
     assert trainer.returncode == -signal.SIGKILL
 
     publishing = Publishing(server.url, models[1])

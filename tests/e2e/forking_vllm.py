@@ -1,0 +1,22 @@
+"""The command line of vLLM, in a process that forks the engine and the workers of a server.
+
+On a CPU vLLM spawns them: each imports everything once more. Servers that `trl-atropos launch` starts in tests spawn as always.
+"""
+
+import multiprocessing
+import sys
+from multiprocessing.context import BaseContext
+
+from vllm.entrypoints.cli.main import main
+
+
+_get_context = multiprocessing.get_context
+
+
+def get_context(method: str | None = None) -> BaseContext:
+    return _get_context("fork" if method == "spawn" else method)
+
+
+if __name__ == "__main__":
+    multiprocessing.get_context = get_context
+    sys.exit(main())
