@@ -164,9 +164,7 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
-def run(
-    command: Sequence[str | Path], *, timeout: float, **options: Any
-) -> subprocess.CompletedProcess[str]:
+def run(command: Sequence[str | Path], *, timeout: float, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a program to its end and return what it printed. `options`: `env` and `cwd` of [`ForkedProcess`]."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = ForkedProcess(command, stdout=out, stderr=err, **options)

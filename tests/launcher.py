@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import pickle
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from fork_server import ForkedProcess
 
 
 TESTS = Path(__file__).parent
 # A launcher that is told to stop gives its processes half a minute.
 STOP_TIMEOUT_S = 60
+RANKS_TIMEOUT_S = 240
 
 
 def run_launcher(
@@ -19,32 +27,66 @@ def run_launcher(
 ) -> tuple[int, str]:
     """Run a launcher, given as arguments of Python, in a clean environment for gloo on a CPU.
 
+    With `fork_server.PROGRAM` before the script that it is to start, its processes are forks.
+
     Returns:
         `tuple[int, str]`: exit status of the launcher, and what it and its processes printed.
     """
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env={
-            # Not those of a launcher above this one.
-            **{name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")},
-            "OMP_NUM_THREADS": "1",
-            # What the threads of a process did that a library has aborted.
-            "PYTHONFAULTHANDLER": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
-            **environment,
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        log, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        # It takes its processes with it, which a SIGKILL would leave behind.
-        process.terminate()
-        log, _ = process.communicate(timeout=STOP_TIMEOUT_S)
-        log += f"\nStopped after {timeout_s} s."
-    return process.returncode, log
+    variables = {
+        # Not those of a launcher above this one.
+        **{name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")},
+        "OMP_NUM_THREADS": "1",
+        # What the threads of a process did that a library has aborted.
+        "PYTHONFAULTHANDLER": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
+        **environment,
+    }
+    note = ""
+    with tempfile.TemporaryFile() as printed:
+        process = ForkedProcess(
+            [sys.executable, *arguments], cwd=cwd, env=variables, stdout=printed, stderr=subprocess.STDOUT
+        )
+        try:
+            status = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            # It takes its processes with it, which a SIGKILL would leave behind.
+            process.terminate()
+            status = process.wait(STOP_TIMEOUT_S)
+            note = f"\nStopped after {timeout_s} s."
+        printed.seek(0)
+        return status, printed.read().decode(errors="replace") + note
+
+
+def run_ranks(function: Callable[..., None], arguments: tuple[Any, ...], *, num_ranks: int) -> None:
+    """Call a function of a test module with its rank and these arguments, in as many processes, and fail if one fails."""
+    with tempfile.TemporaryDirectory() as directory:
+        call = Path(directory) / "call.pickle"
+        call.write_bytes(pickle.dumps((function, arguments)))
+        paths = [str(Path(inspect.getfile(function)).parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+        processes, logs = [], [Path(directory) / f"{rank}.log" for rank in range(num_ranks)]
+        for rank, path in enumerate(logs):
+            with path.open("wb") as log:
+                processes.append(
+                    ForkedProcess(
+                        [sys.executable, __file__, call, str(rank)],
+                        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        deadline = time.monotonic() + RANKS_TIMEOUT_S
+        while time.monotonic() < deadline:
+            statuses = [process.poll() for process in processes]
+            if None not in statuses or any(statuses):
+                break
+            time.sleep(0.01)
+        for process in processes:
+            process.kill()
+        assert statuses == [0] * num_ranks, (statuses, *(path.read_text() for path in logs))
+
+
+if __name__ == "__main__":
+    called, given = pickle.loads(Path(sys.argv[1]).read_bytes())
+    called(int(sys.argv[2]), *given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 from launched_fsdp2 import load, micro_batch, weighted_sum
@@ -26,7 +27,9 @@ def launched(request, tmp_path_factory) -> tuple[Path, str, list[dict[str, Any]]
     tiny_llama(seed=3, tied=is_tied, initializer_range=0.2).save_pretrained(output / "model")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     exit_status, log = run_launcher(
-        [*torchrun, SCRIPT, output / "model", output, precision], timeout_s=LAUNCH_TIMEOUT_S, environment={}
+        [*torchrun, fork_server.PROGRAM, SCRIPT, output / "model", output, precision],
+        timeout_s=LAUNCH_TIMEOUT_S,
+        environment={},
     )
     assert exit_status == 0, log
     return output / "model", precision, [torch.load(output / f"rank{rank}.pt") for rank in range(2)]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 from launched_gather import POLICIES
@@ -41,7 +42,7 @@ def results_of(tmp_path_factory) -> Callable[[str, int], Results]:
 def launch(parallelism: str, num_ranks: int, output: Path) -> Results:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     exit_status, log = run_launcher(
-        [*torchrun, SCRIPT, output, parallelism, *POLICIES],
+        [*torchrun, fork_server.PROGRAM, SCRIPT, output, parallelism, *POLICIES],
         timeout_s=LAUNCH_TIMEOUT_S,
         environment={"DS_ACCELERATOR": "cpu"},
     )

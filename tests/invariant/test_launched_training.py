@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 import yaml
@@ -150,7 +151,16 @@ def run_launch(launch: Launch, directory: Path, output: Path, publish_url: str) 
     """Exit status of the launcher, and what it and its processes printed."""
     output.mkdir()
     return run_launcher(
-        ["-m", *launch.command, SCRIPT, directory / "model", output, launch.parallelism, *launch.cases],
+        [
+            "-m",
+            *launch.command,
+            fork_server.PROGRAM,
+            SCRIPT,
+            directory / "model",
+            output,
+            launch.parallelism,
+            *launch.cases,
+        ],
         timeout_s=LAUNCH_TIMEOUT_S,
         # No configuration of accelerate from outside of the test.
         environment={"PUBLISH_URL": publish_url, "HF_HOME": str(output / "home"), **launch.environment},

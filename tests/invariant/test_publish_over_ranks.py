@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launcher import run_ranks
 from scripted_server import ScriptedServer
 from tiny_models import tiny_llama
 
@@ -89,7 +89,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Scripte
     with ScriptedServer(tiny_llama(seed=1, num_layers=1)) as server:
         # The first publish finishes, the second does not get as far, the third is refused, the fourth is not.
         server.script["POST /finish_weight_update"] = [None, 500, None]
-        mp.start_processes(run_rank, args=(str(directory), server.base_url), nprocs=WORLD_SIZE, start_method="spawn")
+        run_ranks(run_rank, (str(directory), server.base_url), num_ranks=WORLD_SIZE)
         yield server, [json.loads((directory / f"outcomes{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
 
 

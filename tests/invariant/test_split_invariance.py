@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launcher import run_ranks
 from peft import LoraConfig, get_peft_model
 from tiny_models import perturb, tiny_llama
 from torch.nn.parallel import DistributedDataParallel
@@ -195,7 +195,7 @@ def run_rank(rank: int, port: int, directory: str) -> None:
 @pytest.fixture(scope="module")
 def gradients_of_two_ranks(tmp_path_factory) -> dict[Any, Any]:
     directory = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, args=(free_port(), str(directory)), nprocs=2)
+    run_ranks(run_rank, (free_port(), str(directory)), num_ranks=2)
     return torch.load(directory / "gradients.pt", weights_only=False)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launcher import run_ranks
 
 from trl_atropos.loss.advantages import advantage_statistics, normalize_advantages
 from trl_atropos.loss.metrics import MetricAccumulator, maximum_of, mean_of, minimum_of, total
@@ -123,7 +123,7 @@ def run_rank(rank: int, directory: str) -> None:
 @pytest.fixture(scope="module")
 def results_of_ranks(tmp_path_factory) -> list[dict[str, Any]]:
     directory = tmp_path_factory.mktemp("gloo")
-    mp.spawn(run_rank, args=(str(directory),), nprocs=WORLD_SIZE)
+    run_ranks(run_rank, (str(directory),), num_ranks=WORLD_SIZE)
     return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD_SIZE)]
 
 

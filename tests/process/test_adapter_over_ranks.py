@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from launcher import run_ranks
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import tiny_llama
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing import spawn
 
 from trl_atropos.weight_sync.weights.adapter import take_adapter
 
@@ -40,7 +40,8 @@ def take_on_two_ranks(rank: int, rendezvous: str, output: Path) -> None:
 
 def test_every_rank_of_a_sharded_policy_takes_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    spawn(take_on_two_ranks, (f"file://{tmp_path / 'rendezvous'}", tmp_path), nprocs=2)
+    arguments = (f"file://{tmp_path / 'rendezvous'}", tmp_path)
+    run_ranks(take_on_two_ranks, arguments, num_ranks=2)
     expected = take_adapter(policy(r=3), torch.bfloat16).tensors
     for rank in range(2):
         tensors, is_as_before = torch.load(tmp_path / f"{rank}.pt")
