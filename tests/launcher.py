@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
+import base64
+import io
 import os
 import pickle
 import subprocess
@@ -59,34 +60,36 @@ def run_launcher(
         return status, printed.read().decode(errors="replace") + note
 
 
+def start_call(function: Callable[..., None], *arguments: Any, **options: Any) -> ForkedProcess:
+    """Call a function of a module in a process of its own. `options`: those of [`ForkedProcess`]."""
+    # Where the module is found comes first.
+    call = base64.b64encode(pickle.dumps(sys.path) + pickle.dumps((function, arguments))).decode()
+    return ForkedProcess([sys.executable, __file__, call], **options)
+
+
 def run_ranks(function: Callable[..., None], arguments: tuple[Any, ...], *, num_ranks: int) -> None:
-    """Call a function of a test module with its rank and these arguments, in as many processes, and fail if one fails."""
-    with tempfile.TemporaryDirectory() as directory:
-        call = Path(directory) / "call.pickle"
-        call.write_bytes(pickle.dumps((function, arguments)))
-        paths = [str(Path(inspect.getfile(function)).parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
-        processes, logs = [], [Path(directory) / f"{rank}.log" for rank in range(num_ranks)]
-        for rank, path in enumerate(logs):
-            with path.open("wb") as log:
-                processes.append(
-                    ForkedProcess(
-                        [sys.executable, __file__, call, str(rank)],
-                        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+    """Call a function of a module with its rank and these arguments, in as many processes, and fail if one fails."""
+    with tempfile.TemporaryFile() as log:
+        processes = [
+            start_call(function, rank, *arguments, stdout=log, stderr=subprocess.STDOUT) for rank in range(num_ranks)
+        ]
         deadline = time.monotonic() + RANKS_TIMEOUT_S
-        while time.monotonic() < deadline:
-            statuses = [process.poll() for process in processes]
-            if None not in statuses or any(statuses):
-                break
+        statuses: list[int | None] = [None]
+        while None in statuses and not any(statuses) and time.monotonic() < deadline:
             time.sleep(0.01)
+            statuses = [process.poll() for process in processes]
         for process in processes:
             process.kill()
-        assert statuses == [0] * num_ranks, (statuses, *(path.read_text() for path in logs))
+        log.seek(0)
+        assert statuses == [0] * num_ranks, f"{statuses}\n{log.read().decode(errors='replace')}"
+
+
+def _call(call: str) -> None:
+    pickled = io.BytesIO(base64.b64decode(call))
+    sys.path[:] = pickle.load(pickled)
+    function, arguments = pickle.load(pickled)
+    function(*arguments)
 
 
 if __name__ == "__main__":
-    called, given = pickle.loads(Path(sys.argv[1]).read_bytes())
-    called(int(sys.argv[2]), *given)
+    _call(sys.argv[1])

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import requests
+from fork_server import ForkedProcess
 from resume_run import GROUP_SIZE, Run, make_group
 from scripted_routes import Refusal, Request
 from scripted_server import ScriptedServer
@@ -37,11 +38,11 @@ class ApiProcess:
         self.url = f"http://{HOST}:{port}"
         self.command = [str(Path(sys.executable).parent / "run-api"), "--host", HOST, "--port", port]
         self.log_path = log_path
-        self.process: subprocess.Popen | None = None
+        self.process: ForkedProcess | None = None
 
     def start(self) -> None:
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT)
+            self.process = ForkedProcess(self.command, stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
@@ -83,7 +84,7 @@ class ApiProcess:
         requests.post(f"{self.url}/register", json=registration, timeout=10).raise_for_status()
         assert self.get("/batch") == {"batch": None}
 
-    def wait_for_batch(self, environment: subprocess.Popen[bytes], log_path: Path, timeout_s: float) -> list[Any]:
+    def wait_for_batch(self, environment: ForkedProcess, log_path: Path, timeout_s: float) -> list[Any]:
         """The next batch, unless the environment ends before."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and environment.poll() is None:

@@ -1,28 +1,31 @@
 """A small AtroposTrainer that notes what it trains, for tests that kill it.
 
-An attempt is a child of a fork server that has imported everything, so that a start takes a second and not ten.
+An attempt is a fork of a process that has imported everything, so that a start takes a second and not ten.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
 import logging
-import multiprocessing
+import mmap
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from fork_server import ForkedProcess
+from launcher import start_call
 from tiny_models import tiny_gpt2
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
@@ -57,16 +60,6 @@ OPTIONS: dict[str, Any] = {
     "max_length": 32,
     "sequence_layout": "padded",
 }
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        "trl_atropos.trainer.atropos_trainer",
-        *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama", "mixtral", "qwen3")),
-        # Accelerate imports it with the first step.
-        "deepspeed",
-    ]
-)
 
 
 def make_group(number: int, **fields: Any) -> dict[str, Any]:
@@ -209,9 +202,15 @@ def die_with_half(path: Path, num_bytes: int) -> None:
 
 
 class Progress(ctypes.Structure):
-    """What an attempt shows to the process that kills it. Times are of `time.monotonic`."""
+    """What an attempt shows to the process that kills it, in a file that both map. Times are of `time.monotonic`."""
 
     _fields_: ClassVar = [("began", ctypes.c_double), ("ended", ctypes.c_double), ("is_fetching", ctypes.c_bool)]
+
+
+def map_progress(directory: Path) -> Progress:
+    """The [`Progress`] of the attempts of a run."""
+    with open(directory / "progress", "r+b") as file:
+        return Progress.from_buffer(mmap.mmap(file.fileno(), 0))
 
 
 def arm(trainer: RecordingTrainer, progress: Any) -> None:
@@ -282,11 +281,9 @@ class Attempt:
     world_size: int = 1
     port: int = 0
 
-    def __call__(self, progress: Any) -> None:
+    def __call__(self) -> None:
         """Train until the end, an error or a kill."""
-        with open(self.directory / "log.txt", "ab") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
+        progress = map_progress(self.directory)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
         # A fork of a process whose pool of threads had run would hang in its first operation.
         torch.set_num_threads(1)
@@ -346,19 +343,16 @@ class Run:
         self.output_dir = directory / "out"
         self.records_path = directory / "records0.jsonl"
         self.options = options
-        # Without a lock: a process that is killed would keep it.
-        self.progress = _CONTEXT.RawValue(Progress)
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / "progress").write_bytes(bytes(ctypes.sizeof(Progress)))
+        self.progress = map_progress(directory)
 
-    def start(self, **attempt: Any) -> BaseProcess:
+    def start(self, **attempt: Any) -> ForkedProcess:
         """Start an attempt in a process of its own. `attempt`: more of [`Attempt`]."""
         self.progress.began = self.progress.ended = 0.0
         self.progress.is_fetching = False
-        process = _CONTEXT.Process(
-            target=Attempt(self.directory, self.options, **attempt), args=(self.progress,), daemon=True
-        )
-        process.start()
-        return process
+        with open(self.directory / "log.txt", "ab") as log:
+            return start_call(Attempt(self.directory, self.options, **attempt), stdout=log, stderr=log)
 
     def finish(self, **attempt: Any) -> float:
         """Run an attempt that nobody kills; returns how long its training took, in seconds."""
@@ -369,17 +363,19 @@ class Run:
         """Run an attempt and kill it so long after training began; returns whether it lived until then."""
         process = self.start()
         self.wait_for(lambda: self.progress.began > 0.0)
-        process.join(max(0.0, self.progress.began + seconds - time.monotonic()))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, self.progress.began + seconds - time.monotonic()))
         process.kill()
         exitcode = self.join(process)
         assert exitcode in (0, -signal.SIGKILL), self.log
         return exitcode != 0
 
-    def join(self, process: BaseProcess) -> int | None:
+    def join(self, process: ForkedProcess) -> int:
         """Wait for the end of an attempt and return its exit status."""
-        process.join(ATTEMPT_TIMEOUT_S)
-        assert process.exitcode is not None, f"it still runs:\n{self.log}"
-        return process.exitcode
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(ATTEMPT_TIMEOUT_S)
+        assert process.returncode is not None, f"it still runs:\n{self.log}"
+        return process.returncode
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = ATTEMPT_TIMEOUT_S) -> None:
         """Return as soon as this is so."""

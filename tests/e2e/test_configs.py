@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 import yaml
 from resume_run import make_group
@@ -40,14 +41,11 @@ def train(
         *("--data_path", str(data), "--output_dir", str(output_dir), "--max_steps", "2"),
         *("--use_cpu", "true", "--bf16", "false", "--dtype", "float32", "--report_to", "none"),
     ]
-    return subprocess.run(
+    return fork_server.run(
         [*command, *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
         timeout=TIMEOUT_S,
-        check=False,
     )
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from fork_server import ForkedProcess
 from live_api import ApiProcess
 from servers import ROOT, add_chat_template, save_tiny_model, serve
 from transformers import AutoTokenizer
@@ -43,9 +44,7 @@ def api(tmp_path: Path) -> Iterator[ApiProcess]:
 
 
 @contextmanager
-def environment(
-    *options: str, api: ApiProcess, vllm_url: str, model: Path, log_path: Path
-) -> Iterator[subprocess.Popen[bytes]]:
+def environment(*options: str, api: ApiProcess, vllm_url: str, model: Path, log_path: Path) -> Iterator[ForkedProcess]:
     """The environment, through the command. Nobody is logged in to W&B."""
     command = [
         *(sys.executable, "-m", "trl_atropos.cli.main", "env", *options, str(PROGRAM), "serve"),
@@ -54,7 +53,7 @@ def environment(
     ]
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "OPENAI_"))}
     with log_path.open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables, cwd=log_path.parent)
+        process = ForkedProcess(command, stdout=log, stderr=subprocess.STDOUT, env=variables, cwd=log_path.parent)
     try:
         yield process
     finally:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fork_server import ForkedProcess
 from live_api import ApiProcess
 from servers import ROOT, VOCAB_SIZE, add_chat_template, save_tiny_model, serve
 
@@ -42,7 +43,7 @@ def test_it_delivers(vllm_url, model, tmp_path, name):
     ]  # fmt: skip
     with ApiProcess(tmp_path / "api.log") as api, log_path.open("wb") as log:
         api.register(GROUP_SIZE, max_token_len=MAX_LENGTH + 1)
-        environment = subprocess.Popen(
+        environment = ForkedProcess(
             [*command, "--env.rollout_server_url", api.url],
             stdout=log,
             stderr=subprocess.STDOUT,

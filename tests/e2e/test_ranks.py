@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import ForkedProcess
 from live_api import LiveRun, PublishTarget, long_messages
 from resume_run import make_group, read_records, rollouts_of
 
@@ -45,7 +45,7 @@ def run(world_size: int, publish_target: PublishTarget, tmp_path: Path) -> Itera
 
 def start_ranks(
     run: LiveRun, world_size: int, *, resume: bool = False, max_file_bytes: int | None = None
-) -> list[BaseProcess]:
+) -> list[ForkedProcess]:
     """Start every rank; `max_file_bytes` holds for rank 0."""
     options: dict[str, Any] = {"resume": resume, "world_size": world_size, "port": free_port()}
     return [
@@ -93,7 +93,7 @@ def test_ranks_that_are_killed_go_on_together_with_every_rollout_once(run: LiveR
     assert run.trained() == rollouts_of(range(NUM_GROUPS)) == run.journaled()
 
 
-def assert_all_end_with(run: LiveRun, processes: list[BaseProcess], error_type: str, what: str) -> None:
+def assert_all_end_with(run: LiveRun, processes: list[ForkedProcess], error_type: str, what: str) -> None:
     run.join(processes[0])
     start = time.monotonic()
     assert [run.join(process) for process in processes] == [1] * len(processes), run.log

@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hub_runs import trainer
+from hub_runs import base_model, data_path, hub, trainer  # noqa: F401
 from hub_standin import TOKEN
 from launcher import run_launcher
 
 from trl_atropos.cli.main import main
 
 
-def test_two_ranks_push_once(hub, tmp_path, data_path, base_model):
+def test_two_ranks_push_once(hub, tmp_path, data_path, base_model):  # noqa: F811
     script = tmp_path / "two_ranks.py"
     script.write_text(
         "import sys\n"
@@ -40,7 +40,7 @@ def test_two_ranks_push_once(hub, tmp_path, data_path, base_model):
     assert set(repos) == {"user/model", "user/model-merged"}
 
 
-def test_push_on_the_command_line(hub, tmp_path, data_path, base_model, monkeypatch, capsys):
+def test_push_on_the_command_line(hub, tmp_path, data_path, base_model, monkeypatch, capsys):  # noqa: F811
     run = trainer(tmp_path, data_path, base_model, push_to_hub=False)
     run.train()
     command = ["push", str(tmp_path / "out"), "--hub_model_id", "user/model"]
