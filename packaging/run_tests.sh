@@ -9,10 +9,10 @@ cores=$(getconf _NPROCESSORS_ONLN)
 case $part in
     # They wait a lot, so that there is one process more than cores.
     unit) directories=(tests/unit) distribution=(worksteal) workers=$((cores < 7 ? cores + 1 : 8)) ;;
-    # A file stays in one process, because its tests share a server that takes half a minute to start. The long files
-    # come first, so that the processes end together.
+    # A file stays in one process, because its tests share servers. The long files come first, so that the processes end
+    # together.
     rest)
-        directories=(tests/e2e tests/invariant tests/process tests/protocol)
+        directories=(tests/e2e tests/process tests/protocol tests/invariant)
         distribution=(loadfile --no-loadscope-reorder) workers=2
         ;;
     *) echo "run_tests: $part is neither unit nor rest." >&2 && exit 2 ;;

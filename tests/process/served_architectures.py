@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 import transformers
 import vllm.v1.engine.core
 import vllm.v1.worker.cpu_worker
@@ -198,6 +199,8 @@ if __name__ == "__main__":
     # vLLM prints to standard output.
     RESULTS = os.dup(1)
     os.dup2(2, 1)
+    # vLLM compiles its sampler otherwise, which takes longer than everything else.
+    torch._dynamo.config.disable = True
     WeightTransferEngineFactory.register_engine("memory", MemoryEngine)
     # Otherwise each family is imported once more, to see what it can.
     registry._run_in_subprocess = lambda inspect: inspect()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 from hub_runs import base_model, data_path, hub, trainer  # noqa: F401
 from hub_standin import TOKEN
 from launcher import run_launcher
@@ -20,6 +21,11 @@ def test_two_ranks_push_once(hub, tmp_path, data_path, base_model):  # noqa: F81
         "import sys\n"
         "from pathlib import Path\n"
         f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "import huggingface_hub.constants\n"
+        # Read from the environment when a process imports it, and this one is a fork.
+        f"huggingface_hub.constants.ENDPOINT = {hub.url!r}\n"
+        "huggingface_hub.constants.HF_HUB_DISABLE_XET = True\n"
+        "huggingface_hub.constants.HF_HUB_OFFLINE = False\n"
         "from hub_runs import trainer\n"
         f"options = dict(lora=True, push_merged=True, per_device_train_batch_size=1, ddp_backend='gloo')\n"
         f"run = trainer(Path({str(tmp_path)!r}), {data_path!r}, {base_model!r}, **options)\n"
@@ -27,11 +33,10 @@ def test_two_ranks_push_once(hub, tmp_path, data_path, base_model):  # noqa: F81
         "run.save_model()\n"
         "run.push_to_hub()\n"
     )
-    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
     status, log = run_launcher(
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script],
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", fork_server.PROGRAM, script],
         timeout_s=300,
-        environment=environment,
+        environment={"HF_TOKEN": TOKEN},
     )
     assert status == 0, log
     assert "adapter_model.safetensors" in hub.files["user/model"]["main"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 
 
@@ -29,25 +29,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     environment = {
         **os.environ,
         "PYTHONPATH": str(TESTS),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_WAIT_POLICY": "passive",
-        # vLLM compiles its sampler otherwise, which takes longer than everything else.
-        "TORCHDYNAMO_DISABLE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    with open(directory / "log", "wb") as log:
-        result = subprocess.run(
-            [sys.executable, str(SCRIPT), str(directory), *FAMILIES, REFUSED],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            timeout=900,
-        )
+    command = [sys.executable, str(SCRIPT), str(directory), *FAMILIES, REFUSED]
+    result = fork_server.run(command, env=environment, timeout=900)
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(lines) == len(FAMILIES) + 1, (directory / "log").read_text()[-3000:]
+    assert len(lines) == len(FAMILIES) + 1, result.stderr[-3000:]
     return dict(zip((*FAMILIES, REFUSED), lines, strict=True))
 
 
