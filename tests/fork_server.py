@@ -2,7 +2,7 @@
 
 A program that imports them takes a dozen seconds of a core until its first line; as a fork it takes a tenth of one. It is a process
 of its own all the same, with its own arguments, environment, directory and files, and ends as Python ends. Only what is read
-while these libraries are imported (`HF_ENDPOINT`, `OMP_NUM_THREADS`) holds as it was when the server started.
+while these libraries are imported (`HF_ENDPOINT`, `HF_HOME`, `OMP_NUM_THREADS`) holds as it was when the server started.
 
     python fork_server.py PROGRAM...
 
@@ -59,7 +59,6 @@ PRELOADED = (
 )
 
 _ENVIRONMENT = {
-    # No cache or configuration of this user, and nothing from outside.
     "HF_HUB_OFFLINE": "1",
     "DS_ACCELERATOR": "cpu",
     "OMP_WAIT_POLICY": "passive",
@@ -80,7 +79,8 @@ def start() -> str:
         server = subprocess.Popen(
             [sys.executable, "-u", PROGRAM, "--serve", address],
             stdin=subprocess.PIPE,
-            env={**os.environ, **_ENVIRONMENT},
+            # No cache and no configuration of this user.
+            env={**os.environ, **_ENVIRONMENT, "HF_HOME": directory},
         )
 
         def stop() -> None:
@@ -120,7 +120,7 @@ class ForkedProcess:
         self.args = [str(word) for word in command]
         self.returncode: int | None = None
         request = {
-            "argv": program_of(self.args),
+            "argv": _program_of(self.args),
             "env": dict(os.environ if env is None else env),
             "cwd": str(cwd or os.getcwd()),
             "start_new_session": start_new_session,
@@ -184,7 +184,7 @@ def run(command: Sequence[str | Path], *, timeout: float, **options: Any) -> sub
     return subprocess.CompletedProcess(process.args, process.returncode, *printed)
 
 
-def program_of(command: Sequence[str]) -> list[str]:
+def _program_of(command: Sequence[str]) -> list[str]:
     """A command without its interpreter: `["-m", MODULE, ...]` or `[FILE, ...]`."""
     words = list(command[1:] if command[0] == sys.executable else command)
     return words[1:] if words[0] == "-u" else words

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,7 +46,6 @@ def test_it_delivers(vllm_url, model, tmp_path, name):
             [*command, "--env.rollout_server_url", api.url],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path)},
         )
         try:
             raw_groups = api.wait_for_batch(environment, log_path, TIMEOUT_S)

@@ -162,8 +162,7 @@ def run_launch(launch: Launch, directory: Path, output: Path, publish_url: str) 
             *launch.cases,
         ],
         timeout_s=LAUNCH_TIMEOUT_S,
-        # No configuration of accelerate from outside of the test.
-        environment={"PUBLISH_URL": publish_url, "HF_HOME": str(output / "home"), **launch.environment},
+        environment={"PUBLISH_URL": publish_url, **launch.environment},
         cwd=directory,
     )
 
