@@ -143,6 +143,14 @@ def test_a_database_that_another_program_holds_fails_requests_and_heals(tmp_path
     store.close()
 
 
+def test_a_fault_of_a_job_is_told_and_ends_nothing(tmp_path):
+    store = Store(tmp_path / "a.db")
+    with pytest.raises(ApiDatabaseError, match="too large"):
+        store.submit(jobs.put_environment(2**70, {})).result(timeout=10)
+    insert(store, 1, GROUP)
+    assert reopen(store).state.queue == [queued(1)]
+
+
 @pytest.mark.parametrize("place", [0, 20_000])
 def test_a_damaged_database_is_refused_unchanged_and_can_be_set_aside(tmp_path, place):
     path = tmp_path / "a.db"
