@@ -202,8 +202,8 @@ class Store:
             self._connection.execute("BEGIN IMMEDIATE")
             results = [job(self._connection) for job, _ in entries]
             self._connection.execute("COMMIT")
-        except Exception as exc:
-            # Not sqlite3.Error alone: whoever waits must hear of a fault of a job, too, and the thread go on for the others.
+        except (sqlite3.Error, ValueError, TypeError, OverflowError) as exc:
+            # Also what SQLite cannot take: whoever waits must hear of it, and the thread go on for the others.
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             self.last_error = str(exc)
