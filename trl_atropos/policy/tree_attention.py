@@ -38,7 +38,6 @@ BLOCK_SIZE = 128
 MIN_FLEX_LENGTH = 1024
 """Shortest row in tokens for which blocks are skipped on a GPU. Below, a dense mask is as fast, and compiles nothing."""
 
-
 Made = TypeVar("Made")
 
 
@@ -66,10 +65,10 @@ def tree_sdpa(
     """Attention of one layer over trees, on a CPU; with another mask or none, this is `sdpa`.
 
     `query` is (R, heads, L, D), `key` and `value` are (R, key-value heads, L, D), with rotary embeddings applied; heads of
-    `value` may be smaller. `attention_mask` is that of [`tree_columns`]. A layer with a window names it in `sliding_window`: a token attends to
-    itself and to the `sliding_window - 1` tokens before it on its path. The other arguments are those of `sdpa`. With a
-    `dropout` above 0, every pair of tokens is multiplied. What the rotary embedding or a norm has left in float32 under
-    autocast is cast to the dtype of the values, as autocast does for `sdpa`.
+    `value` may be smaller. `attention_mask` is that of [`tree_columns`]. A layer with a window names it in
+    `sliding_window`: a token attends to itself and to the `sliding_window - 1` tokens before it on its path. The other
+    arguments are those of `sdpa`. With a `dropout` above 0, every pair of tokens is multiplied. What the rotary embedding
+    or a norm has left in float32 under autocast is cast to the dtype of the values, as autocast does for `sdpa`.
 
     Returns the output (R, L, heads, D), and no weights.
     """
@@ -77,7 +76,7 @@ def tree_sdpa(
         assert attention_mask is not None, "it is the mask of a tree"
         query, key = query.to(value.dtype), key.to(value.dtype)
         # The kernel wants heads of one size; what zeros add is cut off again.
-        num_missing = query.shape[-1] - value.shape[-1]
+        num_missing = max(query.shape[-1] - value.shape[-1], 0)
         output = _attend(query, key, F.pad(value, (0, num_missing)), attention_mask, sliding_window, scaling)
         return output[..., : output.shape[-1] - num_missing].contiguous(), None
     return _sdpa(
@@ -179,6 +178,8 @@ _made: Any = WeakIdKeyDictionary()
 """What was made of each mask of a tree that still exists, by window: all layers of a forward pass share the mask."""
 
 
+# A compiled model calls it as it is: what there is already, and which blocks there are, is no matter of its graph.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _known(columns: Tensor | None, window: int | None, make: Callable[[Tensor, Tensor, int | None], Made]) -> Made:
     """What `make` makes of `subtree_end` (R, L), depth (R, L) and a window: for the first of the layers that need it."""
     assert columns is not None, "it is the mask of a tree"
