@@ -38,6 +38,8 @@ LORA_ARGS = ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "2", "--lor
 LORA_ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 PROMPT = SEQUENCES[0]
+MAX_MODEL_LEN = 512
+NUM_LONG = MAX_MODEL_LEN - len(PROMPT)
 LONG_PROMPT = [(7 * i) % 250 for i in range(200)]
 
 NOISE_MARGIN = 4
@@ -51,7 +53,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(model_dir: Path) -> Iterator[str]:
-    args = ["--enforce-eager", *LORA_ARGS, "--chat-template", CHAT_TEMPLATE]
+    # The last of two lengths counts.
+    args = ["--enforce-eager", *LORA_ARGS, "--chat-template", CHAT_TEMPLATE, "--max-model-len", str(MAX_MODEL_LEN)]
     log_path = model_dir.parent / "server.log"
     with serve(model_dir, *args, log_path=log_path, environment=LORA_ENVIRONMENT) as server_url:
         yield server_url
@@ -197,8 +200,8 @@ def test_requests_end_with_the_adapter_and_the_version_that_they_began_with(trai
         pending = []
         for seed in seeds:
             names.append(trainer.publish(policies[seed], seed))
-            pending.append(executor.submit(generate, url, PROMPT, 230))
-            # However fast the machine is, none ends before the last one is published.
+            pending.append(executor.submit(generate, url, PROMPT, NUM_LONG))
+            # The first one is so long that it does not end before. None ends before the last policy is published.
             trainer.client.pause()
             wait_until(lambda: names[-1] in routed_adapter(trainer.client).num_in_flight)
         in_flight = routed_adapter(trainer.client).num_in_flight

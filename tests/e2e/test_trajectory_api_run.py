@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -56,10 +58,11 @@ def test_a_run_whose_trainer_and_api_are_killed_at_random_points_loses_no_rollou
         run.wait_for(lambda: run.progress.began > 0.0)
         feeder.join()
         for kill in range(NUM_KILLS):
-            process.join(generator.uniform(0.0, 0.5))
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(generator.uniform(0.0, 0.5))
             if kill % 2:
                 os.kill(run.api.server_pid(), signal.SIGKILL)
-            elif process.is_alive():
+            elif process.poll() is None:
                 process.kill()
                 assert run.join(process) in (0, -signal.SIGKILL)
                 process = run.start()

@@ -35,6 +35,7 @@ LONG_LIFE_S = 1.0
 """A server that ran for so long was well: the next one is started at once."""
 
 MAX_PAUSE_S = 0.3
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 
 
@@ -112,14 +113,19 @@ def supervise(options: ApiOptions, listener: socket.socket) -> int:
         if child:
             os.kill(child, signal.SIGTERM)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, stop)
     pause_s = 0.0
     while True:
         start = time.monotonic()
+        # A signal of this moment waits until it is clear whose it is: a child that has not yet a way of its own to take it
+        # would note it and go on.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         child = os.fork()
         if child == 0:
             _become_child(parent)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        if child == 0:
             serve(options, listener)
             return 0
         if stop_requests:
@@ -136,7 +142,7 @@ def supervise(options: ApiOptions, listener: socket.socket) -> int:
 
 def _become_child(parent: int) -> None:
     """Take signals as any process does, and end with the parent: nobody else would end this process."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
