@@ -84,7 +84,7 @@ def test_ctrl_c_ends_every_process(model, output_dir, tmp_path):
         assert walk.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     started = psutil.Process(walk.pid).children(recursive=True)
-    assert {"run-api", "vllm-serve"} <= {word.rpartition("/")[2] for process in started for word in process.cmdline()}
+    assert {"api", "vllm-serve"} <= {word.rpartition("/")[2] for process in started for word in process.cmdline()}
     walk.send_signal(signal.SIGINT)
     shown, _ = walk.communicate(timeout=TIMEOUT_S)
     assert walk.returncode == 128 + signal.SIGINT, shown[-4000:]

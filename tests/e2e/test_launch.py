@@ -1,4 +1,4 @@
-"""A launch of real processes: a real `run-api`, small scripts as environments and trainer, and a stand-in for vLLM.
+"""A launch of real processes: a real trajectory API, small scripts as environments and trainer, and a stand-in for vLLM.
 
 With a real vLLM server and a real trainer: test_training.py.
 """
@@ -154,7 +154,7 @@ def test_environments_and_trainer_run_with_the_addresses_and_the_external_server
     assert json.loads((launch.run_dir / "summary.json").read_text())["rewards"] == [0.5]
     combined = (launch.logs / "combined.log").read_text()
     for name, line in (
-        ("api", "INFO: .*Uvicorn running.*"),
+        ("api", "Trajectory API on http:.*, database .*api.db"),
         ("first", "rollout"),
         ("second-2", "rollout"),
         ("trainer", "step 1 reward 0.5"),
@@ -176,8 +176,10 @@ def test_command_after_two_dashes_is_the_only_environment_and_all_output_is_show
     assert "arguments serve --mine" in (launch.logs / "env.log").read_text()
 
 
-@pytest.mark.parametrize("victim", ["environment.py", "run-api"])
+@pytest.mark.parametrize("victim", ["environment.py", "run-api", "trl-atropos api"])
 def test_killed_part_ends_the_run_and_is_named_with_what_was_ended(launch: Launch, victim: str) -> None:
+    if victim == "run-api":
+        launch.content["api"] = "run-api"
     launch.content["trainer_env"] = {"TRAINER_S": "60"}
     process = launch.start()
     wait_for_line(process, "trainer  ")
@@ -230,7 +232,7 @@ def test_services_for_an_external_trainer_run_until_they_are_interrupted(launch:
 
 
 def test_the_trajectory_api_of_a_launch_survives_being_killed_and_keeps_its_database(launch: Launch) -> None:
-    launch.content |= {"api": "trl-atropos", "trainer_command": "external"}
+    launch.content["trainer_command"] = "external"
     process = launch.start()
     (addresses, _) = wait_for_line(process, "until Ctrl-C")[-2:]
     api_url = re.search(r"--atropos_api_url (\S+)", addresses)

@@ -341,7 +341,7 @@ def test_signal_to_a_real_launch_ends_its_servers_and_exits_with_128_plus_n(
     config.write_text(f"model_name_or_path: {tmp_path}\nrun_dir: {run_dir}\n{parts}")
     command = [sys.executable, "-m", "trl_atropos.cli.main", "launch", "-c", str(config)]
     launcher = psutil.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    # Two guards, each with its server: `run-api` and `trl vllm-serve`.
+    # Two guards, each with its server: the API and `trl vllm-serve`.
     wait_for(lambda: len(launcher.children(recursive=True)) >= 4)
     children = launcher.children(recursive=True)
 

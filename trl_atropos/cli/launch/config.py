@@ -52,7 +52,7 @@ class LaunchConfig:
     environments: dict[str, EnvironmentConfig]
     trainer_command: str
     trainer_args: str = ""
-    api: str = "run-api"
+    api: str = DURABLE_API
     api_url: str | None = None
     vllm_url: str | None = None
     api_port: int = 0
