@@ -177,10 +177,12 @@ def test_absent_and_malformed_files_are_refused(tmp_path: Path) -> None:
 def test_servers_are_bound_to_the_loopback_address() -> None:
     config = LaunchConfig(**REQUIRED)
     address = {"--host": "127.0.0.1", "--port": "1234"}
-    assert flags_of(build_api_command(config, 1234)) == address
-    durable = build_api_command(LaunchConfig(**REQUIRED, api="trl-atropos"), 1234)
+    durable = build_api_command(config, 1234)
     assert durable[:2] == ["trl-atropos", "api"]
     assert flags_of(durable) == {**address, "--db": "r/api.db"}
+    of_atropos = build_api_command(LaunchConfig(**REQUIRED, api="run-api"), 1234)
+    assert of_atropos[0] == "run-api"
+    assert flags_of(of_atropos) == address
     flags = flags_of(build_vllm_command(config, 1234))
     assert (flags["--host"], flags["--port"], flags["--model"]) == ("127.0.0.1", "1234", "m")
 
