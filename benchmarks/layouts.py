@@ -27,7 +27,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import sys
 import time
 from typing import Any
 
@@ -200,7 +199,6 @@ def main() -> None:
         "worst_memory_ratio": max(memory),
     }
     print(json.dumps({**summary, "time_limit": TIME_LIMIT, "memory_limit": MEMORY_LIMIT, "threads": args.threads}))
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -188,9 +188,8 @@ def test_every_rank_makes_the_step_of_one_process(results_of, in_one_process, la
     expected = in_one_process[case]
     for result in results_of(launch):
         assert result[case]["error"] is None
-        # At the small rate of two steps, the rounding of the weights alone is 0.9e-6 of the norm of their change.
-        relative_error = RELATIVE_ERROR if CASES[case].num_steps == 1 else 2 * RELATIVE_ERROR
-        assert_same_gradient(result[case]["change"], expected["change"], relative_error)
+        # What the steps differ by adds up: after two, 0.99e-6 of the norm under DDP, 1.08e-6 under ZeRO-3.
+        assert_same_gradient(result[case]["change"], expected["change"], CASES[case].num_steps * RELATIVE_ERROR)
         assert result[case]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Counts:
-    """Counts for `/metrics`."""
+    """Counts for `/metrics`, where `num_x` is `x_total`."""
 
     num_groups_received: int = 0
     num_posts_refused: int = 0

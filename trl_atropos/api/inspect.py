@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ def describe_database(path: Path) -> dict[str, Any]:
         ApiDatabaseError: It cannot be read.
     """
     state = read_state(path)
+    oldest = state.oldest_group_at
     stored = [*state.queue, *state.buffered, *(group for lease in state.leases for group in lease.groups)]
     return {
         "database": str(path),
@@ -32,7 +32,7 @@ def describe_database(path: Path) -> dict[str, Any]:
         },
         "num_buffered_groups": len(state.buffered),
         "num_stored_bytes": sum(group.num_bytes for group in stored),
-        "oldest_group_age_s": _oldest_age_s(path),
+        "oldest_group_age_s": None if oldest is None else round(time.time() - oldest, 1),
         "leases": [
             {
                 "trainer": lease.trainer,
@@ -55,12 +55,3 @@ def describe_database(path: Path) -> dict[str, Any]:
             for environment in state.environments
         ],
     }
-
-
-def _oldest_age_s(path: Path) -> float | None:
-    connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
-    try:
-        (oldest,) = connection.execute("SELECT min(received_at) FROM groups").fetchone()
-    finally:
-        connection.close()
-    return None if oldest is None else round(time.time() - oldest, 1)

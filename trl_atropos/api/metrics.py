@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from .service import TrajectoryService
@@ -45,7 +46,6 @@ METRICS = {
 
 def render_metrics(service: TrajectoryService) -> str:
     """Return all metrics as text."""
-    counts = service.counts
     num_commits, commit_s = service.commits
     values = {
         "queue_groups": len(service.queue),
@@ -55,15 +55,7 @@ def render_metrics(service: TrajectoryService) -> str:
         "unacknowledged_batches": sum(not lease.given_back for lease in service.leases.values()),
         "connected_environments": sum(environment["connected"] for environment in service.environments),
         "current_step": service.step,
-        "groups_received_total": counts.num_groups_received,
-        "posts_refused_total": counts.num_posts_refused,
-        "posts_repeated_total": counts.num_posts_repeated,
-        "posts_turned_away_total": counts.num_posts_turned_away,
-        "batches_handed_out_total": counts.num_batches_handed_out,
-        "batches_repeated_total": counts.num_batches_repeated,
-        "batches_acknowledged_total": counts.num_batches_acknowledged,
-        "batches_put_back_total": counts.num_batches_put_back,
-        "requests_failed_total": counts.num_requests_failed,
+        **{f"{name.removeprefix('num_')}_total": count for name, count in asdict(service.counts).items()},
         "commits_total": num_commits,
         "commit_seconds_total": commit_s,
         "resident_memory_bytes": resident_bytes(),

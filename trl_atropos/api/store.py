@@ -8,6 +8,7 @@ an index of the queue and no bodies.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import queue
@@ -94,7 +95,10 @@ class Lease:
 
 @dataclass
 class StoredState:
-    """What a database holds, without the bodies; groups are in the order in which they came."""
+    """What a database holds, without the bodies; groups are in the order in which they came.
+
+    `oldest_group_at` is when the first of them came, in seconds since the epoch.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     environments: list[dict[str, Any]] = field(default_factory=list)
@@ -102,6 +106,7 @@ class StoredState:
     buffered: list[QueuedGroup] = field(default_factory=list)
     leases: list[Lease] = field(default_factory=list)
     posts: list[bytes] = field(default_factory=list)
+    oldest_group_at: float | None = None
     next_group_id: int = 1
     next_lease_id: int = 1
 
@@ -331,11 +336,12 @@ def _delete_lease(connection: sqlite3.Connection, lease: Lease) -> None:
     connection.execute("DELETE FROM leases WHERE id = ?", (lease.id,))
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged database, with its log, to a name that is free; return that name."""
-    number = 1
-    while (target := path.with_name(f"{path.name}.damaged-{number}")).exists():
-        number += 1
+def set_aside(path: Path, name: str) -> Path:
+    """Rename a database that nobody has open, with its log; return its new path.
+
+    `name` has `{}` in the place of a number: the first from 1 on that makes a name that is free.
+    """
+    target = next(free for n in itertools.count(1) if not (free := path.with_name(name.format(n))).exists())
     for suffix in ("-wal", "-shm", ""):
         source = Path(f"{path}{suffix}")
         if source.exists():
@@ -443,6 +449,7 @@ def _load(connection: sqlite3.Connection) -> StoredState:
     state.environments = [
         json.loads(value) for (value,) in connection.execute("SELECT value FROM environments ORDER BY env_id")
     ]
+    (state.oldest_group_at,) = connection.execute("SELECT min(received_at) FROM groups").fetchone()
     leases: dict[int, Lease] = {}
     for number, trainer, of_trainer, handed_out_at, given_back in connection.execute(
         "SELECT id, trainer, number, handed_out_at, given_back FROM leases ORDER BY id"

@@ -136,7 +136,8 @@ def check_database(path: Path, *, sets_aside: bool) -> None:
         is_damaged &= not isinstance(exc.__cause__, sqlite3.OperationalError)
         if not (is_damaged and sets_aside):
             raise
-        print(f"{exc.what} It is kept as {set_aside(path)}; a new one is begun.", flush=True)
+        kept = set_aside(path, f"{path.name}.damaged-{{}}")
+        print(f"{exc.what} It is kept as {kept}; a new one is begun.", flush=True)
 
 
 def read_key(path: Path) -> str:

@@ -144,9 +144,12 @@ class RolloutCollator:
         where = [(target != IGNORE_INDEX).nonzero().squeeze(-1) for target in targets]
         computed = iter([r.input_ids[: int(w[-1]) + 1] for r, w in zip(trained, where, strict=True)])
         sequences = [[next(computed) for _ in group] for group in groups if group]
-        if self.shares_between_groups and sequences:
-            sequences = [[sequence for group in sequences for sequence in group]]
-        layout = lay_out(self.layout, sequences or [[torch.full((2,), self.pad_token_id)]], self.pad_token_id)
+        layout = lay_out(
+            self.layout,
+            sequences or [[torch.full((2,), self.pad_token_id)]],
+            self.pad_token_id,
+            self.shares_between_groups,
+        )
 
         def flat(columns: list[Tensor], empty: Tensor) -> Tensor:
             return torch.cat([empty, *[column[w] for column, w in zip(columns, where, strict=True)]])

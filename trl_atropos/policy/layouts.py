@@ -152,11 +152,16 @@ def layout_inputs(layout: Layout) -> dict[str, Tensor]:
     return inputs if layout.subtree_end is None else {**inputs, "subtree_end": layout.subtree_end}
 
 
-def lay_out(layout: str, groups: Sequence[Sequence[Tensor]], pad_token_id: int = 0) -> Layout:
-    """Lays the sequences of groups, (T,) int64 each, out in one of `LAYOUTS`."""
-    if layout == "tree":
-        return tree_layout(groups, pad_token_id)
+def lay_out(
+    layout: str, groups: Sequence[Sequence[Tensor]], pad_token_id: int = 0, shares_between_groups: bool = False
+) -> Layout:
+    """Lays the sequences of groups, (T,) int64 each, out in one of `LAYOUTS`.
+
+    With `shares_between_groups`, the trees of all groups are one row without padding, in which they share prefixes.
+    """
     sequences = [sequence for group in groups for sequence in group]
+    if layout == "tree":
+        return tree_layout([sequences] if shares_between_groups else groups, pad_token_id)
     return packed_layout(sequences) if layout == "packed" else padded_layout(sequences, pad_token_id)
 
 

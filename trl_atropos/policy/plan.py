@@ -373,7 +373,7 @@ def _difference_to_alone(
     The last `num_left_out` sequences are laid out with the others and not compared.
     """
     sequences = [sequence for group in groups for sequence in group]
-    layout = lay_out(scorer.plan.layout, [sequences] if scorer.shares_between_groups else groups)
+    layout = lay_out(scorer.plan.layout, groups, shares_between_groups=scorer.shares_between_groups)
     pairs = list(zip(layout.token_positions, sequences, strict=True))[: len(sequences) - num_left_out]
     sequences = [sequence for _, sequence in pairs]
     targets = torch.cat([sequence[1:] for sequence in sequences])

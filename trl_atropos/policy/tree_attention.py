@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,6 @@ def tree_sdpa(
     Returns the output (R, L, heads, D), and no weights.
     """
     if _is_tree(attention_mask) and not dropout:
-        assert attention_mask is not None, "it is the mask of a tree"
         query, key = query.to(value.dtype), key.to(value.dtype)
         # The kernel wants heads of one size; what zeros add is cut off again.
         num_missing = max(query.shape[-1] - value.shape[-1], 0)
@@ -121,7 +120,6 @@ def tree_flex(
             f"The attention dropout is {dropout}. Flex attention has none. Set attention_dropout 0 in the model's "
             "configuration, or --sequence_layout padded."
         )
-    assert attention_mask is not None, "it is the mask of a tree"
     num_heads, num_groups = query.shape[1], getattr(module, "num_key_value_groups", 1)
     # Other numbers of heads than powers of two are not taken in groups.
     if num_heads & (num_heads - 1):
@@ -137,7 +135,7 @@ def tree_flex(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _is_tree(attention_mask: Tensor | None) -> bool:
+def _is_tree(attention_mask: Tensor | None) -> TypeGuard[Tensor]:
     return attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.int64
 
 
@@ -180,9 +178,8 @@ _made: Any = WeakIdKeyDictionary()
 
 # A compiled model calls it as it is: what there is already, and which blocks there are, is no matter of its graph.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _known(columns: Tensor | None, window: int | None, make: Callable[[Tensor, Tensor, int | None], Made]) -> Made:
+def _known(columns: Tensor, window: int | None, make: Callable[[Tensor, Tensor, int | None], Made]) -> Made:
     """What `make` makes of `subtree_end` (R, L), depth (R, L) and a window: for the first of the layers that need it."""
-    assert columns is not None, "it is the mask of a tree"
     of_mask: dict[Any, Made] = _made.setdefault(columns, {})
     if (make, window) not in of_mask:
         subtree_end, depth = columns[:, 0].unbind(dim=1)
@@ -240,23 +237,19 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, log_sum = ctx.saved_tensors
-        to_query = torch.empty_like(query)
-        # The gradients of all blocks that see a key are added up.
-        to_key, to_value = (torch.zeros(of.shape, dtype=_accurate(of.dtype)) for of in (key, value))
+        # A query has gradients of two kinds of keys, a key those of all blocks that see it: they are added up.
+        to_query, to_key, to_value = (torch.zeros(of.shape, dtype=_accurate(of.dtype)) for of in (query, key, value))
         for row, block in _of_all_rows(ctx.blocks):
             of_queries = [each[row, :, block.queries] for each in (gradients[0], query, output, log_sum)]
-            total = torch.zeros(())
             for keys, masked in ((block.others, block), (block.common, None)):
                 if keys is None:
                     continue
-                part, part_to_key, part_to_value = _kernel_backward(
-                    of_queries, key[row], value[row], keys, masked, ctx.scaling
-                )
-                total = total + part
-                _add_at(to_key[row], keys, part_to_key)
-                _add_at(to_value[row], keys, part_to_value)
-            to_query[row, :, block.queries] = total
-        return to_query, to_key.to(key.dtype), to_value.to(value.dtype), None, None
+                parts = _kernel_backward(of_queries, key[row], value[row], keys, masked, ctx.scaling)
+                for to, positions, part in zip(
+                    (to_query, to_key, to_value), (block.queries, keys, keys), parts, strict=True
+                ):
+                    _add_at(to[row], positions, part)
+        return to_query.to(query.dtype), to_key.to(key.dtype), to_value.to(value.dtype), None, None
 
 
 def _of_all_rows(blocks: Sequence[Sequence[TreeBlock]]) -> list[tuple[slice, TreeBlock]]:

@@ -54,14 +54,6 @@ def tree_blocks(subtree_end: Tensor, depth: Tensor, window: int | None = None) -
     return [_block(subtree_end, depth, start, end, window) for start, end in _spans(depth, window)]
 
 
-def num_pairs(block: TreeBlock) -> int:
-    """Pairs of query and key that attention multiplies for a block, those behind a mask included; half of a causal one."""
-    num_queries = _count(block.queries)
-    num_common = 0 if block.common is None else _count(block.common)
-    own = num_queries * (num_queries + 1) // 2 if block.mask is None else block.mask.numel()
-    return num_queries * num_common + own
-
-
 def _spans(depth: Tensor, window: int | None) -> Iterator[tuple[int, int]]:
     """First position of each block of queries and the one behind its last."""
     length = depth.numel()
@@ -110,7 +102,3 @@ def _mask(subtree_end: Tensor, depth: Tensor, queries: Tensor, keys: Tensor, win
 def _as_slice(positions: Tensor) -> Positions:
     first, last = int(positions[0]), int(positions[-1])
     return slice(first, last + 1) if last - first + 1 == positions.numel() else positions
-
-
-def _count(positions: Positions) -> int:
-    return int(positions.stop - positions.start) if isinstance(positions, slice) else positions.numel()

@@ -165,11 +165,11 @@ def test_a_damaged_database_is_refused_unchanged_and_can_be_set_aside(tmp_path, 
     assert "--if_damaged set_aside" in caught.value.fix
     assert path.read_bytes() == data
 
-    kept = set_aside(path)
+    kept = set_aside(path, "a.db.damaged-{}")
 
     assert kept.name == "a.db.damaged-1" and kept.read_bytes() == data
     Store(path).close()
-    assert set_aside(path).name == "a.db.damaged-2"
+    assert set_aside(path, "a.db.damaged-{}").name == "a.db.damaged-2"
 
 
 def test_databases_of_others_and_of_newer_versions_are_refused(tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trl_atropos.policy import tree_blocks as module
 from trl_atropos.policy.layouts import Layout, tree_attention_mask, tree_layout
-from trl_atropos.policy.tree_blocks import Positions, TreeBlock, num_pairs, tree_blocks
+from trl_atropos.policy.tree_blocks import Positions, TreeBlock, tree_blocks
 
 
 def layout_of(*groups: list[list[int]]) -> Layout:
@@ -122,11 +122,20 @@ def test_a_window_leaves_out_what_is_behind_it():
     assert as_indices(last.others, 40).tolist() == [29, 30, 31, 36, 37, 38, 39]
 
 
+def num_pairs(block: TreeBlock, length: int) -> int:
+    """Pairs that are multiplied for a block, those behind a mask included; of a causal block, those of its triangle."""
+    num_queries = as_indices(block.queries, length).numel()
+    num_common = 0 if block.common is None else as_indices(block.common, length).numel()
+    own = num_queries * (num_queries + 1) // 2 if block.mask is None else block.mask.numel()
+    return num_queries * num_common + own
+
+
 @pytest.mark.parametrize("shape", [(0, 200, 4), (100, 5, 16), (100, 100, 8), (30, 40, 8)])
 def test_no_more_pairs_than_each_sequence_alone(monkeypatch, shape):
     monkeypatch.setattr(module, "MIN_CHAIN", 64)
     monkeypatch.setattr(module, "MAX_BLOCK", 256)
     num_prompt, num_completion, num_rollouts = shape
     length = num_prompt + num_completion
-    pairs = sum(num_pairs(block) for block in blocks_of(forked(*shape)))
+    layout = forked(*shape)
+    pairs = sum(num_pairs(block, layout.input_ids.shape[1]) for block in blocks_of(layout))
     assert pairs <= max(num_rollouts * length * (length + 1) // 2, 2 * module.MAX_BLOCK**2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import shlex
@@ -18,6 +17,7 @@ from typing import Any, NoReturn
 import requests
 from rich.console import Console
 
+from ...api.store import set_aside
 from ...errors import PreflightError
 from ...report.page import REPORT_FILE
 from ...report.plots import save_reward_plot
@@ -138,13 +138,7 @@ class _Launch:
         resumes = trainer_option(self._config, "resume_from_checkpoint")
         if not database.exists() or str(resumes).lower() not in ("none", "false"):
             return
-        number = next(n for n in itertools.count(1) if not database.with_name(f"api-{n}.db").exists())
-        target = database.with_name(f"api-{number}.db")
-        for suffix in ("-wal", "-shm", ""):
-            source = Path(f"{database}{suffix}")
-            if source.exists():
-                source.rename(f"{target}{suffix}")
-        self._output.say("launch", f"the database of an earlier run is now {target}")
+        self._output.say("launch", f"the database of an earlier run is now {set_aside(database, 'api-{}.db')}")
 
     def start_environments(self, api_url: str, vllm_url: str) -> None:
         """Start the environments, which wait by themselves until the trainer has registered."""
