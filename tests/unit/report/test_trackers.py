@@ -64,6 +64,8 @@ def test_wandb(tmp_path, monkeypatch):
     wandb.teardown()
     trainer = trained(tmp_path, report_to="wandb")
     wandb.finish()
+    # `finish` does not wait for the process that writes the file; this does.
+    wandb.teardown()
     (path,) = tmp_path.rglob("run-*.wandb")
     rows = []
     for data in leveldb_records(path.read_bytes()):
