@@ -16,16 +16,13 @@ import pytest
 from killed_trainer import MOMENTS
 from publishing import BF16_NOISE, Publishing, load, max_abs_diff
 from servers import VLLMServer, save_tiny_model
+from shared_segments import left_since, segments
 
 from trl_atropos.errors import WeightSyncError
 
 
 DIRECTORY = Path(__file__).parent
 SHM, GLOO = "trl_atropos_shm", "trl_atropos_gloo"
-
-
-def segments() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("trl_atropos-")}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +46,7 @@ def server(
 def nothing_is_left() -> Iterator[None]:
     before = segments(), set(threading.enumerate())
     yield
-    assert segments() <= before[0]
+    assert not left_since(before[0])
     deadline = time.monotonic() + 10
     while set(threading.enumerate()) - before[1] and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -7,7 +7,6 @@ start and finish of an update.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from publishing import BF16_NOISE, SEQUENCES, Publishing, load, max_abs_diff
 from servers import VLLMServer, save_tiny_model, serve
+from shared_segments import left_since, segments
 from tiny_models import perturb
 
 from trl_atropos.errors import PreflightError, WeightSyncError
@@ -269,10 +269,9 @@ def test_the_client_publishes_on_its_own(setting: Setting, publishing: Publishin
 
 @on_two_servers
 def test_shared_memory_has_no_name_while_the_transport_is_open(setting: Setting, publishing: Publishing) -> None:
-    names = set(os.listdir("/dev/shm"))
+    names = segments()
     publishing.publish(load(setting.policy), policy_version=80)
-    # Compared, because other trainers of this machine may be opening segments of their own.
-    assert not [name for name in set(os.listdir("/dev/shm")) - names if name.startswith("trl_atropos-")]
+    assert not left_since(names)
     assert isinstance(publishing.link.transport, SharedMemoryTransport) == (setting.backend == "trl_atropos_shm")
 
 

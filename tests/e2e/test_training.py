@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import torch
 from live_api import ApiProcess
 from peft import LoraConfig
 from servers import ROOT, config, running, serve
+from shared_segments import left_since, segments
 from summary_keys import SUMMARY_KEYS
 from transformers import AutoModelForCausalLM
 
@@ -122,7 +122,7 @@ def test_starving_and_mismatched_runs_end_with_a_diagnosis(smollm2: Path, tmp_pa
 
 def test_launch_trains_reports_and_leaves_nothing_running(smollm2: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    names = set(os.listdir("/dev/shm"))
+    names = segments()
     command = [
         *(str(Path(sys.executable).parent / "trl-atropos"), "launch"),
         *("-c", "examples/configs/quickstart_launch.yaml", "--run_dir", str(run_dir)),
@@ -142,4 +142,4 @@ def test_launch_trains_reports_and_leaves_nothing_running(smollm2: Path, tmp_pat
     AutoModelForCausalLM.from_pretrained(run_dir / "model")
     left = [process for process in psutil.process_iter(["cmdline"]) if str(run_dir) in str(process.info["cmdline"])]
     assert not left
-    assert not [name for name in set(os.listdir("/dev/shm")) - names if name.startswith("trl_atropos-")]
+    assert not left_since(names)
