@@ -8,6 +8,7 @@ Shape letters: R rows, L positions of a row, U scored positions, V vocabulary, H
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+from transformers.utils.generic import is_flash_attention_requested
 
 from .layouts import tree_attention_mask
 from .logprobs import (
@@ -96,7 +99,10 @@ class PolicyScorer:
         # DeepSpeed's attention leaves evaluation whole.
         if self.sequence_parallel is None or not self.model.training:
             implementation = self.model.config.get_text_config()._attn_implementation
-            return self._score(model, model_inputs(batch, implementation, next(self.model.parameters()).dtype), batch)
+            inputs = model_inputs(batch, implementation, next(self.model.parameters()).dtype)
+            if self.plan.layout == "packed" and takes_lengths(self.model):
+                inputs |= packed_lengths(batch["position_ids"])
+            return self._score(model, inputs, batch)
         inputs, piece, is_here = self.sequence_parallel.shard(batch)
         scores, no_loss = self._score(model, inputs, piece)
         return self.sequence_parallel.join(scores, is_here), no_loss
@@ -182,6 +188,25 @@ def model_inputs(batch: Mapping[str, Tensor], implementation: str, dtype: torch.
     if implementation == "eager":
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
     return {**inputs, "attention_mask": mask}
+
+
+def takes_lengths(model: Any) -> bool:
+    """Whether the forward of a model, with or without an adapter, hands the lengths of packed rows to FlashAttention."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    parameters = inspect.signature(base.forward).parameters.values()
+    return is_flash_attention_requested(base.config.get_text_config()) and any(
+        parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters
+    )
+
+
+def packed_lengths(position_ids: Tensor) -> dict[str, Any]:
+    """Where the sequences of a packed row begin, and the length of the longest one, by the names of FlashAttention.
+
+    Without them every layer finds them again in `position_ids` (1, L), for which the device is waited for each time.
+    """
+    (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(position_ids)
+    length = int(longest)
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": length, "max_length_k": length}
 
 
 def logits_transform(config: Any) -> Callable[[Tensor], Tensor]:

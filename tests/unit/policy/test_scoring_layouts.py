@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from scoring_cases import (
     MAX_LENGTH,
     assert_scores_are_the_models_own,
@@ -17,6 +19,7 @@ from scoring_cases import (
     tiny_llama,
 )
 from transformers import (
+    AttentionInterface,
     BambaConfig,
     BambaForCausalLM,
     BloomConfig,
@@ -37,6 +40,8 @@ from transformers import (
     GptOssForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MinistralConfig,
@@ -56,11 +61,12 @@ from transformers import (
     Starcoder2Config,
     Starcoder2ForCausalLM,
 )
+from transformers.masking_utils import AttentionMaskInterface
 
 from trl_atropos.errors import PreflightError
 from trl_atropos.policy import tree_attention
 from trl_atropos.policy.layouts import LAYOUTS
-from trl_atropos.policy.scoring import ForwardPlan
+from trl_atropos.policy.scoring import ForwardPlan, takes_lengths
 
 
 class TestLayout:
@@ -180,7 +186,8 @@ class TestSlidingWindow:
             "the tree layout is not used: the model's sliding window of 16 tokens is shorter than max_length (64), and only "
             "sdpa has trees with windows, not eager"
         )
-        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        # transformers warns of GPT-OSS once a process.
+        warnings = [record.getMessage() for record in caplog.records if record.name.startswith("trl_atropos.")]
         assert warnings == [f"Forward passes are slower than they could be: {why}." for why in found.fallbacks]
         assert_scores_are_the_models_own(model, found)
 
@@ -286,3 +293,63 @@ def test_position_biases_made_of_the_mask_fall_back_from_trees():
     found = plan(model)
     assert found.layout == "padded"
     assert_scores_are_the_models_own(model, found)
+
+
+class TestPackedRowsOfFlashAttention:
+    """Its kernels need a GPU: what stands in here has their contract, and computes each sequence with sdpa."""
+
+    NAME = "flash_attention_stand_in"
+
+    @pytest.fixture
+    def seen(self):
+        seen: list[dict[str, Any]] = []
+
+        def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+            assert attention_mask is None
+            seen.append(kwargs)
+            starts = kwargs["cu_seq_lens_q"].tolist()
+            assert kwargs["cu_seq_lens_k"].tolist() == starts
+            lengths = [end - start for start, end in itertools.pairwise(starts)]
+            assert sum(lengths) == query.shape[2]
+            assert kwargs["max_length_q"] == kwargs["max_length_k"] == max(lengths)
+            parts = [
+                torch.nn.functional.scaled_dot_product_attention(
+                    *(part[:, :, start:end] for part in (query, key, value)),
+                    is_causal=True,
+                    scale=scaling,
+                    enable_gqa=True,
+                )
+                for start, end in itertools.pairwise(starts)
+            ]
+            return torch.cat(parts, dim=2).transpose(1, 2), None
+
+        AttentionInterface.register(self.NAME, attend)
+        AttentionMaskInterface.register(self.NAME, lambda *args, **kwargs: None)
+        yield seen
+        AttentionInterface._global_mapping.pop(self.NAME)
+        AttentionMaskInterface._global_mapping.pop(self.NAME)
+
+    @pytest.mark.parametrize("has_adapter", [False, True])
+    def test_every_layer_is_told_where_sequences_begin(self, seen, has_adapter):
+        model = tiny_llama()
+        expected = own_logprobs(model, rollouts())
+        model.config._attn_implementation = self.NAME
+        if has_adapter:
+            model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+        found = ForwardPlan("packed", projects_in_pieces=True)
+        scored = scored_logprobs(model, found)
+        torch.testing.assert_close(scored, expected, atol=1e-5, rtol=0)
+        assert len(seen) == model.config.num_hidden_layers
+
+    def test_a_forward_that_does_not_hand_them_on_is_not_given_them(self):
+        class Old(LlamaForCausalLM):
+            def forward(self, input_ids=None, position_ids=None, use_cache=None):
+                return super().forward(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
+
+        model = tiny(Old, LlamaConfig)
+        model.config._attn_implementation = self.NAME
+        assert not takes_lengths(model)
+
+    @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+    def test_other_attention_finds_them_in_the_positions(self, attn_implementation):
+        assert not takes_lengths(tiny_llama(attn_implementation))
