@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -18,10 +19,43 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+CONTROL_PATIENCE = timedelta(hours=24)
+"""How long a rank waits in a control collective for the others. The wait ends at once if one of them ends: its
+connections close. What rank 0 waits for has limits of its own (`batch_timeout_s`, `vllm_server_timeout`, ...)."""
+
+_control: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+"""The default group, and the group of the control collectives that was made for it."""
+
 
 def is_distributed() -> bool:
     """Whether this process is one of several that share a process group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def control_group() -> dist.ProcessGroup:
+    """The group of all ranks on which Python objects travel: gloo, whatever the default group is. A collective call.
+
+    On NCCL they would pass through the memory of the GPUs, ranks that wait would keep their GPUs busy, and a wait that is
+    longer than `ddp_timeout`, for a batch or for a server that is being restarted, would end the run.
+
+    Raises:
+        TrlAtroposError: gloo cannot connect the ranks.
+    """
+    global _control
+    world = dist.group.WORLD
+    assert world is not None, "called by several ranks"
+    if _control is None or _control[0] is not world:
+        try:
+            # torch declares the group and, for ranks outside of it, a number.
+            group: Any = dist.new_group(backend="gloo", timeout=CONTROL_PATIENCE)
+        except RuntimeError as exc:
+            raise TrlAtroposError(
+                f"Gloo cannot connect the {dist.get_world_size()} ranks: {exc}",
+                "Batches, metrics and the outcomes of publishes travel over it between the ranks, also beside NCCL.",
+                "Name the network interface by which the hosts reach each other: GLOO_SOCKET_IFNAME=eth0.",
+            ) from exc
+        _control = world, group
+    return _control[1]
 
 
 def largest_over_ranks(value: float) -> float:
@@ -30,7 +64,7 @@ def largest_over_ranks(value: float) -> float:
     if not is_distributed():
         return value
     values: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=control_group())
     return max(values)
 
 
@@ -50,8 +84,9 @@ def gather_over_ranks(values: torch.Tensor, process_group: dist.ProcessGroup | N
     values = values.cpu()
     if not is_distributed():
         return values
-    gathered: list[torch.Tensor] = [values] * dist.get_world_size(process_group)
-    dist.all_gather_object(gathered, values, group=process_group)
+    group = process_group or control_group()
+    gathered: list[torch.Tensor] = [values] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, values, group=group)
     return torch.cat(gathered)
 
 
@@ -66,6 +101,8 @@ def run_on_main_process(function: Callable[[], T]) -> T:
     """
     if not is_distributed():
         return function()
+    # Before rank 0 begins: all ranks make it together.
+    group = control_group()
     outcome: list[Any] = [None, None]
     failure: BaseException | None = None
     if dist.get_rank() == 0:
@@ -79,7 +116,7 @@ def run_on_main_process(function: Callable[[], T]) -> T:
             failure = exc
             text = f"Rank 0 failed: {type(exc).__name__}: {str(exc).removesuffix('.')}."
             outcome = [None, TrlAtroposError(text, "The other ranks cannot go on without it.", "See rank 0's log.")]
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if failure is not None:
         raise failure
     if outcome[1] is not None:

@@ -53,7 +53,7 @@ class DataOptions:
     )
     batch_timeout_s: PositiveFloat = field(
         default=600.0,
-        metadata={"help": "Seconds to wait for a batch before stopping with a diagnosis. Below `ddp_timeout`."},
+        metadata={"help": "Seconds to wait for a batch before stopping with a diagnosis; below a day."},
     )
     refresh_interval: PositiveFloat = field(
         default=5.0,

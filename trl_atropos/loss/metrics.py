@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed import control_group
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -113,8 +115,8 @@ class MetricAccumulator:
         """Reduces over micro-batches and, when `distributed`, over ranks; then starts anew.
 
         A collective call when `distributed`: every rank of the group must make it, also one that has no metrics. Ranks
-        may hold different names, which is why the names travel with the numbers. `process_group` None is the default
-        group.
+        may hold different names, which is why the names travel with the numbers. `process_group` None is all
+        ranks.
 
         This rank's values are gathered on `device` before they are read: on the accelerator that computed them, the
         host waits for it once instead of once per metric. Metrics without data are left out; the others are the same
@@ -126,8 +128,9 @@ class MetricAccumulator:
         metrics = _to_host(self._metrics, device)
         self._metrics = {}
         if distributed:
-            metrics_of_ranks: list[dict[str, Metric]] = [{}] * dist.get_world_size(process_group)
-            dist.all_gather_object(metrics_of_ranks, metrics, group=process_group)
+            group = process_group or control_group()
+            metrics_of_ranks: list[dict[str, Metric]] = [{}] * dist.get_world_size(group)
+            dist.all_gather_object(metrics_of_ranks, metrics, group=group)
             over_ranks = MetricAccumulator()
             for metrics_of_rank in metrics_of_ranks:
                 over_ranks.update(metrics_of_rank)

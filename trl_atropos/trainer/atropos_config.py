@@ -10,6 +10,7 @@ from accelerate import ParallelismConfig
 from transformers import SchedulerType, TrainingArguments
 
 from ..data.options import DataOptions
+from ..distributed import CONTROL_PATIENCE
 from ..loss.options import StepOptions
 from ..options import PositiveFloat, check_declared
 from ..policy.options import PolicyOptions
@@ -166,10 +167,11 @@ def _check_evaluation(args: AtroposConfig) -> None:
 
 def _check_waiting(args: AtroposConfig) -> None:
     """Refuse to wait for a batch for longer than the other ranks wait for rank 0."""
-    if args.batch_timeout_s >= args.ddp_timeout:
+    patience_s = CONTROL_PATIENCE.total_seconds()
+    if args.batch_timeout_s >= patience_s:
         raise ValueError(
-            f"batch_timeout_s ({args.batch_timeout_s}) is not below ddp_timeout ({args.ddp_timeout}). The other ranks wait in a "
-            "collective for the batch and would be killed first. Raise --ddp_timeout."
+            f"batch_timeout_s ({args.batch_timeout_s}) is not below {patience_s:.0f} s. On several ranks the others wait for the "
+            "batch that long and would end first. Lower --batch_timeout_s."
         )
 
 

@@ -101,8 +101,8 @@ class TestDefaults:
 CONTRADICTIONS = {
     "batch_size": ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "atropos_batch_size": 6},
                    ["atropos_batch_size (6)", "per_device_train_batch_size (4)", "gradient_accumulation_steps (2)", "= 8"]),
-    "batch_wait_beyond_the_collective": ({"batch_timeout_s": 1800.0, "ddp_timeout": 1800},
-                                         ["batch_timeout_s (1800.0)", "ddp_timeout (1800)", "--ddp_timeout"]),
+    "batch_wait_beyond_the_collective": ({"batch_timeout_s": 86400.0},
+                                         ["batch_timeout_s (86400.0)", "86400 s", "--batch_timeout_s"]),
     "epochs": ({"max_steps": -1, "num_train_epochs": 2}, ["max_steps is -1", "epochs", "--max_steps"]),
     "probe_tolerance": ({"logprob_probe_tolerance": float("nan")}, ["logprob_probe_tolerance is nan", "positive"]),
     "publish_deadline": ({"weight_sync_timeout": -1.0}, ["weight_sync_timeout is -1.0", "positive"]),
@@ -210,7 +210,7 @@ class TestContradictions:
                 {"journal_max_bytes": 10, "journal_segment_bytes": 6},
                 "journal_max_bytes is 10 and journal_segment_bytes 6",
             ),
-            ({"batch_timeout_s": 10, "ddp_timeout": 10}, r"batch_timeout_s \(10\) is not below ddp_timeout \(10\)"),
+            ({"batch_timeout_s": 86400}, r"batch_timeout_s \(86400\) is not below 86400 s"),
         ],
         ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
     )

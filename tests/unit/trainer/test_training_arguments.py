@@ -33,7 +33,6 @@ SHOWN_IN = {
         "output_dir", "per_device_train_batch_size", "max_steps", "num_train_epochs", "resume_from_checkpoint",
         "enable_jit_checkpoint", "save_steps", "eval_steps", "use_cpu",
     ],
-    "unit/trainer/test_atropos_config.py": ["ddp_timeout"],
     "unit/report/test_trackers.py": [
         "report_to", "project", "trackio_space_id", "trackio_static_space_id",
     ],
@@ -48,7 +47,7 @@ SHOWN_IN = {
 HANDED_ON = {
     "fp16": "needs a GPU", "tf32": "needs a GPU", "torch_empty_cache_steps": "needs a GPU",
     "ddp_bucket_cap_mb": "needs several ranks", "ddp_broadcast_buffers": "needs several ranks",
-    "ddp_static_graph": "needs several ranks", "ddp_find_unused_parameters": "needs several ranks",
+    "ddp_static_graph": "needs several ranks", "ddp_timeout": "needs several ranks", "ddp_find_unused_parameters": "needs several ranks",
     "fsdp_config": "needs several ranks", "log_level_replica": "needs several ranks",
     "log_on_each_node": "needs several machines", "save_on_each_node": "needs several machines",
     "hub_private_repo": "read by huggingface_hub", "hub_revision": "read by huggingface_hub",
