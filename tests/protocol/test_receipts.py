@@ -24,7 +24,9 @@ from trl_atropos.checks.finding import diagnose
 from trl_atropos.data.options import DataOptions
 from trl_atropos.data.sources import ApiBatches
 from trl_atropos.errors import AtroposBatchGivenAway, AtroposConnectionError, AtroposProtocolError
+from trl_atropos.report.metric_help import METRICS
 from trl_atropos.types import Position
+from trl_atropos.wire.api_watch import ApiWatch
 from trl_atropos.wire.client import AtroposClient
 from trl_atropos.wire.journal import Journal
 
@@ -197,6 +199,73 @@ def test_an_api_that_is_killed_costs_nothing_and_needs_no_registration(tmp_path,
         process.end()
 
 
+def test_a_run_knows_what_befell_its_api(tmp_path):
+    process = ApiProcess(tmp_path)
+    try:
+        with AtroposClient(process.url, read_timeout_s=10.0) as client:
+            api = AtroposApi(process.url, [])
+            # Before the run: not counted.
+            assert api.post_group(2, scores=[1.0]).status_code == 422
+            batches = source(client, tmp_path / "journal")
+            batches.begin()
+            assert batches.watch.metrics["trajectory_api/num_posts_refused"] == 0
+            post(api, 1, 2, 3)
+            assert api.post_group(2, scores=[1.0]).status_code == 422
+            iterator = iter(batches)
+            next(iterator)
+            watched = batches.watch.metrics
+            assert watched.pop("trajectory_api/stored_bytes") > 0
+            assert watched == {
+                "trajectory_api/keeps_batches": 1,
+                "trajectory_api/num_queued_groups": 2,
+                "trajectory_api/num_unacknowledged_batches": 0,
+                "trajectory_api/num_restarts": 0,
+                "trajectory_api/num_posts_refused": 1,
+                "trajectory_api/num_posts_repeated": 0,
+                "trajectory_api/num_posts_turned_away": 0,
+                "trajectory_api/num_batches_repeated": 0,
+                "trajectory_api/num_batches_put_back": 0,
+            }
+            assert watched.keys() <= METRICS.keys()
+
+            pid = api.get("/healthz").json()["pid"]
+            os.kill(pid, signal.SIGKILL)
+            # Counts of the API begin anew with its process; those of the run go on.
+            assert api.post_group(2, scores=[1.0]).status_code == 422
+            next(iterator)
+            assert batches.watch.metrics["trajectory_api/num_restarts"] == 1
+            assert batches.watch.metrics["trajectory_api/num_posts_refused"] == 2
+    finally:
+        process.end()
+
+
+def test_a_reset_is_no_start(api, client):
+    before = client.metrics()["server_starts_total"]
+    client.reset_data()
+    assert client.metrics()["server_starts_total"] == before == 1
+
+
+def test_of_run_api_a_run_knows_that_it_is_this_one(served_app, tmp_path):
+    with AtroposClient(served_app[0]) as client:
+        watch = ApiWatch(client)
+        client.info()
+        watch.look()
+        assert watch.metrics == {"trajectory_api/keeps_batches": 0}
+
+
+def test_an_api_that_does_not_show_its_metrics_ends_no_run_and_is_named_once(api, client, caplog, monkeypatch):
+    client.info()
+    watch = ApiWatch(client)
+    watch.look()
+    before = watch.metrics
+    # As a proxy in front of the API answers that lets other routes through alone.
+    monkeypatch.setattr(client, "base_url", f"{client.base_url}/nothing")
+    watch.look()
+    watch.look()
+    assert watch.metrics == before
+    assert caplog.text.count("is not logged until it answers /metrics") == 1
+
+
 def test_an_api_that_does_not_come_back_ends_the_run(tmp_path):
     process = ApiProcess(tmp_path)
     with AtroposClient(process.url) as client:
@@ -217,6 +286,7 @@ import os, signal, sys
 from pathlib import Path
 from trl_atropos.data.options import DataOptions
 from trl_atropos.data.sources import ApiBatches
+from trl_atropos.wire.api_watch import ApiWatch
 from trl_atropos.wire.client import AtroposClient
 from trl_atropos.wire.journal import Journal
 

@@ -37,11 +37,15 @@ METRICS = {
     "batches_acknowledged_total": ("counter", "Batches that a trainer acknowledged."),
     "batches_put_back_total": ("counter", "Batches that returned to the queue."),
     "requests_failed_total": ("counter", "Requests that failed because the database did."),
+    "server_starts_total": (
+        "counter",
+        "Times that a server was started on this database. It does not begin anew, unless the database does.",
+    ),
     "commits_total": ("counter", "Transactions, each synced to the disk."),
     "commit_seconds_total": ("counter", "Seconds that they took."),
     "resident_memory_bytes": ("gauge", "Memory of the process."),
 }
-"""Name without prefix -> kind and meaning. Counters begin anew with the process."""
+"""Name without prefix -> kind and meaning. Counters begin anew with the process, but for `server_starts_total`."""
 
 
 def render_metrics(service: TrajectoryService) -> str:
@@ -56,6 +60,7 @@ def render_metrics(service: TrajectoryService) -> str:
         "connected_environments": sum(environment["connected"] for environment in service.environments),
         "current_step": service.step,
         **{f"{name.removeprefix('num_')}_total": count for name, count in asdict(service.counts).items()},
+        "server_starts_total": service.num_starts,
         "commits_total": num_commits,
         "commit_seconds_total": commit_s,
         "resident_memory_bytes": resident_bytes(),

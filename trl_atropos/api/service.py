@@ -36,12 +36,16 @@ MAX_BUFFERED_GROUPS = 1024
 
 
 class TrajectoryService:
-    """The trajectory API on a store. Make it on the running event loop. `counts` are since the start of the process."""
+    """The trajectory API on a store. Make it on the running event loop.
+
+    `counts` are since the start of the process, `num_starts` are those of servers on this database.
+    """
 
     def __init__(self, store: Store, options: ApiOptions):
         self.options = options
         self.counts = Counts()
         self._store = store
+        self.num_starts: int = store.state.values.get("num_starts", 0)
         self._load(store.state)
         store.state = jobs.StoredState()
         self._num_bytes_on_the_way = 0
@@ -571,6 +575,15 @@ class TrajectoryService:
             "current_step": self.step,
             **shares_of(environment, self.environments, self.queue, self.info()["batch_size"]),
         }
+
+    async def count_start(self) -> None:
+        """Keep that a server was started.
+
+        Raises:
+            ApiDatabaseError: The database cannot be written.
+        """
+        self.num_starts += 1
+        await self._write(jobs.set_value("num_starts", self.num_starts))
 
     @property
     def failure(self) -> str | None:

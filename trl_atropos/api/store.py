@@ -325,8 +325,9 @@ def put_back(lease: Lease, step: int, keeps_memory: bool) -> Job[None]:
 
 
 def reset(connection: sqlite3.Connection) -> None:
-    """Delete everything."""
-    for table in ("state", "environments", "leases", "groups", "bodies", "posts"):
+    """Delete everything but the number of starts, which is about the server."""
+    connection.execute("DELETE FROM state WHERE name <> 'num_starts'")
+    for table in ("environments", "leases", "groups", "bodies", "posts"):
         connection.execute(f"DELETE FROM {table}")
 
 

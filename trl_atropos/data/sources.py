@@ -22,6 +22,7 @@ from ..errors import (
     AtroposRegistrationError,
 )
 from ..types import Position
+from ..wire.api_watch import ApiWatch
 from ..wire.client import FIRST_DELAY_S, PROGRESS_INTERVAL_S, UNREGISTERED, AtroposClient
 from ..wire.journal import Journal
 from ..wire.recorded import OfflineData, num_rollouts, pack
@@ -72,7 +73,8 @@ class ApiBatches:
     that did not get there comes again, after a restart of either side, too.
 
     `num_restarts` counts the restarts of the API, `num_batches_maybe_lost` the requests for a batch that were sent and
-    whose answer did not arrive, `num_batches_lost` the batches that the API could not write as JSON.
+    whose answer did not arrive, `num_batches_lost` the batches that the API could not write as JSON. `watch` has what the API
+    shows of itself, looked at with every batch.
     """
 
     def __init__(self, client: AtroposClient, journal: Journal, options: DataOptions, register: Callable[[], None]):
@@ -80,6 +82,7 @@ class ApiBatches:
         self.journal = journal
         self.options = options
         self.register = register
+        self.watch = ApiWatch(client)
         self.num_restarts = 0
         self.num_batches_maybe_lost = 0
         self.num_batches_lost = 0
@@ -100,6 +103,7 @@ class ApiBatches:
             number = self.journal.append(raw_groups)
             if not self._acknowledge_last():
                 continue
+            self.watch.look()
             yield FetchedBatch(Position(number, 0), raw_groups, Position(number + 1, 0))
 
     def begin(self) -> None:
@@ -118,6 +122,7 @@ class ApiBatches:
                 logger.warning(f"{exc.what} Waiting for the API (--api_timeout_s).")
                 self.client.wait_until_reachable(self.options.api_timeout_s)
         self.confirm_journal()
+        self.watch.look()
 
     def confirm_journal(self) -> None:
         """Give the receipt of the last batch of a journal that an earlier run wrote, before any of it is used.

@@ -169,6 +169,44 @@ METRICS: dict[str, str] = {
         "Share of the weights that moved since the last publish and whose value in the server's dtype did not, on a "
         "sample, 0 to 1. Near 1: the server does not see the training; raise the learning rate or serve in float32."
     ),
+    "trajectory_api/keeps_batches": (
+        "1 if the API is `trl-atropos api`, 0 else: `run-api` shows nothing of what follows, and what it holds is lost with it."
+    ),
+    "trajectory_api/num_queued_groups": (
+        "Groups that wait in `trl-atropos api` after a batch was fetched. Count. Growing: the trainer is slower than the "
+        "environments, and rollouts get stale."
+    ),
+    "trajectory_api/stored_bytes": (
+        "What `trl-atropos api` holds, in bytes. Near its --max_queue_bytes: environments are held up."
+    ),
+    "trajectory_api/num_unacknowledged_batches": (
+        "Batches that trainers fetched from `trl-atropos api` and have not acknowledged. Count. Above 0 for long: a trainer that "
+        "was killed and not started again."
+    ),
+    "trajectory_api/num_restarts": (
+        "Starts of the server of `trl-atropos api` since the start. Count. Above 0: it was killed; nothing is to be done, but "
+        "see its log."
+    ),
+    "trajectory_api/num_posts_refused": (
+        "Posts that `trl-atropos api` refused for what they hold, since the start. Count. Above 0: see its log, and mend "
+        "that environment."
+    ),
+    "trajectory_api/num_posts_repeated": (
+        "Posts that came again because their answer was lost, and were stored once, since the start. Count. Growing "
+        "without restarts: the network loses answers."
+    ),
+    "trajectory_api/num_posts_turned_away": (
+        "Posts that found the queue of `trl-atropos api` full for too long, since the start. Count. Above 0: "
+        "environments lose groups; start fewer of them, or raise --max_queue_bytes."
+    ),
+    "trajectory_api/num_batches_repeated": (
+        "Batches that were handed out again to the trainer that had asked for them, since the start. Count. Above 0: an answer was "
+        "lost on its way."
+    ),
+    "trajectory_api/num_batches_put_back": (
+        "Batches that returned to the queue, since the start. Count. Above 0: a trainer was silent for too long, or broke "
+        "the connection."
+    ),
     "memory/peak_rss_bytes": "Peak resident memory of the trainer process, in bytes. Growing: a leak.",
 }
 """Every metric that a training run logs: what it is, its unit, and what a bad value means."""

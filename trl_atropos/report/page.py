@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def render_page(run: RunFiles, drawn: list[tuple[Plot, dict[str, Points]]]) -> s
             cards=_cards(run),
             warnings=find_warnings(run),
             plots=plots,
+            api=_api_rows(run),
             refused=run.refused.most_common(),
             staleness=sorted(run.staleness.items()),
             num_known=run.staleness.total(),
@@ -77,6 +79,8 @@ def find_warnings(run: RunFiles) -> list[str]:
     bounds = (
         ("logprob_probe/mean_abs_diff", 0.1, "The logprob probe was above 0.1 nats: server and trainer may differ."),
         ("perf/weight_sync_failures", 0, "At least one attempt of a publish failed; see the log."),
+        ("trajectory_api/num_posts_refused", 0, "The trajectory API refused posts; its log says why."),
+        ("trajectory_api/num_posts_turned_away", 0, "Environments found the queue of the trajectory API full."),
         ("data/num_batches_maybe_lost", 0, "At least one batch may be lost; see the log."),
     )
     for key, bound, sentence in bounds:
@@ -107,6 +111,39 @@ def _cards(run: RunFiles) -> list[tuple[str, str]]:
         if values:
             cards.append((title, format(values[-1][1], spec)))
     return cards
+
+
+def _api_rows(run: RunFiles) -> list[tuple[str, str]]:
+    """What the log knows of the trajectory API; nothing for recorded data and for logs of earlier versions."""
+    kinds = [value for _, value in run.values("trajectory_api/keeps_batches")]
+    if not kinds:
+        return []
+    rows = [("API", "trl-atropos api" if kinds[-1] else "run-api, which shows no more of itself")]
+    for key, title in (
+        ("num_queued_groups", "groups in the queue"),
+        ("stored_bytes", "bytes stored"),
+        ("num_unacknowledged_batches", "batches without a receipt"),
+    ):
+        values = [value for _, value in run.values(f"trajectory_api/{key}")]
+        if values:
+            rows.append((title, f"{values[-1]:,.0f} at the end, at most {max(values):,.0f}"))
+    for key, title in (
+        ("num_restarts", "restarts"),
+        ("num_posts_refused", "posts refused for what they hold"),
+        ("num_posts_repeated", "posts that came twice and were stored once"),
+        ("num_posts_turned_away", "posts that found the queue full"),
+        ("num_batches_repeated", "batches handed out again to their trainer"),
+        ("num_batches_put_back", "batches that returned to the queue"),
+    ):
+        values = [value for _, value in run.values(f"trajectory_api/{key}")]
+        if values:
+            rows.append((title, f"{_sum_over_resumes(values):,.0f}"))
+    return rows
+
+
+def _sum_over_resumes(values: list[float]) -> float:
+    """The count of a whole run, of which every trainer process begins with 0."""
+    return values[0] + sum(now - before if now >= before else now for before, now in pairwise(values))
 
 
 def _describe(plot: Plot, series: dict[str, Points]) -> str:

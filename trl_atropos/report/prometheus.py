@@ -29,6 +29,12 @@ TOTALS = {
     "data/num_api_restarts",
     "data/num_batches_maybe_lost",
     "hub/num_failed_uploads",
+    "trajectory_api/num_restarts",
+    "trajectory_api/num_posts_refused",
+    "trajectory_api/num_posts_repeated",
+    "trajectory_api/num_posts_turned_away",
+    "trajectory_api/num_batches_repeated",
+    "trajectory_api/num_batches_put_back",
 }
 """Metrics that count since the start; the others are of the newest log line."""
 

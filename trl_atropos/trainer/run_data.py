@@ -215,6 +215,7 @@ class _LiveSource:
         return {
             "data/num_api_restarts": mean_of(float(self._api.num_restarts)),
             "data/num_batches_maybe_lost": mean_of(float(maybe_lost)),
+            **{name: mean_of(value) for name, value in self._api.watch.metrics.items()},
         }
 
     def close(self, position: Position) -> None:

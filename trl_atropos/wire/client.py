@@ -38,6 +38,14 @@ FIRST_DELAY_S = 0.1
 MAX_PROBE_DELAY_S = 2.0
 PROGRESS_INTERVAL_S = 10.0
 UNREGISTERED = -1
+METRICS_TIMEOUT_S = 10.0
+METRICS_PREFIX = "trl_atropos_api_"
+METRICS_OF_THE_API = {
+    *("queue_groups", "stored_bytes", "unacknowledged_batches", "server_starts_total"),
+    *("posts_refused_total", "posts_repeated_total", "posts_turned_away_total"),
+    *("batches_repeated_total", "batches_put_back_total"),
+}
+"""What this client reads of `/metrics`; there is more."""
 """What `/info` answers for the batch size as long as no trainer is registered."""
 
 DURABLE_API_HEADER = "trl-atropos-api"
@@ -371,6 +379,31 @@ class AtroposClient:
                 f"POST {self.base_url}/acknowledge answered {_shorten(answer)}, without a `status` of ours."
             )
         return bool(answer["status"] == "success")
+
+    def metrics(self) -> dict[str, float]:
+        """Reads `/metrics` of `trl-atropos api`; `run-api` has no such route.
+
+        Returns:
+            `dict[str, float]`: value by name, without the prefix `trl_atropos_api_`.
+
+        Raises:
+            AtroposConnectionError: the API does not answer within 10 s.
+            AtroposProtocolError: the answer is none of `trl-atropos api`.
+        """
+        timeout_s = min(self.read_timeout_s, METRICS_TIMEOUT_S)
+        text = self._exchange("GET", "/metrics", is_json=False, read_timeout_s=timeout_s)
+        values = {}
+        for line in text.splitlines():
+            name, _, value = line.partition(" ")
+            if name.startswith(METRICS_PREFIX):
+                try:
+                    values[name.removeprefix(METRICS_PREFIX)] = float(value)
+                except ValueError as exc:
+                    raise _not_the_api(f"/metrics answered the line {_shorten(line)}.") from exc
+        missing = METRICS_OF_THE_API - values.keys()
+        if missing:
+            raise _not_the_api(f"/metrics answered without {', '.join(sorted(missing))}.")
+        return values
 
     def _compare(self, found: tuple[int, int], wanted: tuple[int, int]) -> None:
         if found != wanted:

@@ -161,6 +161,29 @@ def test_staleness_is_counted_at_the_step_that_trained_a_rollout(tmp_path):
     assert "<td>1</td><td>5</td>" in page and "56 %" in page and "stale (dropped)" in page
 
 
+def test_the_report_knows_the_api(tmp_path):
+    history = make_history(4, **{"trajectory_api/keeps_batches": 1.0})
+    for entry, queued, restarts in zip(history, (3.0, 1200.0, 2.0, 5.0), (0.0, 2.0, 0.0, 1.0), strict=True):
+        # The trainer was started again after the second step: its counts begin anew.
+        entry |= {"trajectory_api/num_queued_groups": queued, "trajectory_api/num_restarts": restarts}
+        entry["trajectory_api/num_posts_refused"] = 7.0
+    save_history(tmp_path, history)
+    run = read_run_files(tmp_path)
+    write_report(run, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>trl-atropos api</td>" in page
+    assert "<td>groups in the queue</td><td>5 at the end, at most 1,200</td>" in page
+    assert "<td>restarts</td><td>3</td>" in page
+    assert "bytes stored" not in page
+    assert "The trajectory API refused posts; its log says why. Largest trajectory_api/num_posts_refused: 7." in (
+        find_warnings(run)
+    )
+
+    save_history(tmp_path, make_history(4, **{"trajectory_api/keeps_batches": 0.0}))
+    write_report(read_run_files(tmp_path), tmp_path / "report.html")
+    assert "run-api, which shows no more of itself" in (tmp_path / "report.html").read_text()
+
+
 def test_a_killed_run_is_read_from_its_newest_whole_checkpoint(tmp_path):
     for step in (9, 10):
         save_history(tmp_path / f"checkpoint-{step}", make_history(step))
