@@ -4,7 +4,11 @@ Prints one JSON line a case and one with the ratios. Rollouts have 2048 tokens w
 fresh connection each. The trainer reads the bytes of batches of 64 rollouts as fast as they come, and parses nothing; in the
 case `receipts` it names itself and acknowledges. `/status` is asked twenty times a second meanwhile.
 
-    python benchmarks/api.py [--duration_s 10] [--group_sizes 8 64] [--directory DIR]
+    python benchmarks/api.py [--duration_s 10] [--group_sizes 8 64] [--trainers none plain receipts] [--directory DIR]
+    python benchmarks/api.py --restart_bytes 5000000000 --directory DIR
+
+With `--restart_bytes` nothing of that is done: a queue of so many bytes is written, and the line says how long the command takes
+from its start to its first answer, with the file in the page cache.
 
 Everything shares the cores of the machine: clients slow the server down, and the same for both. `syncs_per_s` is how often the
 disk of `--directory` syncs a page, the rate at which posts can be durable one by one.
@@ -180,6 +184,40 @@ def measure(kind: str, group_size: int, trainer: str, bodies: list[bytes], durat
     }
 
 
+def measure_restart(num_bytes: int, rng: random.Random, root: Path) -> dict[str, Any]:
+    """Write a queue through the API's own store, and start the API on it."""
+    from trl_atropos.api import store as jobs
+    from trl_atropos.api.scored_data import read_group
+
+    with tempfile.TemporaryDirectory(dir=root) as name:
+        body = make_body(rng, 8)
+        group = read_group(gzip.decompress(body), body)
+        num_groups = -(-num_bytes // len(group.body))
+        start = time.perf_counter()
+        store = jobs.Store(Path(name) / "api.db")
+        for first in range(1, num_groups + 1, 64):
+            groups = [group] * min(64, num_groups + 1 - first)
+            store.submit(jobs.insert_groups(first, groups, [False] * len(groups), first.to_bytes(8, "big"))).result()
+        store.close()
+        filled_s = time.perf_counter() - start
+        start = time.perf_counter()
+        with running_api("trl-atropos", Path(name)) as (port, process):
+            restart_s = time.perf_counter() - start
+            queued = json.loads(exchange(port, "GET", "/status"))["queue_size"]
+            (server,) = process.children()
+            rss = server.memory_info().rss
+        if queued != num_groups:
+            raise RuntimeError(f"{num_groups} groups were written, the API shows {queued}.")
+        return {
+            "case": "restart",
+            "queue_bytes": num_groups * len(group.body),
+            "queue_groups": num_groups,
+            "filled_s": round(filled_s, 1),
+            "restart_s": round(restart_s, 2),
+            "rss_mb": round(rss / 1e6),
+        }
+
+
 def measure_syncs(directory: Path) -> float:
     """How often a page is written and synced in a second."""
     with tempfile.TemporaryFile(dir=directory) as file:
@@ -196,13 +234,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--duration_s", type=float, default=10.0)
     parser.add_argument("--group_sizes", type=int, nargs="+", default=[8, 64])
+    parser.add_argument(
+        "--trainers", nargs="+", choices=["none", "plain", "receipts"], default=["none", "plain", "receipts"]
+    )
+    parser.add_argument("--restart_bytes", type=int, help="measure the restart with a queue of so many bytes instead")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
     args = parser.parse_args()
     rng = random.Random(0)
+    if args.restart_bytes is not None:
+        print(json.dumps(measure_restart(args.restart_bytes, rng, args.directory)))
+        return
     results: dict[tuple[str, int, str], dict[str, Any]] = {}
     for group_size in args.group_sizes:
         bodies = [make_body(rng, group_size) for _ in range(NUM_BODIES)]
-        for trainer in ("none", "plain", "receipts"):
+        for trainer in args.trainers:
             for kind in ("run-api", "trl-atropos"):
                 if trainer == "receipts" and kind == "run-api":
                     continue
@@ -213,7 +258,9 @@ def main() -> None:
     for (kind, group_size, trainer), ours in results.items():
         if kind == "run-api":
             continue
-        theirs = results["run-api", group_size, "none" if trainer == "none" else "plain"]
+        theirs = results.get(("run-api", group_size, "none" if trainer == "none" else "plain"))
+        if theirs is None:
+            continue
         for name in ("rollouts_per_s", "batch_p50_ms"):
             if ours[name] and theirs[name]:
                 ratios[f"{name}_{group_size}_{trainer}"] = round(ours[name] / theirs[name], 2)
