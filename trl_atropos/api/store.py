@@ -54,6 +54,7 @@ MIGRATIONS = (
     CREATE TABLE bodies (id INTEGER PRIMARY KEY, is_gzipped INTEGER NOT NULL, body BLOB NOT NULL);
     CREATE TABLE posts (digest BLOB PRIMARY KEY, received_at REAL NOT NULL) WITHOUT ROWID;
     """,
+    "CREATE INDEX posts_by_time ON posts (received_at)",
 )
 """Entry i turns a database of version i, `PRAGMA user_version`, into one of version i + 1."""
 
@@ -259,17 +260,22 @@ def insert_groups(
                 (number, group.num_rollouts, group.env_id, len(group.body), group.missing, now, is_buffered),
             )
             connection.execute("INSERT INTO bodies VALUES (?, ?, ?)", (number, group.is_gzipped, group.body))
-        connection.execute("INSERT OR REPLACE INTO posts VALUES (?, ?)", (digest, now))
+        (newest,) = connection.execute("SELECT max(received_at) FROM posts").fetchone()
+        # Never before an earlier one: after a clock was set back, the newest posts would look like old ones.
+        received_at = now if newest is None else max(now, newest)
+        connection.execute("INSERT OR REPLACE INTO posts VALUES (?, ?)", (digest, received_at))
 
     return job
 
 
 def forget_posts() -> Job[None]:
     """Forget the digests of posts that no answer can be missing of any more."""
-    before = time.time() - 2 * REMEMBERED_POSTS_S
 
     def job(connection: sqlite3.Connection) -> None:
-        connection.execute("DELETE FROM posts WHERE received_at < ?", (before,))
+        # Counted back from the newest, as when they are read: a clock that was set forward must not make all of them old.
+        connection.execute(
+            "DELETE FROM posts WHERE received_at < (SELECT max(received_at) FROM posts) - ?", (2 * REMEMBERED_POSTS_S,)
+        )
 
     return job
 

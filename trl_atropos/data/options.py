@@ -17,7 +17,7 @@ class DataOptions:
     atropos_api_url: str | None = field(
         default=None,
         metadata={
-            "help": "Root URL of the Atropos API (`run-api`), such as http://localhost:8000. Or give `data_path`."
+            "help": "Root URL of the API, `trl-atropos api` or `run-api`, such as http://localhost:8000. Or give `data_path`."
         },
     )
     data_path: str | None = field(

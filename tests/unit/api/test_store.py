@@ -200,7 +200,9 @@ def test_an_older_database_is_brought_to_this_version(tmp_path, monkeypatch):
     assert store.submit(lambda connection: connection.execute("SELECT colour FROM groups").fetchall()).result() == [
         ("red",)
     ]
-    assert store.submit(lambda connection: connection.execute("PRAGMA user_version").fetchone()).result() == (2,)
+    assert store.submit(lambda connection: connection.execute("PRAGMA user_version").fetchone()).result() == (
+        len(MIGRATIONS) + 1,
+    )
     store.close()
 
 
@@ -226,6 +228,26 @@ def test_a_clock_that_was_set_back_keeps_the_posts_that_may_come_again(tmp_path,
     monkeypatch.setattr(time, "time", lambda: now - 10_000)
     store = reopen(store)
     assert store.state.posts == [b"new"]
+    store.close()
+
+
+def test_a_clock_that_is_set_while_posts_come_makes_none_of_the_last_ones_old(tmp_path, monkeypatch):
+    store = Store(tmp_path / "a.db")
+    now = time.time()
+    # Set back by three hours after the first post, then forward by two days while nobody posts.
+    for number, (seconds, digest) in enumerate(((0, b"before"), (-10_800, b"after")), start=1):
+        monkeypatch.setattr(time, "time", lambda seconds=seconds: now + seconds)
+        insert(store, number, GROUP, digest=digest)
+    monkeypatch.setattr(time, "time", lambda: now + 172_800)
+    store.submit(jobs.forget_posts()).result()
+    store = reopen(store)
+    assert sorted(store.state.posts) == [b"after", b"before"]
+
+    # What is old by the clock of the posts is forgotten all the same.
+    insert(store, 3, GROUP, digest=b"later")
+    store.submit(jobs.forget_posts()).result()
+    kept = store.submit(lambda connection: connection.execute("SELECT digest FROM posts").fetchall()).result()
+    assert kept == [(b"later",)]
     store.close()
 
 
