@@ -8,7 +8,8 @@ being those of the interval, and a last one that compares the first interval wit
 order of its poster; the exit code is 1 if one does not.
 
 Posters wait while more than `MAX_QUEUED_GROUPS` groups are queued, as BaseEnv does, so that the queue stays short: what a long one
-costs is in benchmarks/api.py. `/status` is asked twenty times a second meanwhile.
+costs is in benchmarks/api.py. `/status` is asked twenty times a second meanwhile, by the process that reads the batches: its times
+have waits of that process in them.
 """
 
 from __future__ import annotations
@@ -139,6 +140,8 @@ def soak(args: argparse.Namespace) -> bool:
                 is_full.set()
             else:
                 is_full.clear()
+            if any(poster.exitcode for poster in posters):
+                raise RuntimeError("A poster failed; what it raised is above.")
             is_over = not trainer.is_alive()
             if trainer.num_trained - num_before >= args.interval_groups or (
                 is_over and trainer.num_trained > num_before
@@ -177,7 +180,7 @@ def soak(args: argparse.Namespace) -> bool:
         if lines[0][name] and lines[-1][name]
     }
     print(json.dumps({"num_groups": trainer.num_trained, "error": trainer.error, **growth}))
-    return trainer.error is None
+    return trainer.error is None and trainer.num_left < BATCH_SIZE // GROUP_SIZE
 
 
 def main() -> int:

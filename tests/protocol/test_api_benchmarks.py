@@ -1,0 +1,39 @@
+"""The benchmarks of `trl-atropos api` run, and find every group once: small ones, whose times say nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from trajectory_api import ROOT
+
+
+def run_benchmark(name: str, *arguments: str) -> list[dict[str, Any]]:
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / name), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def test_a_short_soak_gets_every_group_once_and_in_order(tmp_path: Path) -> None:
+    *intervals, last = run_benchmark(
+        "api_soak.py", "--num_groups", "1024", "--interval_groups", "400", "--directory", str(tmp_path)
+    )
+    assert (last["num_groups"], last["error"]) == (1024, None)
+    assert intervals[-1]["num_groups"] == 1024 and len(intervals) >= 2
+    assert all(line["rss_mb"] > 0 and line["post_p50_ms"] > 0 for line in intervals)
+
+
+def test_a_restart_finds_the_whole_queue(tmp_path: Path) -> None:
+    (line,) = run_benchmark("api.py", "--restart_bytes", "2000000", "--directory", str(tmp_path))
+    assert line["queue_bytes"] >= 2_000_000
+    assert line["queue_groups"] > 1
