@@ -107,13 +107,12 @@ class TrajectoryApp:
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
-        self.service = TrajectoryService(self._store, self.options)
         try:
-            await self.service.count_start()
+            await asyncio.wrap_future(self._store.count_start())
         except ApiDatabaseError as exc:
             # A full disk must not keep trainers from fetching, which frees it.
-            self.service.counts.num_requests_failed += 1
             logger.error("event=database_failed error=%r", str(exc))
+        self.service = TrajectoryService(self._store, self.options)
         cleaning = asyncio.create_task(self._clean_up())
         await send({"type": "lifespan.startup.complete"})
         await receive()

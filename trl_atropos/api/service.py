@@ -45,7 +45,7 @@ class TrajectoryService:
         self.options = options
         self.counts = Counts()
         self._store = store
-        self.num_starts: int = store.state.values.get("num_starts", 0)
+        self.num_starts = store.num_starts
         self._load(store.state)
         store.state = jobs.StoredState()
         self._num_bytes_on_the_way = 0
@@ -575,15 +575,6 @@ class TrajectoryService:
             "current_step": self.step,
             **shares_of(environment, self.environments, self.queue, self.info()["batch_size"]),
         }
-
-    async def count_start(self) -> None:
-        """Keep that a server was started.
-
-        Raises:
-            ApiDatabaseError: The database cannot be written.
-        """
-        self.num_starts += 1
-        await self._write(jobs.set_value("num_starts", self.num_starts))
 
     @property
     def failure(self) -> str | None:

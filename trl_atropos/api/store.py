@@ -125,7 +125,7 @@ class Store:
 
     Jobs are run by a thread of the store, in the order in which they are submitted; `read_body` may be called by one other
     thread. `num_commits` and `commit_s` count the transactions and the seconds that they took, `last_error` is what the
-    last one failed with, None if it did not.
+    last one failed with, None if it did not. `num_starts` are the servers that were ever started on this database.
 
     Raises:
         ApiDatabaseError: Another process has the database, it is damaged, or it is none of this program or version.
@@ -147,6 +147,7 @@ class Store:
         except ApiDatabaseError:
             self._lock.close()
             raise
+        self.num_starts: int = self.state.values.get("num_starts", 0)
         self._jobs: queue.SimpleQueue[tuple[Job[Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="store", daemon=True)
         self._thread.start()
@@ -168,6 +169,11 @@ class Store:
         future: Future[T] = Future()
         self._jobs.put((job, future))
         return future
+
+    def count_start(self) -> Future[None]:
+        """Keep that a server was started on this database; the future is that of `submit`."""
+        self.num_starts += 1
+        return self.submit(set_value("num_starts", self.num_starts))
 
     def read_body(self, group_id: int) -> StoredBody | None:
         """Read the body of a group; None if it is not there any more.
