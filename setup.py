@@ -34,12 +34,16 @@ extras = {
     "model": ["gguf>=0.19"],
     # Quantised base models (QLoRA).
     "quantization": ["bitsandbytes>=0.50"],
-    # examples/envs/reasoning.py
-    "examples": ["reasoning-gym>=0.1.25"],
+    # Ecosystems of `trl-atropos env ECOSYSTEM:NAME`, each under its own name.
+    "reasoning-gym": ["reasoning-gym>=0.1.25"],
+    "reasoning-core": ["reasoning-core>=0.5.0"],
+    "textarena": ["textarena>=0.7.4"],
     # Trackers; wandb comes with atroposlib.
     "trackers": ["trackio>=0.43", "tensorboard>=2.20"],
     "docs": ["latex2mathml>=3.78", "mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
 }
+# examples/envs/reasoning.py
+extras["examples"] = extras["reasoning-gym"]
 extras["dev"] = [
     *extras["atropos"],
     *extras["model"],

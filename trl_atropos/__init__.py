@@ -27,6 +27,9 @@ _EXPORTS = {
     "AtroposParser": "trainer.parser",
     "AtroposTrainer": "trainer.atropos_trainer",
     "AtroposVLLMClient": "weight_sync.client",
+    "EnvironmentSource": "envs.source",
+    "Episode": "envs.source",
+    "EpisodeStep": "envs.source",
     "LossFunction": "loss.losses",
     "LossInputs": "loss.losses",
     "LossOutputs": "loss.losses",
@@ -44,6 +47,9 @@ _EXPORTS = {
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
 if TYPE_CHECKING:
+    from .envs.source import EnvironmentSource as EnvironmentSource
+    from .envs.source import Episode as Episode
+    from .envs.source import EpisodeStep as EpisodeStep
     from .loss.advantages import clip_advantages as clip_advantages
     from .loss.advantages import normalize_advantages as normalize_advantages
     from .loss.losses import LossFunction as LossFunction

@@ -11,6 +11,7 @@
     +-- JournalError              (OSError)           the journal of fetched groups cannot be written or read
     +-- PreflightError            (RuntimeError)      a server or an option that cannot work together with this run
     +-- NonFiniteGradientError    (ArithmeticError)   a gradient is NaN or infinite; the optimizer step was not taken
+    +-- EpisodeError              (RuntimeError)      an episode of an environment cannot become a rollout
     +-- HubUploadError            (OSError)           the Hub did not take an upload; training goes on
     +-- ProcessFailedError        (ChildProcessError) a process of `trl-atropos launch` ended (cli/launch/processes.py)
     +-- WeightSyncError           (RuntimeError)      a publish failed; says in which state the server is
@@ -92,6 +93,10 @@ class JournalError(TrlAtroposError, OSError):
 
 class PreflightError(TrlAtroposError, RuntimeError):
     """A server, a model or an option that cannot work with the rest of the run; found before training starts."""
+
+
+class EpisodeError(TrlAtroposError, RuntimeError):
+    """An episode of an environment cannot become a rollout of its group."""
 
 
 class HubUploadError(TrlAtroposError, OSError):

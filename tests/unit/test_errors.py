@@ -21,6 +21,7 @@ STANDARD_BASE = {
     errors.AtroposDataTimeout: TimeoutError,
     errors.JournalError: OSError,
     errors.PreflightError: RuntimeError,
+    errors.EpisodeError: RuntimeError,
     errors.HubUploadError: OSError,
     errors.NonFiniteGradientError: ArithmeticError,
     errors.WeightSyncError: RuntimeError,

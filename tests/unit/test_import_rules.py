@@ -36,7 +36,8 @@ IMPORTS_OF = {
     "report": {"data", "loss", "weight_sync.weights"},
     "trainer": {"wire", "policy", "loss", "weight_sync", "checks", "data", "report"},
     "api": set(),
-    "cli": {"wire", "weight_sync", "checks", "report", "trainer", "api"},
+    "envs": set(),
+    "cli": {"wire", "weight_sync", "checks", "report", "trainer", "api", "envs"},
 }
 """Package -> the packages, or single modules, that it may import. docs/architecture.md shows the same table."""
 
@@ -62,6 +63,7 @@ LIBRARIES_OF = {
     "serving": {"vllm", "torch"},
     "checks": set(),
     "api": {"msgspec", "uvicorn"},
+    "envs": {"atroposlib", "pydantic", "reasoning_core", "reasoning_gym", "textarena"},
     "data": {"torch"},
     "report": {
         *("torch", "transformers", "trl", "huggingface_hub", "jinja2", "markupsafe", "matplotlib", "pandas"),

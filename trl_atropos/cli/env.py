@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import logging
 import runpy
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from ..envs.ecosystems import ECOSYSTEMS, find_ecosystem, is_ecosystem_name, open_source
 from ..errors import PreflightError
+from .env_delivery import watch_environments
 from .env_shims import SHIMS, select_shims
+from .env_shims.shim import Shim
 from .progress import say
 
 
@@ -34,19 +39,24 @@ def add_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     """Add the command and its arguments."""
     parser = commands.add_parser(
         "env",
-        help="run an Atropos environment file, unmodified, with today's libraries",
+        help="run an Atropos environment file, unmodified, or an environment of another ecosystem",
         usage="%(prog)s [--no-shim NAME]... FILE.py {serve,process,evaluate} [options of FILE.py]\n"
+        "       %(prog)s [--no-shim NAME]... ECOSYSTEM:NAME [--args JSON] {serve,process,evaluate} [options of Atropos]\n"
+        "       %(prog)s list [ECOSYSTEM]\n"
         "       %(prog)s --list-shims",
         description="Run FILE.py as `python FILE.py ...` would, after replacing what archived Atropos does wrong with "
         "transformers 5 and current servers. Each such shim says so in one line when it acts. docs/environments.md lists them "
-        "and the files that were tried.",
+        "and the files that were tried. ECOSYSTEM:NAME, such as reasoning-gym:chain_sum, is an environment of another "
+        "ecosystem with the same options; --args are its own, as a JSON object.",
         epilog="What follows FILE.py is passed on untouched. Exit code: that of FILE.py; 1 if a module that it needs is missing.",
     )
     parser.add_argument(
         "--no-shim", action="append", default=[], metavar="NAME", help="leave out a shim; can be repeated"
     )
     parser.add_argument("--list-shims", action="store_true", help="print the shims and end")
-    parser.add_argument("file", type=Path, nargs="?", metavar="FILE.py", help="the environment file")
+    parser.add_argument(
+        "file", nargs="?", metavar="FILE.py", help="the environment file, ECOSYSTEM:NAME, or the word list"
+    )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
     parser.set_defaults(run=run)
 
@@ -58,7 +68,28 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     if args.file is None:
         raise argparse.ArgumentError(None, "env: FILE.py is missing")
-    return _run_file(args.file, [*args.arguments, *(["--", *rest] if rest else [])], args.no_shim)
+    arguments = [*args.arguments, *(["--", *rest] if rest else [])]
+    if args.file == "list":
+        return _list_environments(arguments)
+    if is_ecosystem_name(args.file):
+        return _run_name(args.file, arguments, args.no_shim)
+    return _run_file(Path(args.file), arguments, args.no_shim)
+
+
+def _list_environments(arguments: Sequence[str]) -> int:
+    """Print the ecosystems, or the names of one of them."""
+    if len(arguments) > 1:
+        raise argparse.ArgumentError(None, f"env list: takes the name of one ecosystem, not {' '.join(arguments)}")
+    if arguments:
+        for name in find_ecosystem(arguments[0]).task_names():
+            print(f"{arguments[0]}:{name}")
+        return 0
+    width = max(map(len, ECOSYSTEMS))
+    for ecosystem in ECOSYSTEMS.values():
+        state = "installed" if ecosystem.is_installed else f"not installed: {ecosystem.install_command}"
+        print(f"{ecosystem.name:{width}}  {ecosystem.what}")
+        print(f"{'':{width}}  {state}")
+    return 0
 
 
 def _list_shims() -> None:
@@ -66,6 +97,45 @@ def _list_shims() -> None:
     for shim in SHIMS:
         print(f"{shim.name:{width}}  {shim.why}")
         print(f"{'':{width}}  {shim.upstream}")
+
+
+def _run_name(name: str, arguments: Sequence[str], without: Sequence[str]) -> int:
+    """Run an environment of another ecosystem with the command line that Atropos gives to every environment."""
+    shims = select_shims(without)
+    options, arguments = _own_options(name, arguments)
+    _log_to_standard_error()
+    source = open_source(name, options)
+    _prepare(shims)
+    # It imports atroposlib, which is not needed for what can go wrong above.
+    from ..envs.environment import make_environment
+
+    sys.argv = [name, *arguments]
+    return _until_interrupted(make_environment(name, source).cli)
+
+
+def _own_options(name: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Split `--args JSON` off, which stands directly behind the name."""
+    first, *rest = arguments or [""]
+    flag, has_value, value = first.partition("=")
+    if flag != "--args":
+        return {}, list(arguments)
+    if not has_value:
+        value, *rest = rest or [""]
+    try:
+        options = json.loads(value)
+    except json.JSONDecodeError as exc:
+        raise PreflightError(
+            f"--args of {name} is no JSON: {exc}.",
+            f"It is {value!r}.",
+            """Pass an object in single quotes, such as --args '{"max_terms": 3}'.""",
+        ) from exc
+    if not isinstance(options, dict):
+        raise PreflightError(
+            f"--args of {name} is {value}, which is no JSON object.",
+            "Each option of an environment has a name.",
+            """Pass an object, such as --args '{"max_terms": 3}'.""",
+        )
+    return options, rest
 
 
 def _run_file(path: Path, arguments: Sequence[str], without: Sequence[str]) -> int:
@@ -80,21 +150,36 @@ def _run_file(path: Path, arguments: Sequence[str], without: Sequence[str]) -> i
             f"It was looked for from {Path.cwd()}.",
             "Pass the path of an environment file: trl-atropos env FILE.py serve ...",
         )
+    _log_to_standard_error()
+    _prepare(shims)
+    sys.argv = [str(path), *arguments]
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        return _until_interrupted(lambda: runpy.run_path(str(path), run_name="__main__"))
+    except ModuleNotFoundError as exc:
+        raise _missing_module(path, exc) from exc
+
+
+def _log_to_standard_error() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_atropos").setLevel(logging.INFO)
+
+
+def _prepare(shims: Sequence[Shim]) -> None:
+    """Make this process one of an environment."""
     say("Loading atroposlib and transformers")
     _require_atroposlib()
     for shim in shims:
         shim.install()
+    watch_environments()
     # As without us: the environment, and the processes that it starts, end at once.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-    sys.argv = [str(path), *arguments]
-    sys.path.insert(0, str(path.resolve().parent))
+
+
+def _until_interrupted(program: Callable[[], object]) -> int:
     try:
-        runpy.run_path(str(path), run_name="__main__")
-    except ModuleNotFoundError as exc:
-        raise _missing_module(path, exc) from exc
+        program()
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 128 + signal.SIGINT

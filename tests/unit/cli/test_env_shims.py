@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +12,17 @@ from typing import Any
 
 import pytest
 from atroposlib.envs import base
-from atroposlib.envs.server_handling.server_manager import ServerManager
 from openai import OpenAIError
 from tiny_models import byte_tokenizer
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding
 
 import trl_atropos
 from trl_atropos.cli.env_shims import SHIMS, select_shims
-from trl_atropos.cli.main import main
 
 
+pytestmark = pytest.mark.usefixtures("undone")
+
+Run = Callable[..., "str | int | None"]
 DOCS = Path(trl_atropos.__file__).parent.parent / "docs" / "environments.md"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 BASE_URL = "http://127.0.0.1:19999/v1"
@@ -79,49 +79,6 @@ if __name__ == "__main__":
 
     (ManagedEnv if "openai" in sys.argv else ShapeEnv).cli()
 """
-
-
-@pytest.fixture(autouse=True)
-def undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What shims and the command change in this process is as before when a test ends."""
-    for owner, name in (
-        (PreTrainedTokenizerBase, "apply_chat_template"),
-        (base, "resolve_openai_configs"),
-        (base, "merge_dicts"),
-        (base.BaseEnv, "__init__"),
-        (ServerManager, "managed_server"),
-    ):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-@pytest.fixture
-def signals() -> Any:
-    """The handlers of signals that the command replaces."""
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, handlers, strict=True):
-        signal.signal(number, handler)
-
-
-Run = Callable[..., "str | int | None"]
-
-
-@pytest.fixture
-def run(tmp_path: Path, signals: None) -> Run:
-    """Runs `trl-atropos env ARGUMENTS` in this process and returns its exit code."""
-
-    def run_command(*arguments: str) -> str | int | None:
-        try:
-            return main(["env", *arguments])
-        except SystemExit as exc:
-            return exc.code
-
-    return run_command
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Environments of other ecosystems as Atropos environments: `trl-atropos env reasoning-gym:chain_sum serve ...`."""

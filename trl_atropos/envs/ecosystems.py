@@ -1,0 +1,190 @@
+"""The ecosystems by name, and the way from `ECOSYSTEM:NAME` to a source that is known to work."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import PreflightError, did_you_mean
+from . import reasoning_core, reasoning_gym, textarena
+from .source import EnvironmentSource
+
+
+@dataclass(frozen=True)
+class Ecosystem:
+    """One row of `trl-atropos env list`.
+
+    Args:
+        name (`str`):
+            What stands before the colon; also the extra of the distribution that installs it.
+        module (`str`):
+            What has to be importable.
+        what (`str`):
+            What its names are, and what some of them need, in one line.
+        task_names (`Callable[[], list[str]]`):
+            All names that may stand behind the colon.
+        make (`Callable[[str, dict[str, Any]], EnvironmentSource]`):
+            Source of a name and the options of `--args`.
+    """
+
+    name: str
+    module: str
+    what: str
+    task_names: Callable[[], list[str]]
+    make: Callable[[str, dict[str, Any]], EnvironmentSource]
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its package is there. It is not imported."""
+        return importlib.util.find_spec(self.module) is not None
+
+    @property
+    def install_command(self) -> str:
+        """What installs it."""
+        return f"pip install 'trl-atropos[{self.name}]'"
+
+
+ECOSYSTEMS = {
+    ecosystem.name: ecosystem
+    for ecosystem in (
+        Ecosystem(
+            "reasoning-gym",
+            "reasoning_gym",
+            "procedural tasks with one answer",
+            reasoning_gym.task_names,
+            reasoning_gym.ReasoningGym,
+        ),
+        Ecosystem(
+            "reasoning-core",
+            "reasoning_core",
+            "symbolic tasks with one answer; some need data of a hub",
+            reasoning_core.task_names,
+            reasoning_core.ReasoningCore,
+        ),
+        Ecosystem(
+            "textarena",
+            "textarena",
+            "games in text for one player; games with words need the NLTK data `words`",
+            textarena.task_names,
+            textarena.TextArena,
+        ),
+    )
+}
+"""Name -> ecosystem."""
+
+OPEN_FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+"""What an environment raises whose data, key, package or options are missing or wrong."""
+
+
+MAX_ERROR_CHARACTERS = 300
+"""So much of what an environment's own error says is repeated."""
+
+
+def is_ecosystem_name(name: str) -> bool:
+    """Whether it has the form `ECOSYSTEM:NAME`, and is no path."""
+    ecosystem, colon, _ = name.partition(":")
+    return bool(colon) and "/" not in ecosystem and "." not in ecosystem
+
+
+def find_ecosystem(name: str) -> Ecosystem:
+    """Return the ecosystem of a name, with its package installed.
+
+    Raises:
+        PreflightError: There is none of this name, or it is not installed.
+    """
+    if name not in ECOSYSTEMS:
+        raise PreflightError(
+            f"There is no ecosystem {name!r}.",
+            f"Known are: {', '.join(ECOSYSTEMS)}.",
+            f"{did_you_mean(name, ECOSYSTEMS)} `trl-atropos env list` shows what is installed.",
+        )
+    ecosystem = ECOSYSTEMS[name]
+    if not ecosystem.is_installed:
+        raise PreflightError(
+            f"The package of {name} is not installed: there is no module {ecosystem.module}.",
+            "Environments of other ecosystems come from their own packages.",
+            f"Run {ecosystem.install_command}.",
+        )
+    return ecosystem
+
+
+def open_source(name: str, options: dict[str, Any]) -> EnvironmentSource:
+    """Return the source of `ECOSYSTEM:NAME`, after its first task was opened once.
+
+    Args:
+        name (`str`):
+            Such as `reasoning-gym:chain_sum`.
+        options (`dict[str, Any]`):
+            Of the environment itself, as its ecosystem names them.
+
+    Raises:
+        PreflightError: The ecosystem or the name is unknown, its package is not installed, it does not take these options,
+            or it lacks data, a key, the network or a further package.
+    """
+    prefix, _, task_name = name.partition(":")
+    ecosystem = find_ecosystem(prefix)
+    names = ecosystem.task_names()
+    if task_name not in names:
+        raise PreflightError(
+            f"{prefix} has no environment {task_name!r} for one policy.",
+            f"It has {len(names)} that can be trained on.",
+            f"{did_you_mean(task_name, names)} `trl-atropos env list {prefix}` shows all.",
+        )
+    try:
+        source = ecosystem.make(task_name, options)
+        source.open(source.make_task(0)).close()
+    except OPEN_FAULTS as exc:
+        raise _explained(name, options, exc) from exc
+    return source
+
+
+def _explained(name: str, options: dict[str, Any], exc: Exception) -> PreflightError:
+    """The error for an environment that could not be opened: what it lacks, as far as its own error says."""
+    text = " ".join(word for word in str(exc).split() if word.strip("*"))
+    what = f"{name} cannot be opened: {type(exc).__name__}: {text[:MAX_ERROR_CHARACTERS].rstrip('.')}."
+    if isinstance(exc, LookupError) and "nltk" in text.lower():
+        return PreflightError(
+            what,
+            "It needs data of NLTK, which is downloaded once.",
+            "Run python -m nltk.downloader words averaged_perceptron_tagger_eng where there is a network, and set "
+            "NLTK_DATA to that directory.",
+        )
+    if "api" in text.lower() and "key" in text.lower():
+        return PreflightError(
+            what,
+            "A part of it is played or judged by the model of a service.",
+            "Set the key in the variable that its error names, or choose another of `trl-atropos env list`.",
+        )
+    if isinstance(exc, ModuleNotFoundError):
+        return PreflightError(
+            what, "It needs a further package.", f"Run pip install {(exc.name or text).partition('.')[0]}."
+        )
+    if isinstance(exc, OSError) and not isinstance(exc, FileNotFoundError):
+        return PreflightError(
+            what, "It reads data from the network.", "Open it once where there is one, or choose another environment."
+        )
+    if options:
+        return PreflightError(
+            what,
+            f"It was given these options: {options}.",
+            f"Correct --args, or leave it out; the options are those of {name.partition(':')[0]}.",
+        )
+    return PreflightError(
+        what,
+        "This version of its package does not run here.",
+        "Choose another of `trl-atropos env list`, or install the version that it was written for.",
+    )
