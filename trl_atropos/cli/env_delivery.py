@@ -214,7 +214,13 @@ def _note_calls(env: Any, delivery: Delivery) -> None:
         scored_data: Any, item: Any = None, do_send_to_api: bool = True, **kwargs: Any
     ) -> None:
         num_kept = delivery.note_groups(scored_data) if scored_data else 0
-        await send(scored_data, item, do_send_to_api, **kwargs)
+        try:
+            await send(scored_data, item, do_send_to_api, **kwargs)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as exc:
+            delivery.note_exception("handle_send_to_api", exc)
+            raise
         if not do_send_to_api:
             # `process` writes them to a file.
             delivery.num_sent += num_kept
