@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -10,9 +11,10 @@ import pytest
 
 
 @pytest.fixture
-def undone(monkeypatch: pytest.MonkeyPatch) -> None:
+def undone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What shims and the command change in this process is as before when a test ends."""
     from atroposlib.envs import base
+    from atroposlib.envs.server_handling import openai_server
     from atroposlib.envs.server_handling.server_manager import ServerManager
     from transformers import PreTrainedTokenizerBase
 
@@ -21,13 +23,18 @@ def undone(monkeypatch: pytest.MonkeyPatch) -> None:
         (base, "resolve_openai_configs"),
         (base, "merge_dicts"),
         (base.BaseEnv, "__init__"),
+        (base.BaseEnv, "cli"),
         (ServerManager, "managed_server"),
+        (runpy, "run_path"),
     ):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
+        monkeypatch.setattr(owner, name, vars(owner)[name])
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    yield
+    for module in (base, openai_server):
+        vars(module).pop("__getattr__", None)
 
 
 @pytest.fixture

@@ -9,13 +9,25 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ...errors import PreflightError, did_you_mean
+from .packages import RelativeImport
 from .servers import ServerType
-from .settings import ApiKey, ServerList, Wandb, WandbName
+from .settings import ApiKey, OneServer, OpenaiConfig, ServerList, Wandb, WandbName
 from .shim import Shim
 from .tokenizers import ReturnDict, ServerTokenizer
 
 
-SHIMS: tuple[type[Shim], ...] = (ReturnDict, ServerList, ApiKey, Wandb, WandbName, ServerTokenizer, ServerType)
+SHIMS: tuple[type[Shim], ...] = (
+    ReturnDict,
+    ServerList,
+    OneServer,
+    ApiKey,
+    Wandb,
+    WandbName,
+    ServerTokenizer,
+    ServerType,
+    OpenaiConfig,
+    RelativeImport,
+)
 """All shims, in the order in which they are installed."""
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from .shim import Shim
@@ -48,6 +50,67 @@ class ServerList(Shim):
         is_told = "openai.base_url" in cli_passed_flags or any("base_url" in server for server in servers)
         # Upstream asks the nodes of a Slurm job, and the URL of `config_init` is a placeholder.
         return is_told or "SLURM_JOB_NODELIST" not in os.environ
+
+
+class OneServer(Shim):
+    """`--openai.*` for an environment with several default servers: they change the first, and the others go."""
+
+    name = "one_server"
+    why = "An environment with several default servers takes no --openai options, and asks ports that nobody serves."
+    upstream = "atroposlib/envs/server_handling/openai_server.py: resolve_openai_configs"
+
+    def install(self) -> None:
+        """Keep the first of several default servers when the command line names a `base_url`."""
+        from atroposlib.envs import base
+
+        original = base.BaseEnv.cli.__func__
+
+        def cli(env_cls: Any) -> Any:
+            config_init = env_cls.config_init
+
+            # Before `cli`: `serve` and `process` read the defaults in different ways, but both from here.
+            def first_server(_: Any) -> Any:
+                config, servers = config_init()
+                if isinstance(servers, list) and len(servers) > 1 and _is_told("openai.base_url"):
+                    self.acts(f"one server as --openai.base_url says, not the file's {len(servers)}")
+                    servers = servers[:1]
+                return config, servers
+
+            env_cls.config_init = classmethod(first_server)
+            return original(env_cls)
+
+        base.BaseEnv.cli = classmethod(cli)
+
+
+class OpenaiConfig(Shim):
+    """The old name of a server's configuration."""
+
+    name = "openai_config"
+    why = "Files import OpenaiConfig, the name that APIServerConfig had before Atropos 0.4."
+    upstream = "atroposlib/envs/base.py: APIServerConfig"
+
+    def install(self) -> None:
+        """Find `OpenaiConfig` where `APIServerConfig` is."""
+        from atroposlib.envs import base
+        from atroposlib.envs.server_handling import openai_server
+
+        for module in (base, openai_server):
+            if not hasattr(module, "OpenaiConfig"):
+                # A function of the module, so that it is known when a file asks for the name.
+                module.__getattr__ = self._found_in(module.__name__, base.APIServerConfig)
+
+    def _found_in(self, module: str, config_class: type) -> Callable[[str], type]:
+        def find(name: str) -> type:
+            if name != "OpenaiConfig":
+                raise AttributeError(f"module {module!r} has no attribute {name!r}")
+            self.acts("OpenaiConfig is APIServerConfig, its name of today")
+            return config_class
+
+        return find
+
+
+def _is_told(option: str) -> bool:
+    return any(word.partition("=")[0] == f"--{option}" for word in sys.argv)
 
 
 class Wandb(Shim):
@@ -113,9 +176,12 @@ class ApiKey(Shim):
         @functools.wraps(original)
         def init(env: Any, config: Any, server_configs: Any, *args: Any, **kwargs: Any) -> None:
             for server in server_configs if isinstance(server_configs, list) else []:
-                if server.base_url and not server.api_key and "OPENAI_API_KEY" not in os.environ:
-                    self.acts(f"{server.base_url} gets a placeholder; --openai.api_key sets a real one")
-                    server.api_key = PLACEHOLDER_KEY
+                if server.base_url and not server.api_key:
+                    # An explicit "" is refused although the variable is set: openai reads it for None only.
+                    key = os.environ.get("OPENAI_API_KEY")
+                    told = "the key of OPENAI_API_KEY" if key else "a placeholder; --openai.api_key sets a real one"
+                    self.acts(f"{server.base_url} gets {told}")
+                    server.api_key = key or PLACEHOLDER_KEY
             original(env, config, server_configs, *args, **kwargs)
 
         BaseEnv.__init__ = init
