@@ -40,7 +40,9 @@ def measure(ecosystem: str) -> dict[str, object]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ecosystems", nargs="*", default=None, metavar="ECOSYSTEM", help="default: all that are installed")
+    parser.add_argument(
+        "ecosystems", nargs="*", default=None, metavar="ECOSYSTEM", help="default: all that are installed"
+    )
     chosen = parser.parse_args().ecosystems
     for name in chosen or [row.name for row in ECOSYSTEMS.values() if row.is_installed]:
         print(json.dumps(measure(name)), flush=True)
