@@ -28,7 +28,7 @@ _EXPORTS = {
     "AtroposTrainer": "trainer.atropos_trainer",
     "AtroposVLLMClient": "weight_sync.client",
     "EnvironmentSource": "envs.source",
-    "Episode": "envs.source",
+    "EnvironmentEpisode": "envs.source",
     "EpisodeStep": "envs.source",
     "LossFunction": "loss.losses",
     "LossInputs": "loss.losses",
@@ -47,8 +47,8 @@ _EXPORTS = {
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
 if TYPE_CHECKING:
+    from .envs.source import EnvironmentEpisode as EnvironmentEpisode
     from .envs.source import EnvironmentSource as EnvironmentSource
-    from .envs.source import Episode as Episode
     from .envs.source import EpisodeStep as EpisodeStep
     from .loss.advantages import clip_advantages as clip_advantages
     from .loss.advantages import normalize_advantages as normalize_advantages

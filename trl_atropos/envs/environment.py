@@ -11,7 +11,7 @@ from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, Scored
 from pydantic import Field
 
 from ..errors import EpisodeError
-from .source import EnvironmentSource, Episode
+from .source import EnvironmentEpisode, EnvironmentSource
 
 
 logger = logging.getLogger(__name__)
@@ -108,8 +108,8 @@ class SourceEnv(BaseEnv):
 
     async def _answer(self, task: Any, num_answers: int) -> list[tuple[Any, float, list[Message]]]:
         """Single turn: all answers to a task in one request, so that the server reads the prompt once."""
-        with closing(self.source.open(task)) as episode:
-            messages = self._first_messages(episode)
+        with closing(self.source.open(task)) as attempt:
+            messages = self._first_messages(attempt)
         max_tokens = self._num_free_tokens(messages)
         if max_tokens < 1:
             raise self._too_long(messages)
@@ -121,16 +121,16 @@ class SourceEnv(BaseEnv):
         rollouts = []
         for node, choice in zip(nodes, answers.choices, strict=True):
             text = choice.message.content
-            with closing(self.source.open(task)) as episode:
-                reward = episode.step(text).reward
+            with closing(self.source.open(task)) as attempt:
+                reward = attempt.step(text).reward
             rollouts.append((node, reward, [*messages, {"role": "assistant", "content": text}]))
         return rollouts
 
     async def _play(self, task: Any) -> tuple[Any, float, list[Message]]:
         """Several turns: one conversation until the episode ends or has no room."""
         reward = 0.0
-        with closing(self.source.open(task)) as episode:
-            messages = self._first_messages(episode)
+        with closing(self.source.open(task)) as attempt:
+            messages = self._first_messages(attempt)
             # One for each conversation: it finds the one that a prompt goes on with by its text.
             async with self.server.managed_server(tokenizer=self.tokenizer) as managed:
                 for turn in range(self.config.max_turns):
@@ -148,7 +148,7 @@ class SourceEnv(BaseEnv):
                     )
                     text = answers.choices[0].message.content
                     messages.append({"role": "assistant", "content": text})
-                    step = episode.step(text)
+                    step = attempt.step(text)
                     reward += step.reward
                     if step.observation is None:
                         break
@@ -166,9 +166,9 @@ class SourceEnv(BaseEnv):
             )
         return nodes[0], reward, messages
 
-    def _first_messages(self, episode: Episode) -> list[Message]:
+    def _first_messages(self, attempt: EnvironmentEpisode) -> list[Message]:
         system = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
-        return [*system, *episode.messages]
+        return [*system, *attempt.messages]
 
     @property
     def _limit(self) -> int:

@@ -21,7 +21,7 @@ class EpisodeStep:
     reward: float
 
 
-class Episode(Protocol):
+class EnvironmentEpisode(Protocol):
     """One attempt at a task, which becomes one rollout.
 
     Attributes:
@@ -58,5 +58,5 @@ class EnvironmentSource(Protocol):
         in this process, and in another one unless the source says otherwise.
         """
 
-    def open(self, task: Any) -> Episode:
+    def open(self, task: Any) -> EnvironmentEpisode:
         """Begin an episode of a task. Episodes of one task begin alike: they are the rollouts of one group."""
