@@ -140,6 +140,9 @@ class ScriptedRoutes:
     def get_health(self, request: Request) -> Any:
         return {}
 
+    def get_version(self, request: Request) -> Any:
+        return {"version": "0.32.0"}
+
     def get_v1_models(self, request: Request) -> Any:
         return {"data": [{"id": name} for name in ("policy", *self.state.adapters)]}
 

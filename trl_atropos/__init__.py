@@ -25,14 +25,17 @@ _EXPORTS = {
     "AtroposClient": "wire.client",
     "AtroposConfig": "trainer.atropos_config",
     "AtroposParser": "trainer.parser",
+    "AtroposSGLangClient": "weight_sync.sglang",
     "AtroposTrainer": "trainer.atropos_trainer",
     "AtroposVLLMClient": "weight_sync.client",
     "EnvironmentSource": "envs.source",
     "EnvironmentEpisode": "envs.source",
     "EpisodeStep": "envs.source",
+    "InferenceServer": "weight_sync.inference_server",
     "LossFunction": "loss.losses",
     "LossInputs": "loss.losses",
     "LossOutputs": "loss.losses",
+    "ServerDescription": "weight_sync.inference_server",
     "TensorSpec": "weight_sync.base",
     "WeightSource": "weight_sync.base",
     "WeightTransport": "weight_sync.base",
@@ -66,6 +69,9 @@ if TYPE_CHECKING:
     from .weight_sync.base import WeightSource as WeightSource
     from .weight_sync.base import WeightTransport as WeightTransport
     from .weight_sync.client import AtroposVLLMClient as AtroposVLLMClient
+    from .weight_sync.inference_server import InferenceServer as InferenceServer
+    from .weight_sync.inference_server import ServerDescription as ServerDescription
+    from .weight_sync.sglang import AtroposSGLangClient as AtroposSGLangClient
     from .wire.client import AtroposClient as AtroposClient
 
 

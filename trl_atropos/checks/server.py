@@ -1,10 +1,11 @@
-"""What a vLLM server and the trainer must agree on before training."""
+"""What an inference server and the trainer must agree on before training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from ..weight_sync.http import VLLM
 from ..weight_sync.transports.backends import (
     NCCL_BACKEND,
     NO_TRANSPORT_FIX,
@@ -42,9 +43,9 @@ class TrainerSide:
 
 @dataclass(frozen=True)
 class ServerConfigFacts(TrainerSide):
-    """What `/server_info` and a few requests show of a vLLM server, beside what the trainer has.
+    """What an inference server of some `kind` says of itself, beside what the trainer has.
 
-    Each field but `url` and `served_name` may be [`~checks.finding.Unread`]. `backend` is that of weight transfer,
+    Each field but `url`, `kind` and `served_name` may be [`~checks.finding.Unread`]. `backend` is that of weight transfer,
     None without one. `max_model_len` is the longest sequence that the server generates, in tokens. `served_name` is
     the path or id of its checkpoint, `served_model` has the fields of that checkpoint's config, and `dtype` is the one
     that it serves in, by torch's name. `has_lora` is whether it was started with `--enable-lora`, `loads_adapters`
@@ -54,6 +55,7 @@ class ServerConfigFacts(TrainerSide):
     """
 
     url: str = field(kw_only=True)
+    kind: str = field(default=VLLM, kw_only=True)
     backend: str | Unread | None = NOT_ASKED
     has_tokenizer: bool | Unread = NOT_ASKED
     logprobs_mode: str | Unread = NOT_ASKED
@@ -76,7 +78,7 @@ class ServerConfigFacts(TrainerSide):
 
 
 def _no_backend(facts: ServerConfigFacts) -> str | None:
-    return f"The vLLM server at {facts.url} has no weight transfer engine." if facts.backend is None else None
+    return f"The {facts.kind} server at {facts.url} has no weight transfer engine." if facts.backend is None else None
 
 
 def _foreign_backend(facts: ServerConfigFacts) -> str | None:
@@ -90,14 +92,14 @@ def _foreign_backend(facts: ServerConfigFacts) -> str | None:
 def _nccl_on_one_gpu(facts: ServerConfigFacts) -> str | None:
     if facts.backend != NCCL_BACKEND or not known(facts.vllm_enable_sleep_mode):
         return None
-    return f"vllm_enable_sleep_mode is on, and the vLLM server at {facts.url} receives weights over NCCL."
+    return f"vllm_enable_sleep_mode is on, and the {facts.kind} server at {facts.url} receives weights over NCCL."
 
 
 def _no_tokenizer(facts: ServerConfigFacts) -> str | None:
     return (
         None
         if known(facts.has_tokenizer)
-        else f"The vLLM server at {facts.url} was started with --skip-tokenizer-init."
+        else f"The {facts.kind} server at {facts.url} was started with --skip-tokenizer-init."
     )
 
 
@@ -131,7 +133,7 @@ def _no_runtime_lora(facts: ServerConfigFacts) -> str | None:
     if known(facts.weight_sync_mode) != "adapter" or (known(facts.has_lora) and known(facts.loads_adapters)):
         return None
     missing = "--enable-lora" if not facts.has_lora else "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
-    return f"weight_sync_mode is adapter, and the vLLM server at {facts.url} was started without {missing}."
+    return f"weight_sync_mode is adapter, and the {facts.kind} server at {facts.url} was started without {missing}."
 
 
 def _no_room_for_segment(facts: ServerConfigFacts) -> str | None:
@@ -290,4 +292,4 @@ SERVER_CHECKS: tuple[Check[ServerConfigFacts], ...] = (
         describe=_describe_segment,
     ),
 )
-"""What a vLLM server and the trainer must agree on."""
+"""What an inference server and the trainer must agree on."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import VLLMServerError, WeightSyncError
-from ..weight_sync.http import Answer, ServerSession
+from ..weight_sync.http import VLLM, Answer, ServerSession
 from ..weight_sync.transports.backends import MIDDLEWARE
 from .finding import NOT_ASKED, Check, Unread, known
 
@@ -25,6 +25,10 @@ class ServerLook(Protocol):
     @property
     def url(self) -> str:
         """Of the server."""
+
+    @property
+    def kind(self) -> str:
+        """Which software it is."""
 
     @property
     def knows_policy_versions(self) -> bool | Unread:
@@ -54,6 +58,7 @@ class VLLMFacts:
     error: str | None = None
     routes: frozenset[str] = frozenset()
     has_middleware: bool = False
+    kind: str = VLLM
     weight_version: str | None = None
     is_paused: bool = False
     max_model_len: int | Unread = NO_LENGTH
@@ -91,7 +96,7 @@ def _vllm_without_policy_versions(facts: ServerLook) -> str | None:
     if known(facts.knows_policy_versions):
         return None
     return (
-        f"The vLLM server at {facts.url} does not say which policy sampled a rollout: "
+        f"The {facts.kind} server at {facts.url} does not say which policy sampled a rollout: "
         "it has no /atropos/policy_versions."
     )
 

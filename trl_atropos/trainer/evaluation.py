@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AtroposProtocolError, PreflightError, VLLMServerError
-from ..weight_sync.client import AtroposVLLMClient
 from ..weight_sync.http import MAX_CONCURRENT_REQUESTS, Answer
+from ..weight_sync.inference_server import InferenceServer
 from ..wire.journal import parse_json
 
 
@@ -86,7 +86,7 @@ def load_prompts(path: str | os.PathLike[str]) -> list[EvalPrompt]:
 
 
 def evaluate_prompts(
-    client: AtroposVLLMClient, prompts: Sequence[EvalPrompt], *, max_tokens: int = 256
+    client: InferenceServer, prompts: Sequence[EvalPrompt], *, max_tokens: int = 256
 ) -> dict[str, float]:
     """Let the served policy complete all prompts greedily, and compare with the answers.
 
@@ -96,7 +96,7 @@ def evaluate_prompts(
 
     Raises:
         [`AtroposProtocolError`]: the server refuses a prompt.
-        [`WeightSyncError`]: it does not answer, or not as vLLM does.
+        [`WeightSyncError`]: it does not answer, or not as its kind does.
     """
     completions = _complete_all(client, prompts, max_tokens)
     pairs = list(zip(prompts, completions, strict=True))
@@ -172,7 +172,7 @@ class Evaluator:
         self.environment_evals = None if eval_log_dir is None else EnvironmentEvals(eval_log_dir)
         self.max_tokens = eval_max_tokens
 
-    def __call__(self, client: AtroposVLLMClient | None) -> dict[str, float]:
+    def __call__(self, client: InferenceServer | None) -> dict[str, float]:
         """Complete the prompts, if there is a server, and look for what environments logged."""
         metrics: dict[str, float] = {}
         if self.prompts and client is not None:
@@ -226,7 +226,7 @@ def _quoted(value: object) -> str:
     return json.dumps(value)[:100]
 
 
-def _complete_all(client: AtroposVLLMClient, prompts: Sequence[EvalPrompt], max_tokens: int) -> list[Completion]:
+def _complete_all(client: InferenceServer, prompts: Sequence[EvalPrompt], max_tokens: int) -> list[Completion]:
     reported = time.monotonic()
     executor = ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS, thread_name_prefix="evaluation")
     try:
@@ -242,19 +242,19 @@ def _complete_all(client: AtroposVLLMClient, prompts: Sequence[EvalPrompt], max_
         executor.shutdown(cancel_futures=True)
 
 
-def _complete(client: AtroposVLLMClient, prompt: EvalPrompt, max_tokens: int) -> Completion:
+def _complete(client: InferenceServer, prompt: EvalPrompt, max_tokens: int) -> Completion:
     body: dict[str, Any] = {"model": client.model, "max_tokens": max_tokens, "temperature": 0.0}
     if isinstance(prompt.prompt, str):
         route, body["prompt"] = "/v1/completions", prompt.prompt
     else:
         route, body["messages"] = "/v1/chat/completions", prompt.prompt
     try:
-        answer = Answer(client.session.post(f"{client.base_url}{route}", json=body))
+        answer = Answer(client.session.post(f"{client.base_url}{route}", json=body), kind=client.kind)
     except VLLMServerError as exc:
         if exc.status_code != 400:
             raise
         raise AtroposProtocolError(
-            f"The vLLM server refused the prompt of {prompt.where}: {exc.detail}.",
+            f"The {client.kind} server refused the prompt of {prompt.where}: {exc.detail}.",
             f"Mostly a prompt does not fit into the server's --max-model-len together with eval_max_tokens ({max_tokens}).",
             "Shorten or remove the prompt, or lower --eval_max_tokens.",
         ) from exc

@@ -19,7 +19,7 @@ from ..checks.machine import MACHINE_CHECKS
 from ..checks.server import SERVER_CHECKS, ServerConfigFacts, TrainerSide
 from ..errors import PreflightError, VLLMServerError
 from ..policy.rotary import longrope_boundary
-from ..weight_sync.client import AtroposVLLMClient
+from ..weight_sync.inference_server import InferenceServer
 from ..weight_sync.transports.backends import SHARED_MEMORY_BACKEND
 from ..weight_sync.transports.shm_segment import SEGMENT_DIR
 from .atropos_config import AtroposConfig
@@ -44,7 +44,7 @@ COMPARED_CONFIG_FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What the trainer needs to know of the vLLM server.
+    """What the trainer needs to know of an inference server.
 
     `backend` is its weight transfer backend, and `dtype` is what it serves in. `has_processed_logprobs` says whether
     its logprobs are those after temperature, and `knows_policy_versions` whether it remembers which policy sampled a
@@ -129,7 +129,7 @@ def trainer_side(
     )
 
 
-def inspect_server(client: AtroposVLLMClient, model_config: Any, max_length: int) -> ServerFacts:
+def inspect_server(client: InferenceServer, model_config: Any, max_length: int) -> ServerFacts:
     """Check a server against the trainer's model.
 
     `model_config` is the config of that model, and `max_length` the longest rollout in tokens that the trainer
@@ -144,7 +144,7 @@ def inspect_server(client: AtroposVLLMClient, model_config: Any, max_length: int
 
 
 def inspect_run(
-    clients: Sequence[AtroposVLLMClient], trainer: TrainerSide, args: AtroposConfig, model: nn.Module
+    clients: Sequence[InferenceServer], trainer: TrainerSide, args: AtroposConfig, model: nn.Module
 ) -> list[ServerFacts]:
     """Check all servers and this machine, and report everything that is found at once.
 
@@ -202,43 +202,38 @@ def as_server_facts(facts: ServerConfigFacts) -> ServerFacts:
     )
 
 
-def read_server_config(client: AtroposVLLMClient, trainer: TrainerSide) -> ServerConfigFacts:
+def read_server_config(client: InferenceServer, trainer: TrainerSide) -> ServerConfigFacts:
     """Read what a server says of itself, and ask it for what it does not say.
 
     Changes nothing, and asks for nothing that its engine would run: an id that an embedding does not have ends an engine.
     It is compared with `trainer`; what is not known there is not asked here.
 
     Raises:
-        [`PreflightError`]: the server has no dev mode.
-        [`WeightSyncError`]: the server does not answer, or not as vLLM does.
+        [`PreflightError`]: the server was started so that nothing can be published to it.
+        [`WeightSyncError`]: the server does not answer, or not as its kind does.
     """
-    info = client.get_server_info()
-    transfer, served = info.get("weight_transfer_config"), info["model_config"]
-    backend = None if transfer is None else transfer["backend"]
-    dtype = served["dtype"].removeprefix("torch.")
-    has_tokenizer = not served.get("skip_tokenizer_init")
-    served_model = NOT_ASKED if isinstance(trainer.model, Unread) else _read_model(served["model"])
-    has_adapters = trainer.weight_sync_mode == "adapter"
+    server = client.describe()
     served_tokenizer: Any = NOT_ASKED
     if not isinstance(trainer.tokenizer, Unread):
-        served_tokenizer = read_tokenizer(served.get("tokenizer") or served["model"], served.get("tokenizer_revision"))
+        served_tokenizer = read_tokenizer(server.tokenizer or server.model, server.tokenizer_revision)
     is_unread = isinstance(served_tokenizer, Unread)
     return ServerConfigFacts.beside(
         trainer,
         url=client.base_url,
-        backend=backend,
-        dtype=dtype,
-        has_tokenizer=has_tokenizer,
-        logprobs_mode=served["logprobs_mode"],
-        max_model_len=served["max_model_len"],
-        served_name=served["model"],
-        served_model=served_model,
-        knows_policy_versions=_knows_policy_versions(client),
-        has_lora=info.get("lora_config") is not None,
-        loads_adapters=has_adapters and bool(client.get_server_environment().get("VLLM_ALLOW_RUNTIME_LORA_UPDATING")),
+        kind=client.kind,
+        backend=server.backend,
+        dtype=server.dtype,
+        has_tokenizer=server.tokenizer is not None,
+        logprobs_mode=server.logprobs_mode,
+        max_model_len=server.max_model_len,
+        served_name=server.model,
+        served_model=NOT_ASKED if isinstance(trainer.model, Unread) else _read_model(server.model),
+        knows_policy_versions=client.knows_policy_versions(),
+        has_lora=server.has_lora,
+        loads_adapters=server.loads_adapters,
         served_tokenizer=served_tokenizer if is_unread else tokenizer_facts(served_tokenizer),
         served_chat_ids=_served_chat_ids(client, trainer),
-        segment_bytes=segment_bytes(trainer, dtype) if backend == SHARED_MEMORY_BACKEND else 0,
+        segment_bytes=segment_bytes(trainer, server.dtype) if server.backend == SHARED_MEMORY_BACKEND else 0,
         free_shared_memory_bytes=free_bytes(SEGMENT_DIR),
     )
 
@@ -260,22 +255,11 @@ def _read_model(name: str) -> dict[str, Any] | Unread:
         return Unread(f"The config of the served model {name} cannot be read here ({type(exc).__name__}).")
 
 
-def _served_chat_ids(client: AtroposVLLMClient, trainer: TrainerSide) -> tuple[int, ...] | Unread | None:
+def _served_chat_ids(client: InferenceServer, trainer: TrainerSide) -> tuple[int, ...] | Unread | None:
     if isinstance(trainer.chat_ids, Unread):
         return NOT_ASKED
     try:
-        answer = client._post(f"{client.base_url}/tokenize", json={"model": client.model, "messages": CONVERSATION})
+        ids = client.render_messages(CONVERSATION)
     except VLLMServerError as exc:
-        # How vLLM refuses messages without a template.
-        return None if exc.status_code == 400 else Unread(exc.what)
-    return tuple(answer.get_typed("tokens", list))
-
-
-def _knows_policy_versions(client: AtroposVLLMClient) -> bool:
-    try:
-        client.find_calls([])
-    except VLLMServerError as exc:
-        if exc.status_code != 404:
-            raise
-        return False
-    return True
+        return Unread(exc.what)
+    return None if ids is None else tuple(ids)

@@ -17,7 +17,8 @@ from ..errors import PreflightError, VLLMServerUnreachable, WeightSyncTimeout
 from ..types import ServedCall
 from ..weight_sync.adapter_publisher import AdapterPublisher
 from ..weight_sync.base import WeightTransport
-from ..weight_sync.client import AtroposVLLMClient
+from ..weight_sync.connecting import connect_server
+from ..weight_sync.inference_server import InferenceServer
 from ..weight_sync.probe import LogprobProbe
 from ..weight_sync.publisher import PolicyPublisher
 from ..weight_sync.server_group import ServerGroup
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Servers:
-    """Clients of the Atropos API and of the vLLM servers that environments query, checked against the model and each
+    """Clients of the Atropos API and of the inference servers that environments query, checked against the model and each
     other.
 
     `group` takes the steps of a publish with all servers, and `adapters` publishes adapters to them. `facts` are what
@@ -46,7 +47,7 @@ class Servers:
     """
 
     atropos_client: AtroposClient
-    vllm_clients: list[AtroposVLLMClient]
+    vllm_clients: list[InferenceServer]
     group: ServerGroup
     adapters: AdapterPublisher
     facts: ServerFacts
@@ -150,7 +151,7 @@ def connect(
     atropos_client = AtroposClient(args.atropos_api_url)
     atropos_client.wait_until_reachable(args.api_timeout_s)
     clients = [
-        AtroposVLLMClient(
+        connect_server(
             url,
             connection_timeout=args.vllm_server_timeout,
             request_timeout=args.weight_sync_timeout,
@@ -184,7 +185,7 @@ def connect(
     )
 
 
-def _make_transport(args: AtroposConfig, client: AtroposVLLMClient, backend: str) -> WeightTransport:
+def _make_transport(args: AtroposConfig, client: InferenceServer, backend: str) -> WeightTransport:
     return make_transport(
         backend,
         client,

@@ -15,7 +15,7 @@ from .options import WeightSyncOptions
 from .probe import ProbeReference
 from .report import PublishReport
 from .server_link import UNPUBLISHED, ServerLink
-from .transports.adapter_files import AdapterTransfer, SavedAdapter, check_server, routed_adapter
+from .transports.adapter_files import AdapterTransfer, SavedAdapter, routed_adapter
 from .weights.adapter import Adapter, check_adapter
 
 
@@ -40,11 +40,11 @@ class AdapterPublisher:
         """
         needs = check_adapter(model)
         for link in self.links:
-            check_server(link.client, needs, keep=self._transfer.keep)
+            link.client.check_adapters(needs, keep=self._transfer.keep)
             version = link.client.get_weight_version()
             if version != UNPUBLISHED and routed_adapter(link.client).name is None:
                 raise PreflightError(
-                    f"The vLLM server at {link.client.base_url} holds weights that were published as version {version}.",
+                    f"The {link.client.kind} server at {link.client.base_url} holds weights that were published as version {version}.",
                     "An adapter belongs on the checkpoint that the server was started with.",
                     "Restart the server, or publish merged weights (--weight_sync_mode merged).",
                 )

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import WeightSyncError
 from .base import PolicyLayout, TensorSpec, WeightTransport
-from .control import VLLMControl
+from .inference_server import InferenceServer
 from .server_link import ServerLink
 from .weights.staging import StagedPolicy
 
@@ -50,7 +50,7 @@ class AsyncGRPOWeightTransfer:
 
     def __init__(
         self,
-        client: VLLMControl,
+        client: InferenceServer,
         transport: WeightTransport,
         specs: Sequence[TensorSpec],
         policy_version: int = 0,

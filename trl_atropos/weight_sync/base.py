@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from .control import VLLMControl
+    from .inference_server import InferenceServer
 
 
 ALIGNMENT_BYTES = 64
@@ -54,7 +54,7 @@ class TensorSpec:
 
     @property
     def dtype_name(self) -> str:
-        """The dtype in vLLM's spelling, for example `"bfloat16"`."""
+        """The dtype in the spelling of torch and the servers, for example `"bfloat16"`."""
         return str(self.dtype).removeprefix("torch.")
 
 
@@ -124,15 +124,15 @@ class TransferReport:
 class WeightTransport(Protocol):
     """A mover of bytes from the trainer to every worker of one server. Used by one thread at a time.
 
-    The server's state (pause, start, finish, version) is the publisher's business; a transport only sends
-    `/init_weight_transfer_engine` and `/update_weights`.
+    The server's state (pause, start, finish, version) is the publisher's business; a transport only calls
+    `init_weight_transfer_engine`, `shutdown_weight_transfer_engine` and `update_weights`.
     """
 
-    def open(self, client: VLLMControl, layout: PolicyLayout) -> torch.Tensor:
+    def open(self, client: InferenceServer, layout: PolicyLayout) -> torch.Tensor:
         """Connect to every worker. May be called again after a failure: then it replaces what was open.
 
         Args:
-            client ([`~weight_sync.client.AtroposVLLMClient`]):
+            client ([`InferenceServer`]):
                 The server.
             layout (`PolicyLayout`):
                 Names, dtypes and shapes of all tensors of the policy, and where each lies in the staging memory.

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import (
-    PreflightError,
-    VLLMServerError,
-    VLLMServerUnreachable,
-    WeightSyncError,
-    WeightSyncTimeout,
-)
+from ..errors import PreflightError, VLLMServerError, WeightSyncError
 from ..types import ServedCall
-from .http import Answer, ServerSession
+from .health import HEALTH_INTERVAL_S, wait_for_answer
+from .http import VLLM, Answer, ServerSession
+from .inference_server import ServerDescription
+from .transports.adapter_files import check_server
 
 
 @contextmanager
@@ -30,22 +26,31 @@ def _without_version_warnings() -> Iterator[None]:
         yield
 
 
+if TYPE_CHECKING:
+    import requests
+
+    from .weights.adapter import AdapterNeeds
+
+
 with _without_version_warnings():
     from trl.generation.vllm_client import VLLMClient
 
 
 logger = logging.getLogger(__name__)
 
-HEALTH_TIMEOUT_S = 5.0
-HEALTH_INTERVAL_S = 0.5
-PROGRESS_INTERVAL_S = 10.0
-
 
 class VLLMControl(VLLMClient):
     """The verbs of one vLLM server: health, pause, versions, the steps of a weight update, adapters, logprobs.
 
-    [`~weight_sync.client.AtroposVLLMClient`], which users make, adds a whole publish. Arguments and errors are the same.
+    It is an [`InferenceServer`]. [`~weight_sync.client.AtroposVLLMClient`], which users make, adds a whole publish.
+    Arguments and errors are the same.
     """
+
+    kind = VLLM
+    # TRL sets them, and has no types.
+    base_url: str
+    model: str
+    session: requests.Session
 
     def __init__(
         self,
@@ -103,30 +108,7 @@ class VLLMControl(VLLMClient):
         Raises:
             [`WeightSyncTimeout`]: if the server is not healthy in time.
         """
-        start = reported = time.monotonic()
-        while True:
-            remaining = start + timeout_s - time.monotonic()
-            try:
-                self.session.get(f"{self.base_url}/health", timeout=min(HEALTH_TIMEOUT_S, max(remaining, 1.0)))
-                return
-            except VLLMServerError as exc:
-                state = f"/health answers {exc.status_code}"
-            except VLLMServerUnreachable:
-                state = "no connection"
-            except WeightSyncTimeout:
-                state = "/health does not answer"
-            now = time.monotonic()
-            if now - start >= timeout_s:
-                raise WeightSyncTimeout(
-                    f"The vLLM server at {self.base_url} is not healthy after {timeout_s:.0f} s ({state}).",
-                    "The trainer publishes every policy to it and cannot go on without it.",
-                    "Start it with `trl vllm-serve --model ...`, correct --vllm_server_base_url, or raise "
-                    "--vllm_server_timeout.",
-                )
-            if now - reported >= PROGRESS_INTERVAL_S:
-                reported = now
-                logger.info(f"Waiting for the vLLM server at {self.base_url}: {now - start:.0f} s ({state})")
-            time.sleep(min(HEALTH_INTERVAL_S, max(start + timeout_s - now, 0.0)))
+        wait_for_answer(self._server_session, "/health", timeout_s)
 
     def get_server_info(self) -> dict[str, Any]:
         """Return the server's resolved `VllmConfig` as a JSON tree.
@@ -155,6 +137,36 @@ class VLLMControl(VLLMClient):
                 "Publishing a policy needs /pause, /update_weights and their kin.",
                 "Start it with `trl vllm-serve`, or `VLLM_SERVER_DEV_MODE=1 vllm serve ...`.",
             ) from exc
+
+    def describe(self) -> ServerDescription:
+        """Return what the server says of itself. See `InferenceServer.describe`."""
+        answer = self._server_info()
+        info, environment = answer.get_typed("vllm_config", dict), answer.get("vllm_env", {})
+        transfer, served = info.get("weight_transfer_config"), info["model_config"]
+        has_lora = info.get("lora_config") is not None
+        return ServerDescription(
+            model=served.get("model", self.model),
+            tokenizer=None
+            if served.get("skip_tokenizer_init")
+            else served.get("tokenizer") or served.get("model", self.model),
+            tokenizer_revision=served.get("tokenizer_revision"),
+            dtype=served["dtype"].removeprefix("torch."),
+            backend=None if transfer is None else transfer["backend"],
+            max_model_len=served.get("max_model_len", 0),
+            logprobs_mode=served.get("logprobs_mode", "raw_logprobs"),
+            has_lora=has_lora,
+            loads_adapters=has_lora and bool(environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING")),
+        )
+
+    def knows_policy_versions(self) -> bool:
+        """Whether our middleware, which remembers them, is there."""
+        try:
+            self.find_calls([])
+        except VLLMServerError as exc:
+            if exc.status_code != 404:
+                raise
+            return False
+        return True
 
     def get_world_size(self) -> int:
         """Return the number of workers: tensor x pipeline x data parallel."""
@@ -230,6 +242,25 @@ class VLLMControl(VLLMClient):
         """Begin a weight update. Until it is finished the model has no weights: pause first."""
         self._post(f"{self.base_url}/start_weight_update", json={})
 
+    def begin_weight_update(self) -> None:
+        """Begin a weight update. See `InferenceServer.begin_weight_update`."""
+        try:
+            self.start_weight_update()
+        except VLLMServerError as exc:
+            if "already active" not in exc.detail:
+                raise
+            logger.warning(
+                f"The vLLM server at {self.base_url} has an unfinished weight update of another trainer; it is "
+                "replaced by this one."
+            )
+            try:
+                # Gives every layer its old tensors back. While the server is paused nobody sees the half of a policy.
+                self.finish_weight_update(None)
+            except VLLMServerError:
+                # Our engines do not finish half a policy, but take another one within the same update.
+                return
+            self.start_weight_update()
+
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Have the workers receive and load tensors; returns when every worker has."""
         self._post(f"{self.base_url}/update_weights", json={"update_info": update_info})
@@ -247,6 +278,10 @@ class VLLMControl(VLLMClient):
         self._post(f"{self.base_url}/update_weight_version", json={"new_version": version})
 
     # LoRA adapters
+
+    def check_adapters(self, needs: AdapterNeeds, *, keep: int = 2) -> None:
+        """Refuse a server that cannot serve adapters of this trainer. See `InferenceServer.check_adapters`."""
+        check_server(self, needs, keep=keep)
 
     def load_lora_adapter(self, name: str, path: str) -> None:
         """Load an adapter from a directory, as the server sees it, under a name that is not taken."""
@@ -276,6 +311,12 @@ class VLLMControl(VLLMClient):
                 Number of the policy that the model makes with this adapter.
         """
         self._post(f"{self.base_url}/atropos/adapter", json={"lora_name": name, "policy_version": policy_version})
+
+    def get_adapter_route(self) -> Mapping[str, Any]:
+        """Return what our middleware says of its routing. See `InferenceServer.get_adapter_route`."""
+        answer = self._get(f"{self.base_url}/atropos/adapter")
+        answer.get_typed("num_in_flight", dict)
+        return answer
 
     # Rollouts
 
@@ -323,6 +364,16 @@ class VLLMControl(VLLMClient):
             ]
         except (LookupError, TypeError, ValueError) as exc:
             raise answer.unexpected(f"`prompt_logprobs` of {len(prompts)} sequences", choices) from exc
+
+    def render_messages(self, messages: list[dict[str, str]]) -> list[int] | None:
+        """Return the token ids that the server makes of a conversation; None if it has no chat template."""
+        try:
+            answer = self._post(f"{self.base_url}/tokenize", json={"model": self.model, "messages": messages})
+        except VLLMServerError as exc:
+            if exc.status_code != 400:
+                raise
+            return None
+        return answer.get_typed("tokens", list)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Stands in for TRL's ways to change weights, which are not for this client, and says why."""

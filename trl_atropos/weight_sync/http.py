@@ -1,10 +1,11 @@
-"""HTTP to one vLLM server: every request is sent once, ends at its deadline, and says what came if it fails."""
+"""HTTP to one inference server: every request is sent once, ends at its deadline, and says what came if it fails."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import threading
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -41,11 +42,44 @@ MISSING_ROUTES = {
     "/atropos/": f"Start the server with --middleware {MIDDLEWARE}.",
     "": "Start the server with `trl vllm-serve` (vLLM 0.32 or newer), or VLLM_SERVER_DEV_MODE=1.",
 }
-"""What a server lacks that answers 404, by a part of the route that was asked for."""
+"""What a vLLM server lacks that answers 404, by a part of the route that was asked for."""
+
+VLLM, SGLANG = "vLLM", "SGLang"
+UNKNOWN = "inference"
+"""Of a server of which it is not known yet which kind it is."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What messages say of a kind of server: its indefinite article and name, the command that starts it, the version
+    to install, and what it lacks that answers 404, by a part of the route.
+    """
+
+    article: str
+    command: str
+    version: str
+    missing_routes: dict[str, str]
+
+
+KINDS = {
+    VLLM: Kind("a vLLM", "trl vllm-serve --model ...", "vLLM 0.32", MISSING_ROUTES),
+    SGLANG: Kind(
+        "an SGLang",
+        "python -m sglang.launch_server --model-path ...",
+        "SGLang 0.5.22 or newer",
+        {"": "Install SGLang 0.5.22 or newer, or look at the proxy in between."},
+    ),
+    UNKNOWN: Kind(
+        "an inference",
+        "trl vllm-serve --model ...",
+        "vLLM 0.32, or SGLang 0.5.22 or newer",
+        {"": "Correct --vllm_server_base_url."},
+    ),
+}
 
 
 class ServerSession(requests.Session):
-    """A session with one server. TRL's client sends its own requests through it too, so they behave the same.
+    """A session with one server, which messages call by its `kind`. TRL's client sends its own requests through it too, so they behave the same.
 
     1. A request has one deadline, from its start to the last byte of the answer; it is `timeout_s` seconds unless the
        request names another. requests' own `timeout` starts again with every byte; it still bounds what comes before there
@@ -61,8 +95,9 @@ class ServerSession(requests.Session):
         [`PreflightError`]: if the URL or the key cannot be sent.
     """
 
-    def __init__(self, base_url: str, timeout_s: float, api_key: str | None = None):
+    def __init__(self, base_url: str, timeout_s: float, api_key: str | None = None, kind: str = VLLM):
         super().__init__()
+        self.kind = kind
         self.base_url = base_url
         self.timeout_s = timeout_s
         _check_url(base_url)
@@ -84,7 +119,8 @@ class ServerSession(requests.Session):
         """
         timeout_s = kwargs.pop("timeout", None) or self.timeout_s
         where = (
-            f"{_text(method).upper()} {_text(url).removeprefix(self.base_url)} of the vLLM server at {self.base_url}"
+            f"{_text(method).upper()} {_text(url).removeprefix(self.base_url)} of the {self.kind} server at "
+            f"{self.base_url}"
         )
         kwargs = {"proxies": dict(self._proxies), **kwargs, "allow_redirects": False, "timeout": timeout_s}
         with _Deadline(timeout_s) as deadline:
@@ -98,7 +134,7 @@ class ServerSession(requests.Session):
             # An answer without a length ends where the connection does, also where the deadline has cut it.
             raise _timeout(where, timeout_s)
         if response.status_code >= 300:
-            raise _status_error(where, response)
+            raise _status_error(where, response, KINDS[self.kind])
         return response
 
 
@@ -109,7 +145,8 @@ class Answer(dict[str, Any]):
         [`WeightSyncError`]: if the answer is not a JSON object.
     """
 
-    def __init__(self, response: requests.Response):
+    def __init__(self, response: requests.Response, kind: str = VLLM):
+        self._kind = KINDS[kind]
         self._where = f"{response.request.method} {response.request.path_url}"
         self._url = response.url
         try:
@@ -138,8 +175,8 @@ class Answer(dict[str, Any]):
         """The error for an answer that is not what the route promises."""
         return WeightSyncError(
             f"{self._where} ({self._url}) answered {str(received)[:MAX_QUOTED_CHARS]!r} instead of {expected}.",
-            "What answers is not a vLLM server, or one of a version that trl_atropos does not know.",
-            "Correct --vllm_server_base_url, look at the proxy in between, or install vLLM 0.32.",
+            f"What answers is not {self._kind.article} server, or one of a version that trl_atropos does not know.",
+            f"Correct --vllm_server_base_url, look at the proxy in between, or install {self._kind.version}.",
         )
 
 
@@ -258,7 +295,7 @@ def _check_url(base_url: str) -> None:
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
         raise PreflightError(
-            f"The URL of the vLLM server is {parts.scheme}://{parts.netloc.rpartition('@')[2]}.",
+            f"The URL of the inference server is {parts.scheme}://{parts.netloc.rpartition('@')[2]}.",
             "It must have the form http://HOST:PORT or https://HOST:PORT, without a user name.",
             "Correct --vllm_server_base_url; credentials go into --vllm_api_key.",
         )
@@ -267,7 +304,7 @@ def _check_url(base_url: str) -> None:
 def _checked_key(api_key: str | None) -> str | None:
     if api_key and not (api_key.isascii() and api_key.isprintable()):
         raise PreflightError(
-            f"The API key of the vLLM server has {len(api_key)} characters, some of which no HTTP header can carry.",
+            f"The API key of the inference server has {len(api_key)} characters, some of which no HTTP header can carry.",
             "Often it is the line break at the end of the file that the key was read from.",
             "Correct --vllm_api_key, or VLLM_API_KEY in the environment.",
         )
@@ -298,7 +335,7 @@ def _connection_error(where: str, exc: requests.exceptions.RequestException) -> 
     )
 
 
-def _status_error(where: str, response: requests.Response) -> WeightSyncError:
+def _status_error(where: str, response: requests.Response, kind: Kind) -> WeightSyncError:
     status, detail = response.status_code, " ".join(response.text.split())[:MAX_QUOTED_CHARS]
     if status < 400:
         return WeightSyncError(
@@ -309,7 +346,7 @@ def _status_error(where: str, response: requests.Response) -> WeightSyncError:
     if status == 401:
         fix = "Set --vllm_api_key, or VLLM_API_KEY in the environment, to the key the server was started with."
     elif status == 404 and detail == UNKNOWN_ROUTE:
-        fix = next(fix for prefix, fix in MISSING_ROUTES.items() if prefix in where)
+        fix = next(fix for prefix, fix in kind.missing_routes.items() if prefix in where)
     else:
         fix = "Look at the server's log; if it stays in this state, restart the server."
     return VLLMServerError(

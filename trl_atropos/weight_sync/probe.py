@@ -15,7 +15,7 @@ from ..types import IGNORE_INDEX
 
 
 if TYPE_CHECKING:
-    from .control import VLLMControl
+    from .inference_server import InferenceServer
 
 
 PROBE_TEXTS = ("Water boils at 100 degrees: def f(n): return n if n < 2 else f(n - 1) + f(n - 2)",)
@@ -55,7 +55,9 @@ class ProbeReference:
     rounding_noise: Callable[[], float]
 
 
-def check_probe(reference: ProbeReference, client: VLLMControl, dtype: torch.dtype, tolerance: float) -> ProbeResult:
+def check_probe(
+    reference: ProbeReference, client: InferenceServer, dtype: torch.dtype, tolerance: float
+) -> ProbeResult:
     """Score the sequences on the server, which must not be paused, and compare.
 
     `dtype` is the server's. `tolerance` is the largest accepted mean absolute difference, as a multiple of what

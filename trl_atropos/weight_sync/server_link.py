@@ -20,20 +20,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import PublishConflictError, VLLMServerError, WeightSyncError, WeightSyncTimeout
+from ..errors import PublishConflictError, WeightSyncError, WeightSyncTimeout
 from .base import PolicyLayout, TensorSpec, TransferReport, WeightTransport
 from .options import WeightSyncOptions
 from .probe import ProbeReference, ProbeResult, check_probe
 
 
 if TYPE_CHECKING:
-    from .control import VLLMControl
+    from .inference_server import InferenceServer
 
 
 logger = logging.getLogger(__name__)
 
 UNPUBLISHED = "default"
-"""vLLM's name of the weights that a server loaded itself."""
+"""The name, with vLLM and SGLang, of the weights that a server loaded itself."""
 
 SLEEP_LEVEL = 1
 """Weights go to host memory. Level 2 would drop them, and with them everything that a publish does not send."""
@@ -59,7 +59,7 @@ class ServerLink:
 
     def __init__(
         self,
-        client: VLLMControl,
+        client: InferenceServer,
         transport: WeightTransport,
         dtype: torch.dtype,
         options: WeightSyncOptions | None = None,
@@ -121,7 +121,7 @@ class ServerLink:
         reported = self.client.get_weight_version()
         if reported == UNPUBLISHED:
             logger.warning(
-                f"The vLLM server at {self.client.base_url} was restarted: it serves its starting checkpoint instead of "
+                f"The {self.client.kind} server at {self.client.base_url} was restarted: it serves its starting checkpoint instead of "
                 f"version {self.version}. It is given everything again."
             )
             self.close()
@@ -156,7 +156,7 @@ class ServerLink:
         with self._phase("transfer", "transferring"):
             # From here on the server does not hold the last version any more.
             self.version = None
-            self._start()
+            self.client.begin_weight_update()
             report = self.transport.send(specs)
         self._has_checksums = report.has_checksums
         self.phase_s["load"] = report.load_s
@@ -236,24 +236,6 @@ class ServerLink:
             except WeightSyncError as exc:
                 return f"The server could not be paused ({exc.what}) and may serve a policy that is not proven."
         return SERVER_STATES[self.state]
-
-    def _start(self) -> None:
-        try:
-            self.client.start_weight_update()
-        except VLLMServerError as exc:
-            if "already active" not in exc.detail:
-                raise
-            logger.warning(
-                f"The vLLM server at {self.client.base_url} has an unfinished weight update of another trainer; it is "
-                "replaced by this one."
-            )
-            try:
-                # Gives every layer its old tensors back. While the server is paused nobody sees the half of a policy.
-                self.client.finish_weight_update(None)
-            except VLLMServerError:
-                # Our engines do not finish half a policy, but take another one within the same update.
-                return
-            self.client.start_weight_update()
 
     def _other_trainer(self, reported: str, expected: int) -> PublishConflictError:
         return PublishConflictError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .control import VLLMControl
+from .inference_server import InferenceServer
 from .options import WeightSyncOptions
 from .probe import LogprobProbe
 from .publisher import PolicyPublisher, WeightSync
@@ -19,14 +19,14 @@ from .transports.choose import make_transport
 
 
 @contextmanager
-def weight_sync(client: VLLMControl, policy_version: int, **options: Any) -> Iterator[WeightSync]:
+def weight_sync(client: InferenceServer, policy_version: int, **options: Any) -> Iterator[WeightSync]:
     """Publish to one server without a trainer.
 
     The server is paused on entry. At the end of the block it holds what was pushed under `policy_version`, proven and
     resumed; or an error is raised with the server still paused.
 
     Args:
-        client (`AtroposVLLMClient`):
+        client (`InferenceServer`):
             The server.
         policy_version (`int`):
             Number of the policy, reported by the server as `weight_version`.
@@ -55,11 +55,11 @@ def weight_sync(client: VLLMControl, policy_version: int, **options: Any) -> Ite
     transport, device, tokenizer = (options.pop(name, None) for name in ("transport", "device", "tokenizer"))
     if options:
         raise TypeError(f"weight_sync() has no option {sorted(options)}.")
-    info = client.get_server_info()
-    dtype = getattr(torch, info["model_config"]["dtype"].removeprefix("torch."))
+    server = client.describe()
+    dtype = getattr(torch, server.dtype)
     if transport is None:
-        backend = (info["weight_transfer_config"] or {}).get("backend")
-        transport = make_transport(backend, client, torch.device(device or "cpu"), timeout_s=client.request_timeout)
+        where = torch.device(device or "cpu")
+        transport = make_transport(server.backend, client, where, timeout_s=client.request_timeout)
     # Every publish is the first one here, so that each is proven by logprobs; nobody waits for a second try.
     how = WeightSyncOptions(on_publish_failure="abort")
     servers = ServerGroup([ServerLink(client, transport, dtype, how)], how)

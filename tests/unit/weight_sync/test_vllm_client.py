@@ -18,7 +18,7 @@ from trl_atropos.errors import (
     WeightSyncTimeout,
 )
 from trl_atropos.types import ServedCall
-from trl_atropos.weight_sync import control
+from trl_atropos.weight_sync import health
 from trl_atropos.weight_sync.client import AtroposVLLMClient
 
 
@@ -299,8 +299,8 @@ class TestConnecting:
         assert [request.route for request in server.requests].count("GET /health") == 3
 
     def test_reports_what_it_waits_for(self, client, server, monkeypatch, caplog):
-        monkeypatch.setattr(control, "PROGRESS_INTERVAL_S", 0.0)
-        monkeypatch.setattr(control, "HEALTH_INTERVAL_S", 0.01)
+        monkeypatch.setattr(health, "PROGRESS_INTERVAL_S", 0.0)
+        monkeypatch.setattr(health, "HEALTH_INTERVAL_S", 0.01)
         server.script["GET /health"] = [503, "close", None]
         with caplog.at_level(logging.INFO, logger="trl_atropos"):
             client.wait_until_healthy(20)

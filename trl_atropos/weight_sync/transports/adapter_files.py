@@ -16,10 +16,10 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors.torch import save_file
 
@@ -29,7 +29,7 @@ from .backends import MIDDLEWARE
 
 
 if TYPE_CHECKING:
-    from ..control import VLLMControl
+    from ..inference_server import InferenceServer
 
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,25 @@ class SavedAdapter:
     write_s: float
 
 
-def check_server(client: VLLMControl, needs: AdapterNeeds, *, keep: int = 2) -> None:
+class VLLMSettings(Protocol):
+    """What the check asks of a vLLM client, beside its routing."""
+
+    base_url: str
+
+    def get_server_info(self) -> dict[str, Any]:
+        """Return the resolved `VllmConfig`."""
+        ...
+
+    def get_server_environment(self) -> dict[str, Any]:
+        """Return the `VLLM_*` settings."""
+        ...
+
+    def get_adapter_route(self) -> Mapping[str, Any]:
+        """Return what the middleware says of its routing."""
+        ...
+
+
+def check_server(client: VLLMSettings, needs: AdapterNeeds, *, keep: int = 2) -> None:
     """Refuse a server that cannot load adapters of this trainer.
 
     `needs` is what [`~weight_sync.weights.adapter.check_adapter`] found. `keep` is the number of adapters that serve
@@ -141,10 +159,10 @@ class RoutedAdapter:
     num_in_flight: dict[str, int]
 
 
-def routed_adapter(client: VLLMControl) -> RoutedAdapter:
+def routed_adapter(client: InferenceServer | VLLMSettings) -> RoutedAdapter:
     """Ask a server which adapter answers for the model, and which ones are in use."""
-    answer = client._get(f"{client.base_url}/atropos/adapter")
-    counts = answer.get_typed("num_in_flight", dict)
+    answer = client.get_adapter_route()
+    counts = answer["num_in_flight"]
     return RoutedAdapter(answer.get("lora_name"), answer.get("policy_version"), counts)
 
 
@@ -157,7 +175,7 @@ class AdapterTransfer:
     before it.
     """
 
-    def __init__(self, clients: Sequence[VLLMControl], directory: Path, *, keep: int = 2):
+    def __init__(self, clients: Sequence[InferenceServer], directory: Path, *, keep: int = 2):
         self.directory = Path(directory).absolute()
         self.keep = keep
         self._run = secrets.token_hex(4)
@@ -187,7 +205,7 @@ class AdapterTransfer:
             raise
         return SavedAdapter(name, path, policy_version, num_bytes, time.perf_counter() - start)
 
-    def load(self, client: VLLMControl, saved: SavedAdapter) -> dict[str, float]:
+    def load(self, client: InferenceServer, saved: SavedAdapter) -> dict[str, float]:
         """Have a server serve an adapter that was saved. May be called again after a failure.
 
         Returns the seconds of `"load"` (the server reads the adapter) and `"finish"` (it routes requests to it and
@@ -207,7 +225,7 @@ class AdapterTransfer:
         client.set_weight_version(str(saved.policy_version))
         return {"load": loaded - start, "finish": time.perf_counter() - loaded}
 
-    def discard_old(self, client: VLLMControl) -> list[str]:
+    def discard_old(self, client: InferenceServer) -> list[str]:
         """Have a server forget our adapters but the newest, and remove what no server reads any more.
 
         An adapter that a request still uses stays until a later call, and its files until the one after that. What an
@@ -238,7 +256,7 @@ class AdapterTransfer:
                 shutil.rmtree(path)
 
 
-def _load_error(client: VLLMControl, saved: SavedAdapter, exc: VLLMServerError) -> WeightSyncError:
+def _load_error(client: InferenceServer, saved: SavedAdapter, exc: VLLMServerError) -> WeightSyncError:
     if exc.status_code == 404 and saved.name in exc.detail:
         return WeightSyncError(
             f"The vLLM server at {client.base_url} does not find the adapter in {saved.path}.",

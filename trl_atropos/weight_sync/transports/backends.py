@@ -1,4 +1,4 @@
-"""What a server is started with: the weight transfer backends, one row of `BACKENDS` each, and our middleware.
+"""How servers receive weights, one row of `BACKENDS` each, and our middleware.
 
 vLLM's plugin reads the table in every process of a server, so it imports nothing: classes are named, and loaded on
 first use.
@@ -12,6 +12,9 @@ from dataclasses import dataclass
 SHARED_MEMORY_BACKEND = "trl_atropos_shm"
 GLOO_BACKEND = "trl_atropos_gloo"
 NCCL_BACKEND = "nccl"
+SGLANG_GLOO_BACKEND = "sglang_gloo"
+SGLANG_NCCL_BACKEND = "sglang_nccl"
+"""Of SGLang, which takes any torch.distributed group without being started for it."""
 
 MIDDLEWARE = "trl_atropos.serving.generate_endpoint.GenerateEndpoint"
 """What `--middleware` of a server names, so that it answers `/generate` and routes requests to adapters."""
@@ -19,10 +22,11 @@ MIDDLEWARE = "trl_atropos.serving.generate_endpoint.GenerateEndpoint"
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend of `--weight-transfer-config`: its name, its reach in words, and module and class of both its ends.
+    """A way for weights into a server: its name, its reach in words, and module and class of both its ends. With vLLM the
+    name is that of `--weight-transfer-config`.
 
     The trainer's end, a `WeightTransport`, is made with those `options` of `make_transport` that it takes:
-    `timeout_s`, `device`, `host` and `port`. The worker's end is None if vLLM has its own. `device` is the type of
+    `timeout_s`, `device`, `host` and `port`. The worker's end is None if the server has its own. `device` is the type of
     device that the trainer must run on; None allows any.
     """
 
@@ -56,12 +60,25 @@ BACKENDS = (
         ("device", "timeout_s", "host", "port"),
         device="cuda",
     ),
+    Backend(
+        SGLANG_GLOO_BACKEND,
+        "to SGLang on a CPU",
+        ("trl_atropos.weight_sync.transports.sglang_group", "SGLangGlooTransport"),
+        ("timeout_s", "host", "port"),
+    ),
+    Backend(
+        SGLANG_NCCL_BACKEND,
+        "to SGLang from a CUDA device",
+        ("trl_atropos.weight_sync.transports.sglang_group", "SGLangNcclTransport"),
+        ("device", "timeout_s", "host", "port"),
+        device="cuda",
+    ),
 )
 
 NO_TRANSPORT_WHY = f"The trainer sends over {', '.join(f'{row.name!r} ({row.reach})' for row in BACKENDS)}."
 NO_TRANSPORT_FIX = (
     f"""Start the server with --weight-transfer-config '{{"backend": "{SHARED_MEMORY_BACKEND}"}}', or give the """
-    "trainer another transport: AtroposTrainer(weight_transport=...)."
+    "trainer another transport: AtroposTrainer(weight_transport=...). SGLang on CUDA wants a trainer on CUDA."
 )
 
 
@@ -72,4 +89,4 @@ def find_backend(name: str | None, device_type: str) -> Backend | None:
 
 def describe_no_transport(url: str, backend: str | None, device: object) -> str:
     """Say that the trainer on this device cannot send to the server's backend."""
-    return f"The vLLM server at {url} receives weights over {backend!r}, the trainer runs on {device}."
+    return f"The inference server at {url} receives weights over {backend!r}, the trainer runs on {device}."

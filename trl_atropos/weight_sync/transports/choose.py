@@ -13,18 +13,25 @@ from .backends import NO_TRANSPORT_FIX, NO_TRANSPORT_WHY, describe_no_transport,
 if TYPE_CHECKING:
     import torch
 
-    from ..control import VLLMControl
+    from ..inference_server import InferenceServer
     from .gloo import GlooTransport
     from .nccl import NcclTransport
+    from .sglang_group import SGLangGlooTransport, SGLangNcclTransport
     from .shm import SharedMemoryTransport
 
     # The table names classes as text; that each of them fits the protocol shows here.
-    _FIT: tuple[type[WeightTransport], ...] = (SharedMemoryTransport, GlooTransport, NcclTransport)
+    _FIT: tuple[type[WeightTransport], ...] = (
+        SharedMemoryTransport,
+        GlooTransport,
+        NcclTransport,
+        SGLangGlooTransport,
+        SGLangNcclTransport,
+    )
 
 
 def make_transport(
     backend: str | None,
-    client: VLLMControl,
+    client: InferenceServer,
     device: torch.device,
     *,
     timeout_s: float,

@@ -35,7 +35,7 @@ from .reports import (
 
 
 if TYPE_CHECKING:
-    from ..control import VLLMControl
+    from ..inference_server import InferenceServer
 
 
 TRAINER_RANK = 0
@@ -153,7 +153,7 @@ class GlooTransport:
         self.host = host
         self.port = port
         self.chunk_bytes = chunk_bytes
-        self._client: VLLMControl | None = None
+        self._client: InferenceServer | None = None
         self._layout: PolicyLayout | None = None
         self._memory = torch.zeros(0, dtype=torch.uint8)
         self._store: Store | None = None
@@ -161,7 +161,7 @@ class GlooTransport:
         self._num_workers = 0
         self._sequence = 0
 
-    def open(self, client: VLLMControl, layout: PolicyLayout) -> torch.Tensor:
+    def open(self, client: InferenceServer, layout: PolicyLayout) -> torch.Tensor:
         """Meet the workers. See `WeightTransport.open`."""
         self.close()
         num_workers = client.get_world_size()

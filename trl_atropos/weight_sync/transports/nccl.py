@@ -22,7 +22,7 @@ from .reports import describe_tensors
 
 
 if TYPE_CHECKING:
-    from ..control import VLLMControl
+    from ..inference_server import InferenceServer
 
 
 logger = logging.getLogger(__name__)
@@ -56,12 +56,12 @@ class NcclTransport:
         self.timeout_s = timeout_s
         self.host = host
         self.port = port
-        self._client: VLLMControl | None = None
+        self._client: InferenceServer | None = None
         self._layout: PolicyLayout | None = None
         self._memory: torch.Tensor | None = None
         self._group: Any = None
 
-    def open(self, client: VLLMControl, layout: PolicyLayout) -> torch.Tensor:
+    def open(self, client: InferenceServer, layout: PolicyLayout) -> torch.Tensor:
         """Join the workers in an NCCL group. See `WeightTransport.open`."""
         self.close()
         if self.device.type != "cuda":
@@ -211,7 +211,7 @@ def in_packed_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
     return list(specs)
 
 
-def disconnect(client: VLLMControl) -> None:
+def disconnect(client: InferenceServer) -> None:
     """Free the workers of a server from the trainer that was connected before, which may have been killed at any
     point.
 

@@ -25,7 +25,7 @@ from .shm_segment import ENLARGE, REPORT_BYTES, SEGMENT_DIR, SEGMENT_PATTERN, se
 
 
 if TYPE_CHECKING:
-    from ..control import VLLMControl
+    from ..inference_server import InferenceServer
 
 
 logger = logging.getLogger(__name__)
@@ -42,13 +42,13 @@ class SharedMemoryTransport:
 
     def __init__(self, timeout_s: float = 300.0) -> None:
         self.timeout_s = timeout_s
-        self._client: VLLMControl | None = None
+        self._client: InferenceServer | None = None
         self._layout: PolicyLayout | None = None
         self._mapping: mmap.mmap | None = None
         self._num_workers = 0
         self._sequence = 0
 
-    def open(self, client: VLLMControl, layout: PolicyLayout) -> torch.Tensor:
+    def open(self, client: InferenceServer, layout: PolicyLayout) -> torch.Tensor:
         """Create the segment, let every worker map it, then remove its name. See `WeightTransport.open`."""
         self.close()
         num_workers = client.get_world_size()
