@@ -1,0 +1,241 @@
+"""The verbs of `InferenceServer` on real servers of each kind, and publishes to them that prove themselves.
+
+SGLang is not a part of requirements/cpu.txt: its half runs where `TRL_ATROPOS_SGLANG_PYTHON` names a Python that has it
+(docs/servers.md), and is skipped by that name elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from fork_server import ForkedProcess
+from servers import HOST, ROOT, save_tiny_model, serve
+from tiny_models import perturb
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from trl_atropos import AtroposSGLangClient, AtroposVLLMClient, InferenceServer
+from trl_atropos.cli.launch.processes import free_port
+from trl_atropos.errors import PreflightError, WeightSyncError
+from trl_atropos.weight_sync.connecting import connect_server
+
+
+SGLANG_PYTHON = os.environ.get("TRL_ATROPOS_SGLANG_PYTHON")
+START_TIMEOUT_S = 240.0
+REQUEST_TIMEOUT_S = 30.0
+
+
+@contextmanager
+def sglang_server(model: Path, log_path: Path) -> Iterator[str]:
+    """Run SGLang on a CPU with the shims of tests/sglang_shims, and yield its URL."""
+    assert SGLANG_PYTHON is not None
+    port = free_port()
+    command = [
+        *(SGLANG_PYTHON, str(ROOT / "tests" / "sglang_shims" / "launch_server.py"), "--model-path", str(model)),
+        *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+        *("--grammar-backend", "none", "--disable-overlap-schedule", "--mem-fraction-static", "0.3"),
+        *("--max-total-tokens", "8192", "--context-length", "256", "--host", HOST, "--port", str(port)),
+    ]
+    environment = {
+        **os.environ,
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+    }
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        url = f"http://{HOST}:{port}"
+        while True:
+            assert process.poll() is None, f"the server ended:\n{log_path.read_text()[-4000:]}"
+            assert time.monotonic() < deadline, f"the server is not up:\n{log_path.read_text()[-4000:]}"
+            try:
+                if requests.get(f"{url}/health", timeout=5).status_code == 200:
+                    break
+            except requests.exceptions.RequestException:
+                pass
+            time.sleep(0.5)
+        yield url
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+
+
+class Served:
+    """A server, its checkpoint, and how many policies were published to it."""
+
+    def __init__(self, kind: str, url: str, model_dir: Path):
+        self.kind = kind
+        self.url = url
+        self.model_dir = model_dir
+        self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self.version = 0
+
+    def connect(self) -> InferenceServer:
+        return connect_server(self.url, connection_timeout=REQUEST_TIMEOUT_S, request_timeout=REQUEST_TIMEOUT_S)
+
+    def policy(self, seed: int) -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=torch.float32)
+        perturb(model, seed=seed, scale=0.02)
+        return model
+
+    def publish(self, seed: int) -> float:
+        """Publish another policy; returns the mean logprob difference that the probe found."""
+        self.version += 1
+        client = self.connect()
+        assert isinstance(client, AtroposVLLMClient | AtroposSGLangClient)
+        with client.weight_sync(self.version, tokenizer=self.tokenizer) as sync:
+            sync.push(self.policy(seed))
+        assert sync.report is not None and sync.report.probe is not None
+        return sync.report.probe.mean_abs_diff
+
+
+@pytest.fixture(scope="module", params=["vLLM", "SGLang"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    if request.param == "SGLang" and SGLANG_PYTHON is None:
+        pytest.skip("TRL_ATROPOS_SGLANG_PYTHON names no Python that has SGLang (docs/servers.md)")
+    directory = tmp_path_factory.mktemp(request.param)
+    model_dir = save_tiny_model(directory / "model", tied=True, seed=0)
+    log_path = directory / "server.log"
+    if request.param == "SGLang":
+        running = sglang_server(model_dir, log_path)
+    else:
+        running = serve(model_dir, "--enforce-eager", log_path=log_path)
+    with running as url:
+        yield Served(request.param, url, model_dir)
+
+
+def test_the_server_says_which_kind_it_is(served: Served) -> None:
+    client = served.connect()
+    expected = {"vLLM": AtroposVLLMClient, "SGLang": AtroposSGLangClient}[served.kind]
+    assert type(client) is expected
+    assert client.kind == served.kind
+    description = client.describe()
+    assert (description.model, description.dtype, description.max_model_len) == (
+        str(served.model_dir),
+        "bfloat16",
+        256,
+    )
+    assert description.backend == {"vLLM": "trl_atropos_shm", "SGLang": "sglang_gloo"}[served.kind]
+    assert client.get_world_size() == 1
+    assert client.list_models() == [client.model]
+    assert client.get_weight_version() == "default"
+    assert client.render_messages([{"role": "user", "content": "hi"}]) is None
+    client.wait_until_healthy(1.0)
+
+
+def test_publishes_prove_themselves(served: Served) -> None:
+    for seed in (1, 2, 3):
+        # Two layers in bfloat16 with large weights: rounding explains 0.04, another policy is farther off by tens.
+        assert served.publish(seed) < 0.1
+        assert served.connect().get_weight_version() == str(served.version)
+
+
+def test_logprobs_are_those_of_the_published_policy(served: Served) -> None:
+    served.publish(4)
+    ids = served.tokenizer("Water boils at 100")["input_ids"]
+    with torch.no_grad():
+        logits = served.policy(4)(torch.tensor([ids])).logits[0, :-1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    (found,) = served.connect().get_prompt_logprobs([ids])
+    assert (torch.tensor(found) - expected).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("clear_cache", [True, False])
+def test_requests_wait_for_the_end_of_a_pause(served: Served, clear_cache: bool) -> None:
+    client = served.connect()
+    client.pause(clear_cache=clear_cache)
+    client.pause(clear_cache=clear_cache)
+    answers: list[list[list[float]]] = []
+    asking = threading.Thread(target=lambda: answers.append(served.connect().get_prompt_logprobs([[1, 2, 3]])))
+    asking.start()
+    try:
+        client.wait_until_healthy(2.0)
+        asking.join(1.5)
+        assert asking.is_alive() and not answers
+    finally:
+        client.resume()
+    asking.join(REQUEST_TIMEOUT_S)
+    assert len(answers) == 1 and len(answers[0][0]) == 2
+
+
+def test_requests_in_flight_survive_publishes(served: Served) -> None:
+    """Clients that complete all the time through five publishes: every answer is whole."""
+    client, stop = served.connect(), threading.Event()
+    lengths: list[int] = []
+
+    def complete() -> None:
+        body = {"model": client.model, "prompt": "a", "max_tokens": 64, "temperature": 1.0, "ignore_eos": True}
+        while not stop.is_set():
+            response = requests.post(f"{served.url}/v1/completions", json=body, timeout=60)
+            usage = response.json()["usage"] if response.status_code == 200 else {"completion_tokens": -1}
+            lengths.append(usage["completion_tokens"])
+
+    threads = [threading.Thread(target=complete) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for seed in range(5, 10):
+            assert served.publish(seed) < 0.1
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(90)
+    assert lengths and set(lengths) == {64}
+
+
+def test_an_unfinished_update_is_replaced(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    client = served.connect()
+    client.pause()
+    client.begin_weight_update()
+    assert served.publish(10) < 0.1
+    assert "has an unfinished weight update of another trainer" in caplog.text
+
+
+def test_another_policy_than_the_one_that_was_published_is_found(served: Served) -> None:
+    """The proof of a publish sees a policy of which a tensor did not arrive."""
+    model = served.policy(11)
+    pushed = [(name, tensor) for name, tensor in model.state_dict().items() if name != "lm_head.weight"]
+    client = served.connect()
+    assert isinstance(client, AtroposVLLMClient | AtroposSGLangClient)
+    served.publish(11)
+    found = torch.tensor(client.get_prompt_logprobs([[5, 6, 7, 8, 9]])[0])
+    with torch.no_grad():
+        logits = served.policy(12)(torch.tensor([[5, 6, 7, 8, 9]])).logits[0, :-1]
+    other = logits.log_softmax(-1).gather(1, torch.tensor([6, 7, 8, 9])[:, None])[:, 0]
+    assert len(pushed) > 0 and (found - other).abs().mean() > 0.1
+
+
+def test_what_sglang_does_not_have_is_refused_by_name(served: Served) -> None:
+    if served.kind != "SGLang":
+        pytest.skip("vLLM has these verbs: test_adapter_publish.py")
+    client = served.connect()
+    with pytest.raises(PreflightError, match="--weight_sync_mode merged"):
+        client.load_lora_adapter("a", "/nowhere")
+    with pytest.raises(PreflightError, match="--vllm_enable_sleep_mode off"):
+        client.sleep(1)
+    assert client.find_calls(["a", "b"]) == [None, None]
+
+
+def test_what_answers_and_is_no_server_is_named() -> None:
+    port = free_port()
+    process = ForkedProcess([sys.executable, "-m", "http.server", str(port), "--bind", HOST], cwd=ROOT)
+    try:
+        with pytest.raises((PreflightError, WeightSyncError), match="neither a vLLM nor an SGLang server"):
+            connect_server(f"http://{HOST}:{port}", connection_timeout=20.0)
+    finally:
+        process.kill()
+        process.wait()
