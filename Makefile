@@ -4,6 +4,7 @@ PYTHON ?= $(or $(shell for name in python3.11 python3.12 python3.13; do \
 	"$$name" -c "" 2>/dev/null && command -v "$$name" && break; done),python3)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SGLANG_VENV := $(VENV)-sglang
 SMOLLM2 := .models/SmolLM2-135M-Instruct
 
 # What `make quickstart` trains (hub id or directory), and further arguments of the training script.
@@ -13,7 +14,7 @@ ARGS ?=
 export ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart replay test check docs bench lock clean
+.PHONY: help install quickstart replay sglang test check docs bench lock clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -46,6 +47,13 @@ check: $(INSTALLED) ## Linter, formatter, type checker, unit tests; some of them
 
 docs: $(INSTALLED) ## Build the documents into site/; warnings are errors.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+sglang: $(SGLANG_VENV)/.installed ## Make .venv-sglang and run the tests of inference servers on vLLM and SGLang.
+	TRL_ATROPOS_SGLANG_PYTHON="$(abspath $(SGLANG_VENV))/bin/python" $(BIN)/pytest -q tests/e2e/test_inference_servers.py $$ARGS
+
+$(SGLANG_VENV)/.installed: requirements/sglang.txt packaging/install_sglang.sh $(INSTALLED)
+	@packaging/install_sglang.sh "$(VENV)" "$(SGLANG_VENV)"
+	@touch $@
 
 test: check ## Everything: what `check` does, then the tests with processes, ranks and real servers. ARGS="-k journal"
 	@packaging/run_tests.sh "$(VENV)" rest

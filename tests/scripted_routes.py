@@ -99,7 +99,12 @@ class ScriptedRoutes:
         self.segment_names: set[str] = set()
         self.state = State()
         self.config: dict[str, Any] = {
-            "model_config": {"dtype": "torch.bfloat16", "model": "policy", "max_model_len": 256},
+            "model_config": {
+                "dtype": "torch.bfloat16",
+                "model": "policy",
+                "max_model_len": 256,
+                "logprobs_mode": "processed_logprobs",
+            },
             "weight_transfer_config": {"backend": "trl_atropos_shm"},
             "lora_config": None,
             "parallel_config": {"data_parallel_size": 1, "tensor_parallel_size": 1},

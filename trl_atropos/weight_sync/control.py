@@ -142,21 +142,23 @@ class VLLMControl(VLLMClient):
         """Return what the server says of itself. See `InferenceServer.describe`."""
         answer = self._server_info()
         info, environment = answer.get_typed("vllm_config", dict), answer.get("vllm_env", {})
-        transfer, served = info.get("weight_transfer_config"), info["model_config"]
-        has_lora = info.get("lora_config") is not None
-        return ServerDescription(
-            model=served.get("model", self.model),
-            tokenizer=None
-            if served.get("skip_tokenizer_init")
-            else served.get("tokenizer") or served.get("model", self.model),
-            tokenizer_revision=served.get("tokenizer_revision"),
-            dtype=served["dtype"].removeprefix("torch."),
-            backend=None if transfer is None else transfer["backend"],
-            max_model_len=served.get("max_model_len", 0),
-            logprobs_mode=served.get("logprobs_mode", "raw_logprobs"),
-            has_lora=has_lora,
-            loads_adapters=has_lora and bool(environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING")),
-        )
+        transfer, has_lora = info.get("weight_transfer_config"), info.get("lora_config") is not None
+        try:
+            served = info["model_config"]
+            tokenizer = None if served.get("skip_tokenizer_init") else served.get("tokenizer") or served["model"]
+            return ServerDescription(
+                model=served["model"],
+                tokenizer=tokenizer,
+                tokenizer_revision=served.get("tokenizer_revision"),
+                dtype=served["dtype"].removeprefix("torch."),
+                backend=None if transfer is None else transfer["backend"],
+                max_model_len=served["max_model_len"],
+                logprobs_mode=served["logprobs_mode"],
+                has_lora=has_lora,
+                loads_adapters=has_lora and bool(environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING")),
+            )
+        except (LookupError, AttributeError, TypeError) as exc:
+            raise answer.unexpected(f"`vllm_config` of an engine ({exc!r})", info) from exc
 
     def knows_policy_versions(self) -> bool:
         """Whether our middleware, which remembers them, is there."""

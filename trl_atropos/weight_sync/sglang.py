@@ -229,8 +229,12 @@ class AtroposSGLangClient:
         self._post("/continue_generation")
 
     def is_paused(self) -> bool:
-        """Not available: SGLang does not say."""
-        self._refuse_adapters()
+        """Not available: only what publishes adapters asks, and SGLang does not say."""
+        raise PreflightError(
+            f"The SGLang server at {self.base_url} was asked whether it is paused.",
+            "SGLang does not say.",
+            "Send a pause or a resume, whichever is meant: both may come twice.",
+        )
 
     def sleep(self, level: int) -> None:
         """Not available."""
