@@ -24,9 +24,14 @@ from tiny_models import perturb
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from trl_atropos import AtroposSGLangClient, AtroposVLLMClient, InferenceServer
+from trl_atropos.checks.finding import diagnose, examine
+from trl_atropos.checks.server import SERVER_CHECKS, TrainerSide
+from trl_atropos.checks.vllm import VLLM_CHECKS, inspect_vllm
 from trl_atropos.cli.launch.processes import free_port
 from trl_atropos.errors import PreflightError, WeightSyncError
+from trl_atropos.trainer.preflight import read_server_config
 from trl_atropos.weight_sync.connecting import connect_server
+from trl_atropos.weight_sync.http import UNKNOWN, ServerSession
 from trl_atropos.weight_sync.transports.sglang_group import SGLangGlooTransport
 
 
@@ -141,6 +146,20 @@ def test_the_server_says_which_kind_it_is(served: Served) -> None:
     assert client.get_weight_version() == "default"
     assert client.render_messages([{"role": "user", "content": "hi"}]) is None
     client.wait_until_healthy(1.0)
+
+
+def test_the_doctor_and_a_preflight_know_its_kind(served: Served) -> None:
+    with ServerSession(served.url, REQUEST_TIMEOUT_S, kind=UNKNOWN) as session:
+        facts = inspect_vllm(session, max_length=256)
+    assert (facts.kind, facts.error, facts.weight_version, facts.max_model_len) == (served.kind, None, "default", 256)
+    # Started without our middleware: environments' `/generate` is SGLang's own.
+    expected = {"vLLM": ["vllm_without_generate"], "SGLang": []}[served.kind]
+    found = [finding.name for finding in diagnose(facts, VLLM_CHECKS)]
+    assert found == [*expected, "vllm_without_policy_versions"]
+    seen = read_server_config(served.connect(), TrainerSide(max_length=256, device="cpu", weight_sync_mode="merged"))
+    assert (seen.kind, seen.dtype, seen.knows_policy_versions) == (served.kind, "bfloat16", False)
+    errors = [finding.name for finding in examine(seen, SERVER_CHECKS) if finding.level == "error"]
+    assert errors == []
 
 
 def test_publishes_prove_themselves(served: Served) -> None:

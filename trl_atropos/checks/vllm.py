@@ -1,4 +1,4 @@
-"""Why a vLLM server gives environments no completions, or the trainer no way to publish: its traps."""
+"""Why an inference server gives environments no completions, or the trainer no way to publish: its traps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import VLLMServerError, WeightSyncError
-from ..weight_sync.http import VLLM, Answer, ServerSession
+from ..weight_sync.http import SGLANG, SGLANG_ROUTES, VLLM, Answer, ServerSession
 from ..weight_sync.transports.backends import MIDDLEWARE
 from .finding import NOT_ASKED, Check, Unread, known
 
@@ -16,7 +16,7 @@ NO_LENGTH = Unread("The server does not say how long its sequences may be.")
 
 
 class ServerLook(Protocol):
-    """What both the doctor and a preflight see of a vLLM server: the facts of the traps that they share.
+    """What both the doctor and a preflight see of an inference server: the facts of the traps that they share.
 
     The lengths are those of the longest sequence that the server generates and of the longest rollout that the trainer
     takes, in tokens.
@@ -45,12 +45,12 @@ class ServerLook(Protocol):
 
 @dataclass(frozen=True)
 class VLLMFacts:
-    """What a look at a vLLM server showed; `error` says why there is nothing else to know.
+    """What a look at an inference server of some `kind` showed; `error` says why there is nothing else to know.
 
     `routes` are those of its OpenAPI document, and `has_middleware` is whether
     `serving.generate_endpoint.GenerateEndpoint` answers. `weight_version` names the weights that it serves:
     `"default"` before the first publish, None if it does not say. `is_paused` is whether generation was frozen all the
-    time. `max_model_len` is the longest sequence that it generates, and `max_length` the longest rollout that the
+    time, which SGLang does not say. `max_model_len` is the longest sequence that it generates, and `max_length` the longest rollout that the
     trainer takes, both in tokens.
     """
 
@@ -80,16 +80,20 @@ DEV_MODE_ROUTES = {
 }
 
 
+PUBLISH_ROUTES = {VLLM: DEV_MODE_ROUTES, SGLANG: SGLANG_ROUTES}
+"""What the trainer needs of a kind of server."""
+
+
 def _vllm_without_dev_mode(facts: VLLMFacts) -> str | None:
-    missing = sorted(DEV_MODE_ROUTES - facts.routes)
-    return f"The vLLM server at {facts.url} has no {', '.join(missing)}." if missing else None
+    missing = sorted(PUBLISH_ROUTES[facts.kind] - facts.routes)
+    return f"The {facts.kind} server at {facts.url} has no {', '.join(missing)}." if missing else None
 
 
 def _vllm_without_generate(facts: VLLMFacts) -> str | None:
     if "/generate" in facts.routes or (facts.has_middleware and "/inference/v1/generate" in facts.routes):
         return None
     missing = "/inference/v1/generate" if facts.has_middleware else "/generate"
-    return f"The vLLM server at {facts.url} has no {missing}."
+    return f"The {facts.kind} server at {facts.url} has no {missing}."
 
 
 def _vllm_without_policy_versions(facts: ServerLook) -> str | None:
@@ -102,7 +106,7 @@ def _vllm_without_policy_versions(facts: ServerLook) -> str | None:
 
 
 def _vllm_paused(facts: VLLMFacts) -> str | None:
-    return f"Generation is frozen on the vLLM server at {facts.url}." if facts.is_paused else None
+    return f"Generation is frozen on the {facts.kind} server at {facts.url}." if facts.is_paused else None
 
 
 def _vllm_exceeds_max_length(facts: ServerLook) -> str | None:
@@ -116,7 +120,7 @@ WITHOUT_POLICY_VERSIONS: Check[ServerLook] = Check(
     "warning",
     _vllm_without_policy_versions,
     "Staleness is unknown: old rollouts can neither be dropped nor counted.",
-    f"Start the server with `--middleware {MIDDLEWARE}`.",
+    f"Start vLLM with `--middleware {MIDDLEWARE}`; SGLang remembers none.",
     needs=("knows_policy_versions",),
     describe=lambda facts: "The server remembers which policy sampled a rollout.",
 )
@@ -146,7 +150,8 @@ VLLM_CHECKS: tuple[Check[VLLMFacts], ...] = (
         "error",
         _vllm_without_dev_mode,
         "Publishing a policy needs it.",
-        "Start the server with `trl vllm-serve` (vLLM 0.32 or newer), or `VLLM_SERVER_DEV_MODE=1 vllm serve`.",
+        "Start vLLM (0.32 or newer) with `trl vllm-serve`, or `VLLM_SERVER_DEV_MODE=1 vllm serve`; install SGLang 0.5.22 or "
+        "newer.",
     ),
     Check(
         "vllm_without_generate",
@@ -168,14 +173,28 @@ VLLM_CHECKS: tuple[Check[VLLMFacts], ...] = (
 
 
 def inspect_vllm(session: ServerSession, *, watch_s: float = 0.0, max_length: int | None = None) -> VLLMFacts:
-    """Look at a vLLM server without changing it: GET requests only. One that does not answer has facts, too.
+    """Look at an inference server without changing it: GET requests only. One that does not answer has facts, too.
 
-    `watch_s` are the seconds between the two looks at whether generation is frozen; a publish freezes it for a moment.
-    `max_length` is the longest rollout that the trainer takes, in tokens; None if that is not known.
+    The session is told which kind it talks to. `watch_s` are the seconds between the two looks at whether generation is
+    frozen; a publish freezes it for a moment. `max_length` is the longest rollout that the trainer takes, in tokens; None
+    if that is not known.
     """
+    length = NOT_ASKED if max_length is None else max_length
     try:
-        session.get(f"{session.base_url}/health")
         routes = frozenset(_get(session, "/openapi.json").get_typed("paths", dict))
+        if "/model_info" in routes:
+            session.kind = SGLANG
+            return VLLMFacts(
+                session.base_url,
+                routes=routes,
+                kind=SGLANG,
+                # Its `/health` would generate a token, which waits while a publish freezes generation.
+                weight_version=_get(session, "/model_info").get_typed("weight_version", str),
+                max_model_len=_max_model_len(_get(session, "/v1/models").get_typed("data", list)),
+                max_length=length,
+            )
+        session.kind = VLLM
+        session.get(f"{session.base_url}/health")
         is_paused = "/is_paused" in routes and _get(session, "/is_paused").get_typed("is_paused", bool)
         if is_paused:
             time.sleep(watch_s)
@@ -188,14 +207,14 @@ def inspect_vllm(session: ServerSession, *, watch_s: float = 0.0, max_length: in
             weight_version=_get(session, "/weight_info").get_typed("weight_version", str) if has_version else None,
             is_paused=is_paused,
             max_model_len=_max_model_len(_get(session, "/v1/models").get_typed("data", list)),
-            max_length=NOT_ASKED if max_length is None else max_length,
+            max_length=length,
         )
     except WeightSyncError as exc:
         return VLLMFacts(session.base_url, error=exc.what)
 
 
 def _get(session: ServerSession, path: str) -> Answer:
-    return Answer(session.get(session.base_url + path))
+    return Answer(session.get(session.base_url + path), kind=session.kind)
 
 
 def _has_middleware(session: ServerSession) -> bool:

@@ -1,4 +1,4 @@
-"""`trl-atropos doctor`: why no data comes, asked of a live API and vLLM server without disturbing them."""
+"""`trl-atropos doctor`: why no data comes, asked of a live API and inference server without disturbing them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ def add_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "doctor",
         help="find out why no data comes",
         usage="%(prog)s --api-url URL [--vllm-url URL] [options]",
-        description="Look at a live Atropos API, and at the vLLM server that its environments ask, for the traps that end "
-        "in silence: nobody registered, no environment, groups that never make a batch, a frozen server. Each finding has "
+        description="Look at a live Atropos API, and at the inference server that its environments ask, for the traps that "
+        "end in silence: nobody registered, no environment, groups that never make a batch, a frozen server. Each finding has "
         "a name, which docs/troubleshooting.md explains.",
         epilog="Disturbs nothing, also during training: it asks for no batch, registers nothing, posts nothing. The one "
-        "trace it leaves is an IndexError in the log of run-api. An API key of the vLLM server is read from VLLM_API_KEY. "
+        "trace it leaves is an IndexError in the log of run-api. A key of the inference server is read from VLLM_API_KEY. "
         "Exit code: 1 if there is an error, 0 otherwise, also with warnings.",
     )
     parser.add_argument("--api-url", required=True, help="root of run-api, for example http://localhost:8000")
-    parser.add_argument("--vllm-url", help="root of the vLLM server, for example http://localhost:8001")
+    parser.add_argument("--vllm-url", help="root of the vLLM or SGLang server, for example http://localhost:8001")
     parser.add_argument(
         "--batch-size",
         type=int,

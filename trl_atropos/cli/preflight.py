@@ -27,7 +27,9 @@ def add_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     files.add_argument("--config", metavar="TRAINER.YAML", type=Path, help="file of the training script's --config")
     parser.add_argument("--api_url", help="root of an Atropos API that runs already")
-    parser.add_argument("--vllm_url", help="root of a vLLM server that runs already; several separated by commas")
+    parser.add_argument(
+        "--vllm_url", help="root of a vLLM or SGLang server that runs already; several separated by commas"
+    )
     parser.add_argument("--model", help="path or Hub id of the trainer's model, if the file names none")
     parser.add_argument("--json", action="store_true", help="print one JSON array instead of a table")
     parser.set_defaults(run=run)

@@ -29,8 +29,8 @@ from ..trainer.atropos_config import AtroposConfig
 from ..trainer.parser import AtroposParser
 from ..trainer.preflight import describe_model, model_side, read_server_config, segment_bytes
 from ..trainer.run_facts import chat_ids, free_bytes, machine_facts, num_parameters, read_tokenizer, tokenizer_facts
-from ..weight_sync.client import AtroposVLLMClient
-from ..weight_sync.http import ServerSession
+from ..weight_sync.connecting import connect_server
+from ..weight_sync.http import UNKNOWN, ServerSession
 from ..weight_sync.transports.backends import SHARED_MEMORY_BACKEND
 from ..weight_sync.transports.shm_segment import SEGMENT_DIR
 from ..wire.client import AtroposClient
@@ -274,20 +274,21 @@ def _api(url: str | None, args: AtroposConfig | None) -> list[Finding]:
 def _server(url: str, launch: LaunchConfig | None, trainer: TrainerSide) -> list[Finding]:
     if not url:
         if launch is None or launch.vllm_url is not None:
-            return [Finding("vllm", "unknown", "Not checked: no vLLM server is named: --vllm_url.")]
+            return [Finding("vllm", "unknown", "Not checked: no inference server is named: --vllm_url.")]
         return examine(_planned_server(launch, trainer), SERVER_CHECKS)
     key = os.environ.get("VLLM_API_KEY")
     try:
-        with ServerSession(url.rstrip("/"), TIMEOUT_S, key) as session:
-            say(f"Asking the vLLM server at {session.base_url} (at most {TIMEOUT_S:g} s per answer)")
+        with ServerSession(url.rstrip("/"), TIMEOUT_S, key, kind=UNKNOWN) as session:
+            say(f"Asking the inference server at {session.base_url} (at most {TIMEOUT_S:g} s per answer)")
             checks = [check for check in VLLM_CHECKS if check.name in VLLM_FINDINGS]
-            findings = diagnose(inspect_vllm(session), checks)
+            facts = inspect_vllm(session)
+        findings = diagnose(facts, checks)
         if any(finding.name in ("vllm_unreachable", "vllm_without_dev_mode") for finding in findings):
             return findings
         if not findings:
-            what = f"The vLLM server at {session.base_url} has its development routes, answers /generate and is not frozen."
+            what = f"The {facts.kind} server at {facts.url} has the routes of a publish, answers /generate and is not frozen."
             findings.append(Finding("vllm", "ok", what))
-        client = AtroposVLLMClient(url, connection_timeout=TIMEOUT_S, request_timeout=TIMEOUT_S, api_key=key)
+        client = connect_server(url, connection_timeout=TIMEOUT_S, request_timeout=TIMEOUT_S, api_key=key)
         return findings + examine(read_server_config(client, trainer), SERVER_CHECKS)
     except TrlAtroposError as exc:
         return [_as_finding("vllm", exc)]

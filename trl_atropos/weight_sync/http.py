@@ -45,6 +45,8 @@ MISSING_ROUTES = {
 """What a vLLM server lacks that answers 404, by a part of the route that was asked for."""
 
 VLLM, SGLANG = "vLLM", "SGLang"
+SGLANG_ROUTES = {"/begin_weight_update", "/end_weight_update", "/update_weights_from_distributed", "/pause_generation"}
+"""What a publish needs of SGLang. The first version with all of them is 0.5.22."""
 UNKNOWN = "inference"
 """Of a server of which it is not known yet which kind it is."""
 

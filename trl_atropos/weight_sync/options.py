@@ -18,13 +18,15 @@ class WeightSyncOptions:
     vllm_server_base_url: str = field(
         default="http://localhost:8001",
         metadata={
-            "help": "Root URL of the vLLM server that environments query. Several, separated by commas, are all kept on the "
-            "newest policy."
+            "help": "Root URL of the vLLM or SGLang server that environments query. Several, separated by commas, are all kept "
+            "on the newest policy."
         },
     )
     vllm_server_timeout: PositiveFloat = field(
         default=240.0,
-        metadata={"help": "Seconds to wait for a vLLM server to be healthy, at start and after a failed publish."},
+        metadata={
+            "help": "Seconds to wait for an inference server to be healthy, at start and after a failed publish."
+        },
     )
     vllm_group_host: str | None = field(
         default=None,

@@ -12,7 +12,7 @@ import requests
 from ..errors import PreflightError, VLLMServerError, WeightSyncError
 from ..types import ServedCall
 from .health import wait_for_answer
-from .http import SGLANG, Answer, ServerSession
+from .http import SGLANG, SGLANG_ROUTES, Answer, ServerSession
 from .inference_server import ServerDescription
 from .publisher import WeightSync
 from .session import weight_sync
@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 FLOOR = "0.5.22"
 """The first version whose weight updates have a beginning and an end."""
-
-FLOOR_ROUTES = {"/begin_weight_update", "/end_weight_update", "/update_weights_from_distributed", "/pause_generation"}
 
 DTYPES = {"half": "float16", "float16": "float16", "bfloat16": "bfloat16", "float": "float32", "float32": "float32"}
 """SGLang's names of dtypes, and torch's."""
@@ -135,7 +133,7 @@ class AtroposSGLangClient:
         """Return what the server says of itself. See `InferenceServer.describe`."""
         info, model = self._get("/server_info"), self._get("/model_info")
         version = str(info.get("version"))
-        missing = sorted(FLOOR_ROUTES - set(self._get("/openapi.json").get_typed("paths", dict)))
+        missing = sorted(SGLANG_ROUTES - set(self._get("/openapi.json").get_typed("paths", dict)))
         if missing:
             raise PreflightError(
                 f"The SGLang server at {self.base_url} (version {version}) has no {', '.join(missing)}.",
