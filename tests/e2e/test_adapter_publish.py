@@ -11,7 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,15 +198,16 @@ def test_requests_end_with_the_adapter_and_the_version_that_they_began_with(trai
     names: list[str] = []
     with ThreadPoolExecutor(max_workers=len(seeds)) as executor:
         pending = []
-        for seed in seeds:
-            names.append(trainer.publish(policies[seed], seed))
-            pending.append(executor.submit(generate, url, PROMPT, NUM_LONG))
-            # The first one is so long that it does not end before. None ends before the last policy is published.
-            trainer.client.pause()
-            wait_until(lambda: names[-1] in routed_adapter(trainer.client).num_in_flight)
-        in_flight = routed_adapter(trainer.client).num_in_flight
-        still_loaded = trainer.client.list_models()[1:]
-        trainer.client.resume()
+        try:
+            for seed in seeds:
+                names.append(trainer.publish(policies[seed], seed))
+                # The first one has begun when generation is frozen, the others come later. None ends before the last policy
+                # is published.
+                pending.append(begin_and_freeze(trainer, executor, url, names[-1]))
+            in_flight = routed_adapter(trainer.client).num_in_flight
+            still_loaded = trainer.client.list_models()[1:]
+        finally:
+            trainer.client.resume()
         answers = [[int(next(iter(entry))) for entry in request.result()] for request in pending]
     # More than the two that the server holds and that a trainer keeps: their files are read again.
     assert in_flight == dict.fromkeys(names, 1)
@@ -281,6 +282,19 @@ def test_an_adapter_that_the_server_cannot_see_leaves_the_previous_policy(traine
     for _ in range(2):
         trainer.transfer.load(trainer.client, saved)
     assert (routed_adapter(trainer.client).name, trainer.client.get_weight_version()) == (saved.name, "61")
+
+
+def begin_and_freeze(trainer: Trainer, executor: ThreadPoolExecutor, url: str, name: str) -> Future[Any]:
+    """Begin a request for an adapter, and freeze generation before it ends."""
+    for _ in range(20):
+        request = executor.submit(generate, url, PROMPT, NUM_LONG)
+        trainer.client.pause()
+        wait_until(lambda request=request: request.done() or name in routed_adapter(trainer.client).num_in_flight)
+        if not request.done():
+            return request
+        # The server was faster than this process, which another one has held up.
+        trainer.client.resume()
+    raise AssertionError("every request ended before generation was frozen")
 
 
 def wait_until(condition: Any) -> None:
