@@ -18,9 +18,11 @@ import requests
 from rich.console import Console
 
 from ...api.store import set_aside
+from ...checks.vllm import inspect_vllm
 from ...errors import PreflightError
 from ...report.page import REPORT_FILE
 from ...report.plots import save_reward_plot
+from ...weight_sync.http import UNKNOWN, ServerSession
 from . import summary
 from .command_lines import (
     build_api_command,
@@ -74,7 +76,7 @@ def run_launch(config: LaunchConfig) -> dict[str, Any] | None:
             launch.wait_for_trainer(launch.start_trainer(api.url, vllm.url))
             wall_s = output.elapsed_s()
             after = launch.complete(vllm.url)
-            weight_version = _request("GET", f"{vllm.url}/weight_info")["weight_version"]
+            weight_version = _weight_version(vllm.url)
         finally:
             if group.names:
                 output.say("launch", f"ending {', '.join(group.names)}")
@@ -280,6 +282,19 @@ def _request(method: str, url: str, body: Mapping[str, Any] | None = None) -> di
         return response.json()
     except requests.RequestException as exc:
         _raise_server_error(url, exc)
+
+
+def _weight_version(url: str) -> str | None:
+    """The name of the weights that an inference server of either kind holds."""
+    with ServerSession(url, COMPLETION_TIMEOUT_S, os.environ.get("VLLM_API_KEY"), kind=UNKNOWN) as session:
+        facts = inspect_vllm(session)
+    if facts.error is not None:
+        raise PreflightError(
+            facts.error,
+            "It is asked at the end which policy it holds.",
+            "Read its log: logs/vllm.log in the run directory, unless it is external.",
+        )
+    return facts.weight_version
 
 
 def _raise_server_error(url: str, exc: requests.RequestException) -> NoReturn:
