@@ -66,9 +66,8 @@ def find_kind(session: ServerSession, timeout_s: float) -> str:
         [`WeightSyncTimeout`]: if it does not answer in time.
     """
     start = time.monotonic()
-    answers: dict[str, int] = {}
     while True:
-        answers = {}
+        answers: dict[str, int] = {}
         for kind, route in ROUTES.items():
             remaining = max(start + timeout_s - time.monotonic(), 0.0)
             status = _status_of(session, route, remaining)
