@@ -27,8 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 SECTIONS = {
     "environment": 60,
-    "exactness": 120,
+    "exactness": 200,
     "training": 120,
+    "sharded": 120,
     "train_step": 180,
     "train_step_trl": 90,
     "profile": 60,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 from trl_atropos import AtroposConfig, AtroposTrainer
 
@@ -74,21 +75,45 @@ def group(number: int, num_tokens: int) -> dict[str, Any]:
     }
 
 
-def train(
+def train(bench: Bench, path: Path, output_dir: str, *, resumes: bool = False, **options: Any) -> dict[str, Any]:
+    trainer = make_trainer(bench, path, output_dir, **options)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resumes)
+    return {**what_it_did(trainer), "s": time.perf_counter() - start}
+
+
+def what_it_did(trainer: AtroposTrainer) -> dict[str, Any]:
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    plan = trainer._get_forward().scorer.plan
+    return {
+        "layout": plan.layout,
+        "attention": trainer.model.config._attn_implementation,
+        "fallbacks": list(plan.fallbacks),
+        "loss": [entry["loss"] for entry in logs],
+        "grad_norm": [entry["grad_norm"] for entry in logs],
+    }
+
+
+def small_policy(bench: Bench, **options: Any) -> Qwen3ForCausalLM:
+    return qwen3(Bench(bench.section, bench.device, is_tiny=True), hidden_size=128, num_hidden_layers=4, **options)
+
+
+def make_trainer(
     bench: Bench,
     path: Path,
     output_dir: str,
     *,
+    model: PreTrainedModel | None = None,
     peft: bool = False,
     attention: str = "sdpa",
     dtype: torch.dtype = torch.float32,
-    resumes: bool = False,
     num_tokens: int = 120,
     **options: Any,
-) -> dict[str, Any]:
+) -> AtroposTrainer:
+    """A trainer of a small policy, or of `model`, on recorded groups that are written to `path`."""
     path.write_text("".join(json.dumps(group(number, num_tokens)) + "\n" for number in range(NUM_STEPS)))
-    small = Bench(bench.section, bench.device, is_tiny=True)
-    model = qwen3(small, attn_implementation=attention, hidden_size=128, num_hidden_layers=4).to(dtype)
+    if model is None:
+        model = small_policy(bench, attn_implementation=attention).to(dtype)
     args = AtroposConfig(
         output_dir=output_dir,
         data_path=str(path),
@@ -100,16 +125,4 @@ def train(
         report_html=False,
         **{"per_device_train_batch_size": 8, "max_length": 512, **options},
     )
-    trainer = AtroposTrainer(model, args, peft_config=LoraConfig(target_modules="all-linear") if peft else None)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resumes)
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    plan = trainer._get_forward().scorer.plan
-    return {
-        "layout": plan.layout,
-        "attention": model.config._attn_implementation,
-        "fallbacks": list(plan.fallbacks),
-        "loss": [entry["loss"] for entry in logs],
-        "grad_norm": [entry["grad_norm"] for entry in logs],
-        "s": time.perf_counter() - start,
-    }
+    return AtroposTrainer(model, args, peft_config=LoraConfig(target_modules="all-linear") if peft else None)
