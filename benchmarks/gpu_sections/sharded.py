@@ -86,7 +86,7 @@ def result_of(process: subprocess.Popen[str]) -> dict[str, Any]:
         process.kill()
         output, _ = process.communicate()
         raise RuntimeError(f"not done after {TIMEOUT_S} s: {output[-1000:]}") from None
-    results = [line for line in output.splitlines() if line.startswith("{\"layout")]
+    results = [line for line in output.splitlines() if line.startswith('{"layout')]
     if process.returncode or not results:
         errors = [line for line in output.splitlines() if "Error" in line]
         raise RuntimeError(f"exit {process.returncode}: {errors[:2]} {output[-1500:]}")

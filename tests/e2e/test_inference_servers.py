@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl_atropos import AtroposSGLangClient, AtroposVLLMClient, InferenceServer
 from trl_atropos.checks.finding import diagnose, examine
 from trl_atropos.checks.server import SERVER_CHECKS, TrainerSide
-from trl_atropos.checks.vllm import VLLM_CHECKS, inspect_vllm
+from trl_atropos.checks.vllm import VLLM_CHECKS, inspect_inference_server
 from trl_atropos.cli.launch.processes import free_port
 from trl_atropos.errors import PreflightError, WeightSyncError
 from trl_atropos.trainer.preflight import read_server_config
@@ -150,7 +150,7 @@ def test_the_server_says_which_kind_it_is(served: Served) -> None:
 
 def test_the_doctor_and_a_preflight_know_its_kind(served: Served) -> None:
     with ServerSession(served.url, REQUEST_TIMEOUT_S, kind=UNKNOWN) as session:
-        facts = inspect_vllm(session, max_length=256)
+        facts = inspect_inference_server(session, max_length=256)
     assert (facts.kind, facts.error, facts.weight_version, facts.max_model_len) == (served.kind, None, "default", 256)
     knows_versions = served.kind == "vLLM"
     found = [finding.name for finding in diagnose(facts, VLLM_CHECKS)]

@@ -13,7 +13,7 @@ from servers import save_tiny_model, serve
 from tiny_models import byte_tokenizer
 
 from trl_atropos.checks.finding import diagnose
-from trl_atropos.checks.vllm import VLLM_CHECKS, inspect_vllm
+from trl_atropos.checks.vllm import VLLM_CHECKS, inspect_inference_server
 from trl_atropos.cli.main import main
 from trl_atropos.weight_sync.http import ServerSession
 
@@ -32,7 +32,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def names(url: str, max_length: int | None = None) -> list[str]:
     with ServerSession(url, 10.0) as session:
-        return [finding.name for finding in diagnose(inspect_vllm(session, max_length=max_length), VLLM_CHECKS)]
+        return [
+            finding.name for finding in diagnose(inspect_inference_server(session, max_length=max_length), VLLM_CHECKS)
+        ]
 
 
 def test_a_server_as_the_trainer_needs_it_is_fine(url: str, capsys: pytest.CaptureFixture[str]) -> None:

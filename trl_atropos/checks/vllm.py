@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..errors import VLLMServerError, WeightSyncError
-from ..weight_sync.http import SGLANG, SGLANG_ROUTES, VLLM, Answer, ServerSession
+from ..errors import PreflightError, VLLMServerError, WeightSyncError
+from ..weight_sync.health import find_kind
+from ..weight_sync.http import KINDS, SGLANG, VLLM, Answer, ServerSession
 from ..weight_sync.transports.backends import MIDDLEWARE
 from .finding import NOT_ASKED, Check, Unread, known
 
@@ -44,14 +45,14 @@ class ServerLook(Protocol):
 
 
 @dataclass(frozen=True)
-class VLLMFacts:
+class InferenceServerFacts:
     """What a look at an inference server of some `kind` showed; `error` says why there is nothing else to know.
 
     `routes` are those of its OpenAPI document, and `has_middleware` is whether
     `serving.generate_endpoint.GenerateEndpoint` answers. `weight_version` names the weights that it serves:
     `"default"` before the first publish, None if it does not say. `is_paused` is whether generation was frozen all the
-    time, which SGLang does not say. `max_model_len` is the longest sequence that it generates, and `max_length` the longest rollout that the
-    trainer takes, both in tokens.
+    time, which SGLang does not say. `max_model_len` is the longest sequence that it generates, and `max_length` the
+    longest rollout that the trainer takes, both in tokens.
     """
 
     url: str
@@ -70,26 +71,12 @@ class VLLMFacts:
         return self.has_middleware
 
 
-DEV_MODE_ROUTES = {
-    "/pause",
-    "/resume",
-    "/start_weight_update",
-    "/update_weights",
-    "/finish_weight_update",
-    "/weight_info",
-}
-
-
-PUBLISH_ROUTES = {VLLM: DEV_MODE_ROUTES, SGLANG: SGLANG_ROUTES}
-"""What the trainer needs of a kind of server."""
-
-
-def _vllm_without_dev_mode(facts: VLLMFacts) -> str | None:
-    missing = sorted(PUBLISH_ROUTES[facts.kind] - facts.routes)
+def _vllm_without_dev_mode(facts: InferenceServerFacts) -> str | None:
+    missing = sorted(KINDS[facts.kind].publish - facts.routes)
     return f"The {facts.kind} server at {facts.url} has no {', '.join(missing)}." if missing else None
 
 
-def _vllm_without_generate(facts: VLLMFacts) -> str | None:
+def _vllm_without_generate(facts: InferenceServerFacts) -> str | None:
     if "/generate" in facts.routes or (facts.has_middleware and "/inference/v1/generate" in facts.routes):
         return None
     missing = "/inference/v1/generate" if facts.has_middleware else "/generate"
@@ -105,7 +92,7 @@ def _vllm_without_policy_versions(facts: ServerLook) -> str | None:
     )
 
 
-def _vllm_paused(facts: VLLMFacts) -> str | None:
+def _vllm_paused(facts: InferenceServerFacts) -> str | None:
     return f"Generation is frozen on the {facts.kind} server at {facts.url}." if facts.is_paused else None
 
 
@@ -136,7 +123,7 @@ EXCEEDS_MAX_LENGTH: Check[ServerLook] = Check(
     ),
 )
 
-VLLM_CHECKS: tuple[Check[VLLMFacts], ...] = (
+VLLM_CHECKS: tuple[Check[InferenceServerFacts], ...] = (
     Check(
         "vllm_unreachable",
         "error",
@@ -172,7 +159,9 @@ VLLM_CHECKS: tuple[Check[VLLMFacts], ...] = (
 )
 
 
-def inspect_vllm(session: ServerSession, *, watch_s: float = 0.0, max_length: int | None = None) -> VLLMFacts:
+def inspect_inference_server(
+    session: ServerSession, *, watch_s: float = 0.0, max_length: int | None = None
+) -> InferenceServerFacts:
     """Look at an inference server without changing it: GET requests only. One that does not answer has facts, too.
 
     The session is told which kind it talks to. `watch_s` are the seconds between the two looks at whether generation is
@@ -181,10 +170,10 @@ def inspect_vllm(session: ServerSession, *, watch_s: float = 0.0, max_length: in
     """
     length = NOT_ASKED if max_length is None else max_length
     try:
+        kind = find_kind(session, timeout_s=0.0)
         routes = frozenset(_get(session, "/openapi.json").get_typed("paths", dict))
-        if "/model_info" in routes:
-            session.kind = SGLANG
-            return VLLMFacts(
+        if kind == SGLANG:
+            return InferenceServerFacts(
                 session.base_url,
                 routes=routes,
                 kind=SGLANG,
@@ -193,14 +182,13 @@ def inspect_vllm(session: ServerSession, *, watch_s: float = 0.0, max_length: in
                 max_model_len=_max_model_len(_get(session, "/v1/models").get_typed("data", list)),
                 max_length=length,
             )
-        session.kind = VLLM
         session.get(f"{session.base_url}/health")
         is_paused = "/is_paused" in routes and _get(session, "/is_paused").get_typed("is_paused", bool)
         if is_paused:
             time.sleep(watch_s)
             is_paused = _get(session, "/is_paused").get_typed("is_paused", bool)
         has_version = "/weight_info" in routes
-        return VLLMFacts(
+        return InferenceServerFacts(
             session.base_url,
             routes=routes,
             has_middleware=_has_middleware(session),
@@ -209,8 +197,8 @@ def inspect_vllm(session: ServerSession, *, watch_s: float = 0.0, max_length: in
             max_model_len=_max_model_len(_get(session, "/v1/models").get_typed("data", list)),
             max_length=length,
         )
-    except WeightSyncError as exc:
-        return VLLMFacts(session.base_url, error=exc.what)
+    except (PreflightError, WeightSyncError) as exc:
+        return InferenceServerFacts(session.base_url, error=exc.what)
 
 
 def _get(session: ServerSession, path: str) -> Answer:

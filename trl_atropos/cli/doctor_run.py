@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ..checks.api import API_CHECKS, ApiFacts, inspect_api
 from ..checks.finding import Finding, diagnose
-from ..checks.vllm import VLLM_CHECKS, VLLMFacts, inspect_vllm
+from ..checks.vllm import VLLM_CHECKS, InferenceServerFacts, inspect_inference_server
 from ..weight_sync.http import UNKNOWN, ServerSession
 from ..wire.client import AtroposClient
 from .findings import print_findings
@@ -61,7 +61,7 @@ def _examine_api(url: str, batch_size: int | None, max_length: int | None, watch
 def _examine_vllm(url: str, max_length: int | None, watch_s: float) -> list[Finding]:
     with ServerSession(url.rstrip("/"), TIMEOUT_S, os.environ.get("VLLM_API_KEY"), kind=UNKNOWN) as session:
         say(f"Asking the inference server at {session.base_url} (at most {TIMEOUT_S:g} s per answer)")
-        facts = inspect_vllm(session, watch_s=watch_s, max_length=max_length)
+        facts = inspect_inference_server(session, watch_s=watch_s, max_length=max_length)
     return diagnose(facts, VLLM_CHECKS) or [Finding("vllm", "ok", _describe_vllm(facts))]
 
 
@@ -73,7 +73,7 @@ def _describe_api(facts: ApiFacts) -> str:
     )
 
 
-def _describe_vllm(facts: VLLMFacts) -> str:
+def _describe_vllm(facts: InferenceServerFacts) -> str:
     published = "no policy published yet" if facts.weight_version == "default" else "the policy published last"
     return (
         f"The {facts.kind} server at {facts.url} answers /generate and takes publishes; it serves weight_version "

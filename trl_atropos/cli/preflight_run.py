@@ -23,7 +23,7 @@ from ..checks.finding import Finding, Unread, diagnose, examine
 from ..checks.machine import MACHINE_CHECKS
 from ..checks.server import SERVER_CHECKS, ServerConfigFacts, TrainerSide
 from ..checks.tokenizers import ENVIRONMENT_CHECKS, EnvironmentFacts
-from ..checks.vllm import VLLM_CHECKS, inspect_vllm
+from ..checks.vllm import VLLM_CHECKS, inspect_inference_server
 from ..errors import PreflightError, TrlAtroposError
 from ..trainer.atropos_config import AtroposConfig
 from ..trainer.parser import AtroposParser
@@ -281,7 +281,7 @@ def _server(url: str, launch: LaunchConfig | None, trainer: TrainerSide) -> list
         with ServerSession(url.rstrip("/"), TIMEOUT_S, key, kind=UNKNOWN) as session:
             say(f"Asking the inference server at {session.base_url} (at most {TIMEOUT_S:g} s per answer)")
             checks = [check for check in VLLM_CHECKS if check.name in VLLM_FINDINGS]
-            facts = inspect_vllm(session)
+            facts = inspect_inference_server(session)
         findings = diagnose(facts, checks)
         if any(finding.name in ("vllm_unreachable", "vllm_without_dev_mode") for finding in findings):
             return findings

@@ -45,7 +45,13 @@ MISSING_ROUTES = {
 """What a vLLM server lacks that answers 404, by a part of the route that was asked for."""
 
 VLLM, SGLANG = "vLLM", "SGLang"
-SGLANG_ROUTES = {"/begin_weight_update", "/end_weight_update", "/update_weights_from_distributed", "/pause_generation"}
+VLLM_ROUTES = frozenset(
+    {"/pause", "/resume", "/start_weight_update", "/update_weights", "/finish_weight_update", "/weight_info"}
+)
+"""What a publish needs of vLLM, which has them in its developer mode only."""
+SGLANG_ROUTES = frozenset(
+    {"/begin_weight_update", "/end_weight_update", "/update_weights_from_distributed", "/pause_generation"}
+)
 """What a publish needs of SGLang. The first version with all of them is 0.5.22."""
 UNKNOWN = "inference"
 """Of a server of which it is not known yet which kind it is."""
@@ -53,23 +59,41 @@ UNKNOWN = "inference"
 
 @dataclass(frozen=True)
 class Kind:
-    """What messages say of a kind of server: its indefinite article and name, the command that starts it, the version
-    to install, and what it lacks that answers 404, by a part of the route.
+    """What is known of a kind of server.
+
+    For messages: its indefinite article and name, the command that starts it, the version to install, and what it lacks
+    that answers 404, by a part of the route. Then its routes: `known_by` is one that no other kind has and that answers
+    while generation is paused, too; `weight_version` one whose answer names the weights; `publish` those that a publish
+    needs.
     """
 
     article: str
     command: str
     version: str
     missing_routes: dict[str, str]
+    known_by: str = ""
+    weight_version: str = ""
+    publish: frozenset[str] = frozenset()
 
 
 KINDS = {
-    VLLM: Kind("a vLLM", "trl vllm-serve --model ...", "vLLM 0.32", MISSING_ROUTES),
+    VLLM: Kind(
+        "a vLLM",
+        "trl vllm-serve --model ...",
+        "vLLM 0.32",
+        MISSING_ROUTES,
+        known_by="/version",
+        weight_version="/weight_info",
+        publish=VLLM_ROUTES,
+    ),
     SGLANG: Kind(
         "an SGLang",
         "python -m sglang.launch_server --model-path ...",
         "SGLang 0.5.22 or newer",
         {"": "Install SGLang 0.5.22 or newer, or look at the proxy in between."},
+        known_by="/model_info",
+        weight_version="/model_info",
+        publish=SGLANG_ROUTES,
     ),
     UNKNOWN: Kind(
         "an inference",

@@ -20,9 +20,10 @@ from trl_atropos.checks.api import (
 )
 from trl_atropos.checks.finding import NOT_ASKED, Check, Finding, Unread, diagnose, examine
 from trl_atropos.checks.server import SERVER_CHECKS
-from trl_atropos.checks.vllm import DEV_MODE_ROUTES, VLLM_CHECKS, VLLMFacts
+from trl_atropos.checks.vllm import VLLM_CHECKS, InferenceServerFacts
 from trl_atropos.data.history import MIN_GROUPS, TRAINER_CHECKS, WINDOW, TrainerFacts, TrainerHistory
 from trl_atropos.types import RejectedGroup, Rollout, RolloutGroup
+from trl_atropos.weight_sync.http import VLLM_ROUTES
 from trl_atropos.wire.client import ApiStatus, EnvironmentStatus
 from trl_atropos.wire.parse import WireLimits, parse_batch
 
@@ -308,16 +309,16 @@ def test_a_group_that_is_refused_for_another_reason_is_not_too_long():
 
 # The vLLM server
 
-SERVER = VLLMFacts(
+SERVER = InferenceServerFacts(
     URL,
-    routes=frozenset({*DEV_MODE_ROUTES, "/inference/v1/generate"}),
+    routes=frozenset({*VLLM_ROUTES, "/inference/v1/generate"}),
     has_middleware=True,
     weight_version="3",
     max_model_len=32,
     max_length=32,
 )
 VLLM_CASES = {
-    "vllm_unreachable": VLLMFacts(URL, error="No connection."),
+    "vllm_unreachable": InferenceServerFacts(URL, error="No connection."),
     "vllm_without_dev_mode": replace(SERVER, routes=SERVER.routes - {"/pause"}),
     "vllm_without_generate": replace(SERVER, routes=SERVER.routes - {"/inference/v1/generate"}),
     "vllm_without_policy_versions": replace(SERVER, has_middleware=False, routes=SERVER.routes | {"/generate"}),

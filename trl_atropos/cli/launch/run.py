@@ -18,10 +18,10 @@ import requests
 from rich.console import Console
 
 from ...api.store import set_aside
-from ...checks.vllm import inspect_vllm
-from ...errors import PreflightError
+from ...errors import PreflightError, WeightSyncError
 from ...report.page import REPORT_FILE
 from ...report.plots import save_reward_plot
+from ...weight_sync.health import read_weight_version
 from ...weight_sync.http import UNKNOWN, ServerSession
 from . import summary
 from .command_lines import (
@@ -284,17 +284,17 @@ def _request(method: str, url: str, body: Mapping[str, Any] | None = None) -> di
         _raise_server_error(url, exc)
 
 
-def _weight_version(url: str) -> str | None:
+def _weight_version(url: str) -> str:
     """The name of the weights that an inference server of either kind holds."""
     with ServerSession(url, COMPLETION_TIMEOUT_S, os.environ.get("VLLM_API_KEY"), kind=UNKNOWN) as session:
-        facts = inspect_vllm(session)
-    if facts.error is not None:
-        raise PreflightError(
-            facts.error,
-            "It is asked at the end which policy it holds.",
-            "Read its log: logs/vllm.log in the run directory, unless it is external.",
-        )
-    return facts.weight_version
+        try:
+            return read_weight_version(session)
+        except (PreflightError, WeightSyncError) as exc:
+            raise PreflightError(
+                exc.what,
+                "It is asked at the end which policy it holds.",
+                "Read its log: logs/vllm.log in the run directory, unless it is external.",
+            ) from exc
 
 
 def _raise_server_error(url: str, exc: requests.RequestException) -> NoReturn:
