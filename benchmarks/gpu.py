@@ -1,4 +1,4 @@
-"""The first day on a GPU: is it exact, does it run, how fast, how much memory; in under eight minutes on one card.
+"""The first day on a GPU: is it exact, does it run, how fast, how much memory; in ten minutes on one card.
 
     python benchmarks/gpu.py [--device cuda] [--tiny] [--sections NAME ...] [--out FILE]
 
@@ -30,6 +30,7 @@ SECTIONS = {
     "exactness": 200,
     "training": 120,
     "sharded": 120,
+    "architectures": 120,
     "train_step": 180,
     "train_step_trl": 90,
     "profile": 60,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from trl_atropos.data.micro_batches import RolloutCollator
-from trl_atropos.policy import tree_attention
 from trl_atropos.policy.scoring import ForwardPlan, PolicyScorer
+from trl_atropos.policy.tree_attention import MIN_FLEX_LENGTH, TREE_FLEX
 from trl_atropos.types import Rollout
 
 from .attention import Variant, using, variants
@@ -26,12 +26,11 @@ ALONE = Variant("alone", "padded", "sdpa")
 
 def run(bench: Bench) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    # Blocks at every length: the package would use a dense mask for short rows.
-    tree_attention.MIN_FLEX_LENGTH = 1
     sizes = {} if bench.is_tiny else {"num_hidden_layers": 4, "vocab_size": 8192, "hidden_size": 512}
     model = qwen3(bench, **sizes).train()
-    # With a block of keys that is not whole, whole, and begun; the last has every kind of block.
-    lengths = (24, 129) if bench.is_tiny else (24, 127, 128, 129, 1000, 4609)
+    # Around one block of keys, and around the row that is long enough for blocks: one that is not whole, whole, and begun.
+    # The last has every kind of block.
+    lengths = (24, 129) if bench.is_tiny else (24, 127, 128, 129, 1023, 1024, 1025, 1300, 4609)
     for length in lengths:
         prompt = length // 3
         rest = length - prompt
@@ -41,6 +40,9 @@ def run(bench: Bench) -> None:
         for precision in (torch.float32, torch.bfloat16):
             for variant in (ALONE, *variants(bench)):
                 if precision not in variant.precisions:
+                    continue
+                if variant.implementation == TREE_FLEX and length < MIN_FLEX_LENGTH:
+                    # It would be the dense mask again.
                     continue
                 micro_batches = [[rollout] for rollout in rollouts] if variant is ALONE else [rollouts]
 

@@ -68,10 +68,15 @@ def launch(bench: Bench, config: str, variant: str, directory: Path, number: int
         *("--num_processes", "1", "--main_process_port", str(29_600 + number)),
         *("-m", "gpu_sections.sharded_rank", str(directory), variant, bench.device.type),
     ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), *filter(None, sys.path)])}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), cwd=ROOT
     )
+
+
+def environment() -> dict[str, str]:
+    """Of a process that runs a module of the sections, imports what this one does, and lets the others have the cores."""
+    path = os.pathsep.join([str(ROOT / "benchmarks"), *filter(None, sys.path)])
+    return {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
 
 
 def result_of(process: subprocess.Popen[str]) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import mmap
 import os
-import time
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 
 from trl_atropos.weight_sync.base import PolicyLayout
+from trl_atropos.weight_sync.page_locks import PageLocks
+from trl_atropos.weight_sync.transports.reports import checksum
 from trl_atropos.weight_sync.weights.source import PolicyWeights
 from trl_atropos.weight_sync.weights.staging import StagedPolicy
 
@@ -24,30 +25,34 @@ def run(bench: Bench) -> None:
     specs = source.manifest()
     layout = PolicyLayout(specs)
     bench.report(gb=layout.num_bytes / 1e9)
-    memories = {"pageable": torch.zeros(layout.num_bytes, dtype=torch.uint8)}
+    for name in ("allocated", "shared"):
+        memory = make_memory(name, layout.num_bytes)
+        for is_locked in (False, True) if bench.is_cuda else (False,):
+            staged = StagedPolicy(layout)
+            if not is_locked:
+                staged._lock_pages = lambda memories: None
+            bench.attempt(
+                lambda m=memory, s=staged: timed(bench, layout, lambda: s.stage(source, specs, [m])),
+                memory=name,
+                pages="locked, as it is" if is_locked else "not locked",
+                is_pinned=memory.is_pinned(),
+            )
+            bench.report(memory=name, is_pinned_afterwards=memory.is_pinned())
+            # Its locks end with it.
+            del staged
+    bench.report(memory="shared", is_pinned_without_locks=memory.is_pinned())
+    views = [layout.view(memory, spec) for spec in specs]
+    bench.attempt(lambda: timed(bench, layout, lambda: checksum(views)), way="checksum in host memory")
+    on_device = memory.to(bench.device)
+    words = on_device[: on_device.numel() // 8 * 8].view(torch.int64)
+    bench.attempt(lambda: timed(bench, layout, lambda: int(words.sum())), way="checksum on the device")
+    back = torch.empty_like(on_device)
+    bench.attempt(lambda: timed(bench, layout, lambda: back.copy_(memory)), way="to the device, pages not locked")
     if bench.is_cuda:
-        start = time.perf_counter()
-        memories["pinned"] = torch.zeros(layout.num_bytes, dtype=torch.uint8, pin_memory=True)
-        bench.report(measure="pinning", s=time.perf_counter() - start)
-    memories["shared"] = shared_memory(layout.num_bytes)
-    for name in ("pageable", "pinned", "shared", "shared, registered"):
-        if name == "shared, registered":
-            if not bench.is_cuda:
-                continue
-            start = time.perf_counter()
-            memory = memories["shared"]
-            code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
-            bench.report(measure="registering", s=time.perf_counter() - start, code=int(code))
-            memories[name] = memory
-        if name not in memories:
-            continue
-        memory = memories[name]
-        staged = StagedPolicy(layout)
-        bench.attempt(
-            lambda m=memory, s=staged: timed(bench, layout, lambda: s.stage(source, specs, [m])),
-            way="as it is",
-            memory=name,
-        )
+        locks = PageLocks()
+        locks.hold([memory])
+        bench.attempt(lambda: timed(bench, layout, lambda: back.copy_(memory)), way="to the device, pages locked")
+        bench.attempt(lambda: refused_lock(bench, memory), way="a lock that is refused")
     adapted = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
     merged = PolicyWeights(adapted, torch.bfloat16)
 
@@ -56,6 +61,20 @@ def run(bench: Bench) -> None:
             pass
 
     bench.attempt(lambda: bench.time(merge, repeats=3), way="LoRA merged, not copied")
+
+
+def make_memory(name: str, num_bytes: int) -> torch.Tensor:
+    if name == "allocated":
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+    return shared_memory(num_bytes)
+
+
+def refused_lock(bench: Bench, memory: torch.Tensor) -> dict[str, Any]:
+    """A second lock on the same pages is an error, which has to be no error of what comes after it."""
+    others = PageLocks()
+    others.hold([memory[4096:]])
+    bench.synchronize()
+    return {"refused": len(others._refused), "sum": torch.ones(8, device=bench.device).sum().item()}
 
 
 def shared_memory(num_bytes: int) -> torch.Tensor:

@@ -97,9 +97,6 @@ class StandInTransport(NcclTransport):
     def _use_device(self) -> None:
         pass
 
-    def _allocate(self, num_bytes: int) -> torch.Tensor:
-        return torch.zeros(num_bytes, dtype=torch.uint8)
-
     def tensors_on_device(self, specs: Sequence[TensorSpec]) -> Any:
         for spec in specs:
             yield spec.name, self._layout.view(self._memory, spec).clone()

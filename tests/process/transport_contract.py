@@ -529,6 +529,19 @@ class ReportingTransportContract(TransportContract):
         server.call("start")
         assert transport.send(layout.specs).has_checksums
 
+    def test_what_was_prepared_holds_for_one_transfer(self, transport, new_server, layout):
+        server = new_server(1)
+        memory = transport.open(server, layout)
+        for seed in (21, 22):
+            # What is staged after it has another checksum.
+            expected = fill(memory, layout, seed)
+            if seed == 21:
+                transport.prepare(layout.specs)
+            server.call("start")
+            assert transport.send(layout.specs).has_checksums
+            server.call("finish")
+            assert server.received() == [expected]
+
     @pytest.mark.parametrize(
         "changes",
         [None, {"sequence": 7}, {"num_tensors": 4}, {"num_bytes": 1}, {"checksum": 0}],

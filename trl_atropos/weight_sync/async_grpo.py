@@ -104,6 +104,7 @@ class AsyncGRPOWeightTransfer:
             ) from exc
         self._sent_version = None
         with self._link.naming_the_state(version):
+            self._link.prepare(self._layout.specs)
             self._link.transfer(self._layout.specs)
             self._link.finish(version)
         self._sent_version = version

@@ -146,6 +146,12 @@ class WeightTransport(Protocol):
         """
         ...
 
+    def prepare(self, specs: Sequence[TensorSpec]) -> None:
+        """Do what the next `send` of these tensors needs and the server need not be paused for. They are staged already;
+        the next `send` is of them.
+        """
+        ...
+
     def send(self, specs: Sequence[TensorSpec]) -> TransferReport:
         """Move these tensors from the staging memory into every worker. The server is paused, between start and
         finish of an update.

@@ -146,11 +146,13 @@ class ServerGroup:
             self._connect(link)
         # Before the pause: beside the loading, the two would share the memory bandwidth of a CPU.
         expected = delivered.expect() if link.needs_probe else None
+        # A server that holds nothing of this trainer is given what was staged before, too.
+        specs = self._staged.layout.specs if link.version is None else self._specs
+        link.prepare(specs)
         if not link.is_paused:
             link.phase_s = {}
             link.pause()
-        # A server that holds nothing of this trainer is given what was staged before, too.
-        transferred = link.transfer(self._staged.layout.specs if link.version is None else self._specs)
+        transferred = link.transfer(specs)
         link.finish(version)
         link.resume()
         probe = link.verify(version, expected)

@@ -141,6 +141,10 @@ class ServerLink:
 
     # Phases, in this order
 
+    def prepare(self, specs: Sequence[TensorSpec]) -> None:
+        """Do what can be done for a transfer before the pause."""
+        self.transport.prepare(specs)
+
     def pause(self) -> None:
         """Freeze generation."""
         with self._phase("pause", "paused"):

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_atropos.policy import tree_attention
-
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 
@@ -20,8 +18,6 @@ BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 @pytest.fixture(autouse=True)
 def benchmarks_are_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    # The section on exactness sets it, in a process of its own.
-    monkeypatch.setattr(tree_attention, "MIN_FLEX_LENGTH", tree_attention.MIN_FLEX_LENGTH)
 
 
 def section(name: str, capsys: pytest.CaptureFixture[str]) -> list[dict]:

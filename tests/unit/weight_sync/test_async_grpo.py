@@ -56,6 +56,9 @@ class MemoryTransport:
         self.is_open = True
         return self._memory
 
+    def prepare(self, specs: Sequence[TensorSpec]) -> None:
+        pass
+
     def send(self, specs: Sequence[TensorSpec]) -> TransferReport:
         self._client.update_weights({"names": [spec.name for spec in specs]})
         self.received |= {spec.name: self._layout.view(self._memory, spec).clone() for spec in specs}

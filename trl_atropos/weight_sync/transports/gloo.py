@@ -160,6 +160,7 @@ class GlooTransport:
         self._group: ProcessGroupGloo | None = None
         self._num_workers = 0
         self._sequence = 0
+        self._checksums: list[int] | None = None
 
     def open(self, client: InferenceServer, layout: PolicyLayout) -> torch.Tensor:
         """Meet the workers. See `WeightTransport.open`."""
@@ -196,14 +197,25 @@ class GlooTransport:
             self._memory = torch.zeros(layout.num_bytes, dtype=torch.uint8)
         return self._memory
 
+    def prepare(self, specs: Sequence[TensorSpec]) -> None:
+        """Sum what is going to be sent, chunk by chunk. See `WeightTransport.prepare`."""
+        layout = self._require_layout()
+        self._checksums = [
+            checksum(layout.view(self._memory, spec) for spec in chunk.specs)
+            for chunk in cut_chunks(layout, specs, self.chunk_bytes)
+        ]
+
     def send(self, specs: Sequence[TensorSpec]) -> TransferReport:
         """Broadcast tensors to every worker and check the reports. See `WeightTransport.send`."""
-        if self._client is None or self._layout is None:
-            raise RuntimeError("The transport is not open: call open() first.")
-        client, layout = self._client, self._layout
+        client, layout = self._client, self._require_layout()
+        assert client is not None
+        if self._checksums is None:
+            self.prepare(specs)
+        # Of what is staged now, so of one transfer.
+        checksums, self._checksums = self._checksums, None
+        assert checksums is not None
         self._sequence += 1
         chunks = list(cut_chunks(layout, specs, self.chunk_bytes))
-        checksums = [checksum(layout.view(self._memory, spec) for spec in chunk.specs) for chunk in chunks]
         update_info = {
             "sequence": self._sequence,
             "is_complete": len(specs) == len(layout.specs),
@@ -229,8 +241,14 @@ class GlooTransport:
         """Leave the group and free the port. See `WeightTransport.close`."""
         self._client = None
         self._layout = None
+        self._checksums = None
         self._group = None
         self._store = None
+
+    def _require_layout(self) -> PolicyLayout:
+        if self._layout is None:
+            raise RuntimeError("The transport is not open: call open() first.")
+        return self._layout
 
     def _require_store(self) -> Store:
         assert self._store is not None

@@ -96,8 +96,11 @@ class NcclTransport:
         self._client = client
         self._layout = layout
         if self._memory is None or self._memory.numel() != layout.num_bytes:
-            self._memory = self._allocate(layout.num_bytes)
+            self._memory = torch.zeros(layout.num_bytes, dtype=torch.uint8)
         return self._memory
+
+    def prepare(self, specs: Sequence[TensorSpec]) -> None:
+        """Nothing: the workers are told no checksums. See `WeightTransport.prepare`."""
 
     def send(self, specs: Sequence[TensorSpec]) -> TransferReport:
         """Broadcast tensors to every worker. See `WeightTransport.send`."""
@@ -128,9 +131,6 @@ class NcclTransport:
             group.destroy()
             group.group.store = None
             group.group.socket = None
-
-    def _allocate(self, num_bytes: int) -> torch.Tensor:
-        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def _check_libraries(self) -> None:
         """Refuse to go on without the libraries that the rendezvous needs, which would only say so in a log."""

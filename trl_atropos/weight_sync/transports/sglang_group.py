@@ -108,8 +108,11 @@ class SGLangGroupTransport:
         self._client = client
         self._layout = layout
         if self._memory.numel() != layout.num_bytes:
-            self._memory = self._allocate(layout.num_bytes)
+            self._memory = torch.zeros(layout.num_bytes, dtype=torch.uint8)
         return self._memory
+
+    def prepare(self, specs: Sequence[TensorSpec]) -> None:
+        """Nothing: the workers are told no checksums. See `WeightTransport.prepare`."""
 
     def send(self, specs: Sequence[TensorSpec]) -> TransferReport:
         """Broadcast tensors to every worker, bucket by bucket. See `WeightTransport.send`."""
@@ -153,9 +156,6 @@ class SGLangGroupTransport:
 
     def _leave(self) -> None:
         raise NotImplementedError
-
-    def _allocate(self, num_bytes: int) -> torch.Tensor:
-        return torch.zeros(num_bytes, dtype=torch.uint8)
 
 
 class SGLangGlooTransport(SGLangGroupTransport):
@@ -220,9 +220,6 @@ class SGLangNcclTransport(SGLangGroupTransport):
                 "Train on a GPU, or start the server with --device cpu.",
             )
         return super().open(client, layout)
-
-    def _allocate(self, num_bytes: int) -> torch.Tensor:
-        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def _join(self, store: Store, world_size: int, host: str, is_cancelled: threading.Event) -> None:
         from torch.distributed.distributed_c10d import Backend, _new_process_group_helper

@@ -47,6 +47,7 @@ class SharedMemoryTransport:
         self._mapping: mmap.mmap | None = None
         self._num_workers = 0
         self._sequence = 0
+        self._checksum: int | None = None
 
     def open(self, client: InferenceServer, layout: PolicyLayout) -> torch.Tensor:
         """Create the segment, let every worker map it, then remove its name. See `WeightTransport.open`."""
@@ -68,19 +69,27 @@ class SharedMemoryTransport:
         self._mapping = mapping
         return self._memory()
 
+    def prepare(self, specs: Sequence[TensorSpec]) -> None:
+        """Sum what is going to be sent. See `WeightTransport.prepare`."""
+        layout, memory = self._require_layout(), self._memory()
+        self._checksum = checksum(layout.view(memory, spec) for spec in specs)
+
     def send(self, specs: Sequence[TensorSpec]) -> TransferReport:
         """Have every worker load tensors from the segment and check the reports. See `WeightTransport.send`."""
-        if self._client is None or self._layout is None:
-            raise RuntimeError("The transport is not open: call open() first.")
-        memory = self._memory()
+        layout = self._require_layout()
+        assert self._client is not None
+        if self._checksum is None:
+            self.prepare(specs)
+        # Of what is staged now, so of one transfer.
+        sent, self._checksum = self._checksum, None
+        assert sent is not None
         self._sequence += 1
-        sent = checksum(self._layout.view(memory, spec) for spec in specs)
         self._client.update_weights(
             {
                 "sequence": self._sequence,
-                "is_complete": len(specs) == len(self._layout.specs),
+                "is_complete": len(specs) == len(layout.specs),
                 **describe_tensors(specs),
-                "offsets": [self._layout.offsets[spec.name] for spec in specs],
+                "offsets": [layout.offsets[spec.name] for spec in specs],
                 "checksum": sent,
             }
         )
@@ -91,8 +100,14 @@ class SharedMemoryTransport:
         """Let go of the segment. See `WeightTransport.close`."""
         self._client = None
         self._layout = None
+        self._checksum = None
         # Not closed: the staging memory stays readable, and the mapping goes with the last view of it.
         self._mapping = None
+
+    def _require_layout(self) -> PolicyLayout:
+        if self._layout is None:
+            raise RuntimeError("The transport is not open: call open() first.")
+        return self._layout
 
     def _memory(self) -> torch.Tensor:
         assert self._mapping is not None and self._layout is not None

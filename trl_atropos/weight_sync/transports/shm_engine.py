@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo
+from vllm.platforms import current_platform
 
+from ..page_locks import PageLocks
 from .layerwise_engine import LayerwiseEngine, LayerwiseUpdateInfo
 from .reports import WorkerReport, checksum, view_tensor
 from .shm_segment import REPORT_BYTES, segment_path
@@ -49,6 +51,8 @@ class SharedMemoryEngine(LayerwiseEngine[SharedMemoryInitInfo, SharedMemoryUpdat
 
     _mapping: mmap.mmap | None = None
     _data_bytes = 0
+    # Of the segment, on a GPU: of pages that are not locked it copies at a sixth of the speed.
+    _page_locks: PageLocks | None = None
 
     def connect(self, init_info: SharedMemoryInitInfo) -> None:
         """Map the segment."""
@@ -69,12 +73,15 @@ class SharedMemoryEngine(LayerwiseEngine[SharedMemoryInitInfo, SharedMemoryUpdat
         finally:
             os.close(descriptor)
         self._data_bytes = init_info.data_bytes
+        if current_platform.is_cuda_alike():
+            self._page_locks = PageLocks()
+            self._page_locks.hold([self._memory()])
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
         """Load every announced tensor from the segment and leave a report in this worker's slot."""
         if self._mapping is None:
             raise RuntimeError("No segment is mapped. Call /init_weight_transfer_engine first.")
-        memory = torch.frombuffer(self._mapping, dtype=torch.uint8)[: self._data_bytes]
+        memory = self._memory()
         tensors = [
             view_tensor(memory, offset, dtype_name, shape)
             for offset, dtype_name, shape in zip(
@@ -98,4 +105,9 @@ class SharedMemoryEngine(LayerwiseEngine[SharedMemoryInitInfo, SharedMemoryUpdat
         """Let go of the segment. Its name is gone already: the trainer unlinks it once every worker has mapped it."""
         # Not closed: a layer that waits for the rest of an interrupted update still views the segment, and the mapping
         # goes with the last view.
+        self._page_locks = None
         self._mapping = None
+
+    def _memory(self) -> torch.Tensor:
+        assert self._mapping is not None
+        return torch.frombuffer(self._mapping, dtype=torch.uint8)[: self._data_bytes]

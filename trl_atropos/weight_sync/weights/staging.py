@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..base import PolicyLayout, TensorSpec, WeightSource, check_same_tensor
+from ..page_locks import PageLocks
 
 
 NUM_SAMPLES = 65_536
@@ -39,6 +40,8 @@ class StagedPolicy:
     def __init__(self, layout: PolicyLayout):
         self.layout = layout
         self._samples: dict[str, torch.Tensor] = {}
+        # Made for the first tensor that lies on a GPU.
+        self._page_locks: PageLocks | None = None
         self._stride = max(1, sum(spec.numel for spec in layout.specs) // NUM_SAMPLES)
 
     def stage(
@@ -60,6 +63,8 @@ class StagedPolicy:
             for spec, (name, tensor) in zip(specs, tensors, strict=True):
                 check_same_tensor(spec, name, tensor)
                 copy_start = time.perf_counter()
+                if tensor.is_cuda:
+                    self._lock_pages(memories)
                 _copy(tensor.detach(), [self.layout.view(memory, spec) for memory in memories])
                 watched = self._watch(spec, tensor.detach())
                 counts[watched.device] = counts[watched.device] + watched if watched.device in counts else watched
@@ -76,6 +81,11 @@ class StagedPolicy:
         )
         copy_s += time.perf_counter() - wait_start
         return StageReport(source_s, copy_s, num_swallowed / num_moved if num_moved else None)
+
+    def _lock_pages(self, memories: Sequence[torch.Tensor]) -> None:
+        if self._page_locks is None:
+            self._page_locks = PageLocks()
+        self._page_locks.hold(memories)
 
     def _watch(self, spec: TensorSpec, tensor: torch.Tensor) -> torch.Tensor:
         """How many watched elements moved, and how many of these did not move in the server's dtype; (2,) int64, on
