@@ -48,9 +48,11 @@ LORA_SERVER = (
 )
 
 
-@pytest.mark.parametrize(("mode", "flags"), [("auto", ()), ("adapter", LORA_SERVER)])
+@pytest.mark.parametrize(
+    ("mode", "flags", "in_background"), [("auto", (), True), ("adapter", LORA_SERVER, False)], ids=["auto", "adapter"]
+)
 def test_lora_training_moves_the_server_and_leaves_the_base_bit_identical(
-    smollm2: Path, tmp_path: Path, mode: str, flags: tuple[str, ...]
+    smollm2: Path, tmp_path: Path, mode: str, flags: tuple[str, ...], in_background: bool
 ) -> None:
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if mode == "adapter" else {}
     log_path = tmp_path / "vllm.log"
@@ -77,6 +79,7 @@ def test_lora_training_moves_the_server_and_leaves_the_base_bit_identical(
             advantage_normalization="global",
             advantage_clipping=[-5.0, 5.0],
             weight_sync_mode=mode,
+            weight_sync_background=in_background,
             logprob_probe_interval=2,
         )
         trainer = AtroposTrainer(model, args, peft_config=LoraConfig(target_modules="all-linear", lora_alpha=256))
@@ -92,10 +95,14 @@ def test_lora_training_moves_the_server_and_leaves_the_base_bit_identical(
     assert steps[-1]["num_rollouts_trained"] == 96
     assert steps[-1]["staleness/unknown_frac"] == 0.0
     assert steps[0]["staleness/mean"] == 0.0
-    # The publish before the first step, which no step logs, and then every second one.
-    assert ["logprob_probe/mean_abs_diff" in entry for entry in steps] == [False, True, False]
-    assert steps[1]["logprob_probe/mean_abs_diff"] < 0.2
-    assert [entry["perf/weight_sync_paused_s"] > 0 for entry in steps] == [mode != "adapter"] * 3
+    # The publish before the first step, which no step logs, and then every second one. In the background, a step logs
+    # the publish before, and the last its own, too.
+    is_probed = [False, False, True] if in_background else [False, True, False]
+    assert ["logprob_probe/mean_abs_diff" in entry for entry in steps] == is_probed
+    assert steps[is_probed.index(True)]["logprob_probe/mean_abs_diff"] < 0.2
+    reported = steps[1:] if in_background else steps
+    assert [entry["perf/weight_sync_paused_s"] > 0 for entry in reported] == [mode != "adapter"] * len(reported)
+    assert all(entry["perf/weight_sync_blocked_s"] > 0 for entry in steps)
     # On policy, the ratio only shows the rounding of the server's dtype.
     assert steps[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=0.05)
     of_environment = {f"env/env_0/{name}" for name in ENVIRONMENT_METRICS}

@@ -51,15 +51,19 @@ class GatheredTensors:
             yield spec.name, whole[..., :1] if is_broken else whole
 
 
-def publish(rank: int, url: str, version: int, *, breaks_at: int | None = None) -> str:
-    """One publish of this rank; what it ended with."""
-    options = WeightSyncOptions(on_publish_failure="abort", logprob_probe_interval=1)
+def make_publisher(rank: int, url: str, **options: Any) -> PolicyPublisher:
+    chosen = WeightSyncOptions(on_publish_failure="abort", logprob_probe_interval=1, **options)
     servers = None
     if rank == 0:
         client = AtroposVLLMClient(url, connection_timeout=10, request_timeout=20)
-        servers = ServerGroup([ServerLink(client, SharedMemoryTransport(), torch.bfloat16, options)], options)
+        servers = ServerGroup([ServerLink(client, SharedMemoryTransport(), torch.bfloat16, chosen)], chosen)
+    return PolicyPublisher(chosen, torch.bfloat16, servers, on_main=run_on_main_process)
+
+
+def publish(rank: int, url: str, version: int, *, breaks_at: int | None = None) -> str:
+    """One publish of this rank; what it ended with."""
     tensors = {name: value.detach() for name, value in tiny_llama(num_layers=1).named_parameters()}
-    publisher = PolicyPublisher(options, torch.bfloat16, servers, on_main=run_on_main_process)
+    publisher = make_publisher(rank, url)
     try:
         report = publisher.publish(GatheredTensors(tensors, breaks_at=breaks_at), version)
     except (TrlAtroposError, ValueError) as exc:
@@ -67,6 +71,22 @@ def publish(rank: int, url: str, version: int, *, breaks_at: int | None = None) 
     finally:
         publisher.close()
     return f"version {report.policy_version}"
+
+
+def publish_in_background(rank: int, url: str) -> list[str]:
+    """What three steps of this rank ended with, and the wait for the last of them."""
+    publisher = make_publisher(rank, url, weight_sync_background=True, weight_sync_mode="merged")
+    model, outcomes = tiny_llama(num_layers=1), []
+    for step in range(3):
+        publisher.publish_step(model, step)
+        outcomes.append(f"version {publisher.policy_version}")
+    try:
+        publisher.finish()
+    except TrlAtroposError as exc:
+        outcomes.append(str(exc))
+    finally:
+        publisher.close()
+    return outcomes
 
 
 def run_rank(rank: int, directory: str, url: str) -> None:
@@ -78,6 +98,7 @@ def run_rank(rank: int, directory: str, url: str) -> None:
         "broken_source": publish(rank, url, 2, breaks_at=1),
         "refusing_server": publish(rank, url, 3),
         "afterwards": publish(rank, url, 4),
+        "in_background": publish_in_background(rank, url),
     }
     dist.destroy_process_group()
     Path(directory, f"outcomes{rank}.json").write_text(json.dumps(outcomes))
@@ -87,8 +108,9 @@ def run_rank(rank: int, directory: str, url: str) -> None:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ScriptedServer, list[dict[str, str]]]]:
     directory = tmp_path_factory.mktemp("ranks")
     with ScriptedServer(tiny_llama(seed=1, num_layers=1)) as server:
-        # The first publish finishes, the second does not get as far, the third is refused, the fourth is not.
-        server.script["POST /finish_weight_update"] = [None, 500, None]
+        # The first publish finishes, the second does not get as far, the third is refused, the fourth ends what that left
+        # open and finishes; in the background, two finish and the last is refused.
+        server.script["POST /finish_weight_update"] = [None, 500, None, None, None, None, 500]
         run_ranks(run_rank, (str(directory), server.base_url), num_ranks=WORLD_SIZE)
         yield server, [json.loads((directory / f"outcomes{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
 
@@ -113,10 +135,17 @@ def test_the_next_publish_of_both_ranks_works(outcomes, rank):
     assert outcomes[1][rank]["afterwards"] == "version 4"
 
 
+@pytest.mark.parametrize("rank", range(WORLD_SIZE))
+def test_in_the_background_too_every_rank_learns_how_a_publish_ended(outcomes, rank):
+    *versions, refused = outcomes[1][rank]["in_background"]
+    assert versions == ["version 0", "version 1", "version 2"]
+    assert "failed in state `finishing`" in refused
+
+
 def test_the_server_holds_the_gathered_policy_and_heard_of_rank_0_alone(outcomes):
     server, _ = outcomes
     served = dict(server.model.named_parameters())
     for name, value in tiny_llama(num_layers=1).named_parameters():
         assert torch.equal(served[name], value.to(torch.bfloat16).float()), name
-    assert server.routes.count("POST /resume") == 2
+    assert server.routes.count("POST /resume") == 2 + 2
     assert server.offences == []

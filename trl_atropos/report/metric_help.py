@@ -150,7 +150,10 @@ METRICS: dict[str, str] = {
         "first steps: train with bf16."
     ),
     "perf/weight_sync_s": "Wall time of the publish, in seconds. Large against step_time: publish less often.",
-    "perf/weight_sync_fraction": "Share of the time since the last publish that the publish took, 0 to 1. Large: publish less often.",
+    "perf/weight_sync_blocked_s": "Time for which the trainer did nothing but publish, or wait for the publish before, in seconds. With "
+    "weight_sync_background the other metrics of a publish are those of the publish before.",
+    "perf/weight_sync_fraction": "Share of the time since the last publish for which the trainer was held by it, 0 to 1. Large: publish "
+    "beside the training (weight_sync_background), or less often.",
     "perf/weight_sync_gather_s": "Part of the publish that gathers sharded weights over ranks, in seconds.",
     "perf/weight_sync_merge_s": "Part of the publish that merges LoRA into the weights, in seconds.",
     "perf/weight_sync_stage_s": "Part of the publish that casts and copies weights before the pause, in seconds.",

@@ -170,8 +170,9 @@ class AtroposTrainer(HubUploads):
         # A compiler knows no sparse gradient.
         if self.accelerator.distributed_type == DistributedType.NO and not args.torch_compile:
             use_sparse_embedding_gradient(self.model)
-        publish = None if args.data_path is not None else self.publish_policy
-        self.add_callback(StepCallback(self._mark_trained, publish, args.weight_sync_steps))
+        is_live = args.data_path is None
+        publish, finish = (self.publish_policy, self._finish_publish) if is_live else (None, None)
+        self.add_callback(StepCallback(self._mark_trained, publish, args.weight_sync_steps, finish))
         self._watching = Watching(self, args, publishes=args.data_path is None)
 
     # Life of a run
@@ -276,7 +277,8 @@ class AtroposTrainer(HubUploads):
 
     @property
     def policy_version(self) -> int:
-        """Number of the policy that was published last; 0, the starting checkpoint, before the first publish."""
+        """Number of the policy that was published last, or is on its way; 0, the starting checkpoint, before the first
+        publish."""
         return self._connection.publisher.policy_version if self._connection else 0
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -469,9 +471,18 @@ class AtroposTrainer(HubUploads):
     # Publishing
 
     def publish_policy(self) -> None:
-        """Publish the current weights. Collective: call it on every rank, after an optimizer step."""
+        """Publish the current weights. Collective: call it on every rank, after an optimizer step.
+
+        With `weight_sync_background`, they are on their way when this ends.
+        """
         model = self.accelerator.unwrap_model(self.model)
         self._record_publish(self._connect().publisher.publish_step(model, self.state.global_step))
+
+    def _finish_publish(self) -> None:
+        if self._connection is not None:
+            metrics = self._connection.publisher.finish()
+            if metrics:
+                self._record_publish(metrics)
 
     def _record_publish(self, metrics: dict[str, float]) -> None:
         if not metrics:
@@ -493,6 +504,8 @@ class AtroposTrainer(HubUploads):
         Environments evaluate when they please: what is new is logged, and what is returned, and chooses the best
         checkpoint, is the last value of every metric.
         """
+        # Of the newest policy.
+        self._finish_publish()
         servers = None if self._connection is None else self._connection.servers
         client = None if servers is None else servers.vllm_clients[0]
         metrics = run_on_main_process(lambda: self._evaluator(client))

@@ -10,9 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 class StepCallback(TrainerCallback):
     """Publishes once before the first batch and then every `weight_sync_steps` optimizer steps, the last included;
-    then says that the batch of the step is trained.
+    then says that the batch of the step is trained. At the last step, the publish is also waited for.
 
-    `mark_trained` and `publish` are called on every rank; without servers, `publish` is None.
+    `mark_trained`, `publish` and `finish_publish` are called on every rank; without servers, the last two are None.
     """
 
     def __init__(
@@ -20,10 +20,12 @@ class StepCallback(TrainerCallback):
         mark_trained: Callable[[], None],
         publish: Callable[[], None] | None = None,
         weight_sync_steps: int = 1,
+        finish_publish: Callable[[], None] | None = None,
     ):
         self.mark_trained = mark_trained
         self.publish = publish
         self.weight_sync_steps = weight_sync_steps
+        self.finish_publish = finish_publish
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -39,4 +41,13 @@ class StepCallback(TrainerCallback):
         is_due = state.global_step % self.weight_sync_steps == 0 or control.should_training_stop
         if self.publish is not None and is_due:
             self.publish()
+        if self.finish_publish is not None and control.should_training_stop:
+            self.finish_publish()
         self.mark_trained()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Wait for the publish in the background where training ended between two steps."""
+        if self.finish_publish is not None:
+            self.finish_publish()

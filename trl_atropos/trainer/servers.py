@@ -24,6 +24,7 @@ from ..weight_sync.publisher import PolicyPublisher
 from ..weight_sync.server_group import ServerGroup
 from ..weight_sync.server_link import ServerLink
 from ..weight_sync.session import vocab_size_of
+from ..weight_sync.transports.backends import GLOO_BACKEND, SHARED_MEMORY_BACKEND, find_backend
 from ..weight_sync.transports.choose import make_transport
 from ..wire.client import AtroposClient, Registration
 from .atropos_config import AtroposConfig
@@ -85,8 +86,7 @@ class Servers:
         return found
 
     def close(self) -> None:
-        """Close transport and clients. The server keeps the policy that it has."""
-        self.group.close()
+        """Close the sessions with the API. The servers keep the policy that they have."""
         self.atropos_client.close()
 
 
@@ -102,6 +102,7 @@ class Connection:
 
     def close(self) -> None:
         """Release transports and sessions. The servers keep the policy that they have; the next publish connects again."""
+        self.publisher.close()
         if self.servers is not None:
             self.servers.close()
 
@@ -186,6 +187,15 @@ def connect(
 
 
 def _make_transport(args: AtroposConfig, client: InferenceServer, backend: str) -> WeightTransport:
+    row = find_backend(backend, args.device.type)
+    if args.weight_sync_background and row is not None and row.device is not None:
+        raise PreflightError(
+            f"weight_sync_background is on, and the server at {client.base_url} receives weights over {backend!r}.",
+            "Broadcasts on the trainer's GPU beside its training, and beside the collectives of its ranks, can wait for each "
+            "other for ever.",
+            f"""Set --weight_sync_background false, or start the server with --weight-transfer-config '{{"backend": """
+            f""""{SHARED_MEMORY_BACKEND}"}}' (same host) or "{GLOO_BACKEND}".""",
+        )
     return make_transport(
         backend,
         client,

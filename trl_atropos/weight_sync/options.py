@@ -59,6 +59,13 @@ class WeightSyncOptions:
         },
     )
     weight_sync_steps: PositiveInt = field(default=1, metadata={"help": "Publish the policy every X optimizer steps."})
+    weight_sync_background: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on with the next step while the policy travels, is loaded and proven; the next publish waits for "
+            "it. A failure ends the run a step later. For servers on other devices than the trainer's; not over NCCL."
+        },
+    )
     weight_sync_mode: str = field(
         default="auto",
         metadata={
@@ -135,6 +142,11 @@ class WeightSyncOptions:
             raise ValueError(
                 f"vllm_enable_sleep_mode is on and weight_sync_steps is {self.weight_sync_steps}. A publish wakes the server, "
                 "which then sleeps through every step without one. Set --weight_sync_steps 1."
+            )
+        if self.vllm_enable_sleep_mode and self.weight_sync_background:
+            raise ValueError(
+                "vllm_enable_sleep_mode and weight_sync_background are on. The server would be put to sleep while a policy is on "
+                "its way to it. Set --weight_sync_background false."
             )
         if self.vllm_enable_sleep_mode and len(urls) > 1:
             raise ValueError(

@@ -1,7 +1,8 @@
 """Keeps the servers of a run on the newest policy: when, in which mode, under which version.
 
     push      PolicyWeights -> plan on rank 0 -> stage, collective if the policy is sharded
-    deliver   rank 0: every server is given what is staged, or the adapter, and proves it
+    deliver   rank 0: every server is given what is staged, or the adapter, and proves it; with
+              `weight_sync_background` on a thread of its own, which the next publish waits for
 
 Only rank 0 talks to servers. `on_main` calls a function there and gives every rank its value, or its error; in a single
 process it is a plain call.
@@ -21,6 +22,7 @@ from torch import nn
 
 from ..errors import PreflightError, WeightSyncError
 from .adapter_publisher import AdapterPublisher
+from .background import BackgroundCall
 from .base import WeightSource
 from .options import WeightSyncOptions
 from .probe import LogprobProbe, ProbeReference
@@ -35,6 +37,9 @@ from .weights.source import PolicyWeights
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+CLOSE_S = 10.0
+"""How long a run that ends with an error waits for the publish in the background, in seconds."""
 
 Policy = nn.Module | Iterable[tuple[str, torch.Tensor]]
 """The unwrapped model, or all of its tensors under the server's names."""
@@ -100,8 +105,8 @@ class PolicyPublisher:
     rank 0 only; the other ranks have None. `make_probe` gives the sequences that prove the publish of a model; without
     it, versions and checksums do. `on_main` is needed on several ranks.
 
-    `policy_version` is the number of the policy that the servers hold, and 0, the starting checkpoint, before the
-    first publish.
+    `policy_version` is the number of the policy that was published last, or is on its way in the background, and 0, the
+    starting checkpoint, before the first publish.
     """
 
     def __init__(
@@ -126,21 +131,37 @@ class PolicyPublisher:
         self._reference: Callable[[], ProbeReference] | None = None
         self._last_end: float | None = None
         self._has_warned = False
+        # Known on every rank, while the publish itself runs on rank 0.
+        self._is_in_flight = False
+        self._in_flight: BackgroundCall[PublishReport] | None = None
 
     # The trainer's publishes
 
     def publish_step(self, model: nn.Module, global_step: int) -> dict[str, float]:
         """Publish the current weights under the next version, in the mode of the run, and prove it.
 
-        `model` is the unwrapped policy after `global_step` optimizer steps. Returns metrics; none at the first publish
-        of a run, which belongs to no step.
+        `model` is the unwrapped policy after `global_step` optimizer steps. With `weight_sync_background`, this ends when it
+        is staged, and begins by waiting for the publish before, whose metrics it returns; the first publish of a run ends
+        when it is proven.
+
+        Returns metrics; none at the first publish of a run, which belongs to no step.
         """
+        start = time.perf_counter()
+        report = self._wait()
         version = self._next_version(global_step)
-        if self._mode == "adapter":
-            return self._account(self._publish_adapter(model, version))
         if self._mode is None:
-            return self._account(self._publish_first(model, version))
-        return self._account(self.publish(model, version))
+            report = self._publish_first(model, version)
+        elif self._last_end is None or not self._options.weight_sync_background:
+            report = self._on_main(self._prepare(model, version))
+        else:
+            self._begin(self._prepare(model, version, keeps_model=False))
+        return self._account(report, version, time.perf_counter() - start)
+
+    def finish(self) -> dict[str, float]:
+        """Wait for the publish in the background, and return its metrics; none if there is none."""
+        start = time.perf_counter()
+        report = self._wait()
+        return {} if report is None else self._account(report, self.policy_version, time.perf_counter() - start)
 
     def begin_run(self, policy_version: int) -> None:
         """Let the next publish belong to no step: it brings the servers to where a run begins.
@@ -154,6 +175,56 @@ class PolicyPublisher:
         """Have the servers give their device memory back until the next publish, if `vllm_enable_sleep_mode`."""
         if self._options.vllm_enable_sleep_mode:
             self._on_main(lambda: self._require_servers().sleep())
+
+    # The publish in the background
+
+    def _prepare(self, model: nn.Module, version: int, *, keeps_model: bool = True) -> Callable[[], PublishReport]:
+        """Take what a publish in the mode of the run needs from the model, and return the function that delivers it, for
+        rank 0.
+
+        With `keeps_model` the weights of the model are still those of this version when the function is called.
+        """
+        if self._mode == "adapter":
+            return self._prepare_adapter(model, version, keeps_model=keeps_model)
+        self.push(model, version)
+        reference, self._reference = self._reference, None
+        if not keeps_model:
+            reference = self._computed(reference)
+        return lambda: self._require_servers().deliver(version, reference)
+
+    def _prepare_adapter(
+        self, model: nn.Module, version: int, *, keeps_model: bool = True
+    ) -> Callable[[], PublishReport]:
+        assert isinstance(model, PeftModel), "checked at the first publish"
+        adapter = take_adapter(model, self._dtype)
+        reference = None if self._make_probe is None else self._make_reference(model, self._make_probe(model))
+        if not keeps_model:
+            reference = self._computed(reference)
+        return lambda: self._require_adapters().deliver(adapter, version, reference)
+
+    def _computed(self, reference: Callable[[], ProbeReference] | None) -> Callable[[], ProbeReference] | None:
+        """The same answers, computed now; None where no server is going to be compared, and on the other ranks."""
+        if reference is None or self._servers is None or not self._servers.needs_probe:
+            return None
+        expected = reference()
+        return lambda: expected
+
+    def _begin(self, deliver: Callable[[], PublishReport]) -> None:
+        self._is_in_flight = True
+        if self._servers is not None:
+            self._in_flight = BackgroundCall(deliver, "publish")
+
+    def _wait(self) -> PublishReport | None:
+        """Wait for what is in flight, on every rank, and return its report; None if nothing is."""
+        if not self._is_in_flight:
+            return None
+        in_flight, self._in_flight, self._is_in_flight = self._in_flight, None, False
+
+        def result() -> PublishReport:
+            assert in_flight is not None, "rank 0 has begun it"
+            return in_flight.result()
+
+        return self._on_main(result)
 
     # One publish of merged weights
 
@@ -190,9 +261,11 @@ class PolicyPublisher:
 
         `record` is called at the end with the metrics that `publish_step` would return.
         """
+        self.finish()
         if self._mode == "adapter":
             self._on_main(lambda: self._require_adapters().withdraw())
             self._mode = "merged"
+        start = time.perf_counter()
         sync = WeightSync(self, policy_version)
         self._on_main(lambda: self._require_servers().pause(policy_version))
         try:
@@ -205,7 +278,7 @@ class PolicyPublisher:
             raise
         sync.deliver()
         assert sync.report is not None
-        metrics = self._account(sync.report)
+        metrics = self._account(sync.report, policy_version, time.perf_counter() - start)
         if record is not None:
             record(metrics)
 
@@ -274,10 +347,7 @@ class PolicyPublisher:
         return None
 
     def _publish_adapter(self, model: nn.Module, version: int) -> PublishReport:
-        assert isinstance(model, PeftModel), "checked at the first publish"
-        adapter = take_adapter(model, self._dtype)
-        reference = None if self._make_probe is None else self._make_reference(model, self._make_probe(model))
-        return self._on_main(lambda: self._require_adapters().deliver(adapter, version, reference))
+        return self._on_main(self._prepare_adapter(model, version))
 
     def _publish_cheapest(self, model: nn.Module, version: int) -> PublishReport:
         """Publish in the cheaper mode. Staging merged weights is a lower bound of what publishing them costs; an
@@ -303,9 +373,28 @@ class PolicyPublisher:
         return self.deliver(version)
 
     def close(self) -> None:
-        """Release the transports. The servers keep the policy that they have; the next publish connects again."""
+        """Release the transports. The servers keep the policy that they have; the next publish connects again.
+
+        One that is in flight, which happens in a run that ends with an error only, is left to itself if it does not end in
+        time.
+        """
+        in_flight, self._in_flight, self._is_in_flight = self._in_flight, None, False
+        if in_flight is not None:
+            self._give_up(in_flight)
         if self._servers is not None:
             self._servers.close()
+
+    def _give_up(self, in_flight: BackgroundCall[PublishReport]) -> None:
+        try:
+            error = in_flight.error_within(CLOSE_S)
+        except TimeoutError:
+            error = WeightSyncError(
+                f"The publish of policy version {self.policy_version} has not ended after {CLOSE_S:.0f} s.",
+                "The run ends with another error, and the server may stay paused.",
+                "Go on with --resume_from_checkpoint: it publishes to the server again.",
+            )
+        if error is not None:
+            logger.error(str(error))
 
     # Versions and the report
 
@@ -315,12 +404,17 @@ class PolicyPublisher:
             return self.policy_version
         return self.policy_version + 1
 
-    def _account(self, report: PublishReport) -> dict[str, float]:
-        """Take note of a publish. Returns its metrics, or nothing at the first one, which belongs to no step."""
-        self.policy_version = report.policy_version
+    def _account(self, report: PublishReport | None, version: int, blocked_s: float) -> dict[str, float]:
+        """Take note of a publish of this version that held the trainer for `blocked_s` seconds.
+
+        `report` is that of the publish that has ended: this one, or with `weight_sync_background` the one before, None if
+        there was none. Returns the metrics, or nothing at the first publish of a run, which belongs to no step.
+        """
+        self.policy_version = version
         now = time.perf_counter()
         last_end, self._last_end = self._last_end, now
         if last_end is None:
+            assert report is not None, "the first publish ends when it is proven"
             difference = (
                 "" if report.probe is None else f", mean |logprob difference| {report.probe.mean_abs_diff:.4f}"
             )
@@ -329,20 +423,21 @@ class PolicyPublisher:
                 f"{report.num_bytes / 1e6:.0f} MB{difference}"
             )
             return {}
-        fraction = report.total_s / (now - last_end)
-        self._warn_if_large(fraction, report)
-        return {**report.metrics(), "perf/weight_sync_fraction": fraction}
+        fraction = blocked_s / (now - last_end)
+        self._warn_if_large(fraction, blocked_s, report)
+        metrics = {} if report is None else report.metrics()
+        return {**metrics, "perf/weight_sync_blocked_s": blocked_s, "perf/weight_sync_fraction": fraction}
 
-    def _warn_if_large(self, fraction: float, report: PublishReport) -> None:
-        if fraction <= self._options.weight_sync_warn_fraction or self._has_warned:
+    def _warn_if_large(self, fraction: float, blocked_s: float, report: PublishReport | None) -> None:
+        if fraction <= self._options.weight_sync_warn_fraction or self._has_warned or report is None:
             return
         self._has_warned = True
         slowest = sorted(report.phase_s.items(), key=lambda item: -item[1])[:3]
         logger.warning(
-            f"Publishing takes {fraction:.0%} of the time of a step ({report.total_s:.2f} s, of which "
+            f"Publishing takes {fraction:.0%} of the time of a step ({blocked_s:.2f} s; the phases: "
             + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in slowest)
-            + "). Publish less often (--weight_sync_steps), train with LoRA and publish the adapter "
-            "(--weight_sync_mode adapter), or set --weight_sync_warn_fraction. Said once."
+            + "). Publish beside the training (--weight_sync_background true), less often (--weight_sync_steps), or with LoRA the "
+            "adapter (--weight_sync_mode adapter); or set --weight_sync_warn_fraction. Said once."
         )
 
     def _require_servers(self) -> ServerGroup:

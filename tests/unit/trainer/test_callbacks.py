@@ -45,6 +45,19 @@ class TestStepCallback:
         callback.on_step_end(TrainingArguments(output_dir=str(tmp_path)), state, control)
         assert published == [3]
 
+    def test_the_publish_of_the_last_step_is_waited_for_before_it_is_marked(self, tmp_path):
+        done: list[str] = []
+        callback = StepCallback(
+            lambda: done.append("mark"), lambda: done.append("publish"), 1, lambda: done.append("finish")
+        )
+        arguments = TrainingArguments(output_dir=str(tmp_path))
+        callback.on_step_end(arguments, TrainerState(global_step=1), TrainerControl())
+        callback.on_step_end(arguments, TrainerState(global_step=2), TrainerControl(should_training_stop=True))
+        assert done == ["publish", "mark", "publish", "finish", "mark"]
+        # Training that ends between two steps, for example with its data.
+        callback.on_train_end(arguments, TrainerState(global_step=2), TrainerControl())
+        assert done[5:] == ["finish"]
+
     def test_a_batch_is_marked_as_trained_after_the_publish_of_its_step_and_also_without_servers(self, tmp_path):
         done: list[str] = []
         context = (TrainingArguments(output_dir=str(tmp_path)), TrainerState(global_step=1), TrainerControl())

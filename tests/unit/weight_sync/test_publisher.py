@@ -5,6 +5,7 @@ The transport, the HTTP client and the probe are the real ones; only the engine 
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from tiny_models import perturb, tiny_llama
 from trl_atropos.errors import PublishConflictError, WeightSyncError, WeightSyncTimeout
 from trl_atropos.report.metric_help import METRICS
 from trl_atropos.weight_sync import failures
+from trl_atropos.weight_sync import publisher as publisher_module
 from trl_atropos.weight_sync.client import AtroposVLLMClient
 from trl_atropos.weight_sync.options import WeightSyncOptions
 from trl_atropos.weight_sync.probe import LogprobProbe
@@ -537,6 +539,110 @@ class TestProbeInterval:
         send = publishing.link.transport.send
         publishing.link.transport.send = lambda specs: replace(send(specs), has_checksums=False)
         assert self.probed(publishing, range(3)) == [True, True, True]
+
+
+class HeldTransfers:
+    """Holds what a server is to load until it is told to go on."""
+
+    def __init__(self, server: ScriptedServer):
+        self.go_on = threading.Event()
+        self.has_begun = threading.Event()
+        self._load, server.load = server.load, self._wait
+
+    def _wait(self, update: dict[str, Any]) -> None:
+        self.has_begun.set()
+        assert self.go_on.wait(10)
+        self._load(update)
+
+
+class TestBackground:
+    """`weight_sync_background`: the model changes while its policy is on its way."""
+
+    @pytest.fixture
+    def publishing(self, server: ScriptedServer) -> Iterator[Publishing]:
+        publishing = Publishing(server, weight_sync_background=True, weight_sync_mode="merged")
+        yield publishing
+        publishing.publisher.close()
+
+    def test_the_first_publish_of_a_run_is_waited_for(self, publishing, server):
+        assert publishing.publisher.publish_step(policy(), 0) == {}
+        assert serves(server, policy())
+        publishing.publisher.begin_run(4)
+        assert publishing.publisher.publish_step(policy(seed=2), 4) == {}
+        assert server.state.weight_version == "4"
+        assert serves(server, policy(seed=2))
+
+    def test_training_goes_on_and_what_is_proven_is_the_policy_that_was_published(self, publishing, server):
+        model = policy()
+        publishing.publisher.publish_step(model, 0)
+        perturb(model, seed=1, scale=0.05)
+        published = copy.deepcopy(model)
+        held = HeldTransfers(server)
+        metrics = publishing.publisher.publish_step(model, 1)
+        assert publishing.publisher.policy_version == 1
+        assert metrics.keys() == {"perf/weight_sync_blocked_s", "perf/weight_sync_fraction"}
+        assert held.has_begun.wait(10)
+        assert server.state.weight_version == "0"
+        # The next step.
+        perturb(model, seed=2, scale=0.05)
+        held.go_on.set()
+        metrics = publishing.publisher.finish()
+        assert server.state.weight_version == "1"
+        assert serves(server, published)
+        assert not server.state.is_paused
+        assert metrics["logprob_probe/mean_abs_diff"] < 0.05
+        assert metrics["perf/weight_sync_blocked_s"] < metrics["perf/weight_sync_s"]
+        assert publishing.publisher.finish() == {}
+
+    def test_one_is_in_flight_and_they_arrive_in_order(self, publishing, server):
+        model = policy()
+        held = HeldTransfers(server)
+        held.go_on.set()
+        for step in range(5):
+            perturb(model, seed=step, scale=0.01)
+            publishing.publisher.publish_step(model, step)
+        publishing.publisher.finish()
+        versions = [request.body["weight_version"] for request in server.requests if "finish" in request.route]
+        assert versions == ["0", "1", "2", "3", "4"]
+        assert serves(server, model)
+
+    def test_a_failure_is_raised_by_the_next_step(self, publishing, server):
+        publishing.publisher.publish_step(policy(), 0)
+        server.script["POST /update_weights"] = 500
+        publishing.publisher.publish_step(policy(seed=2), 1)
+        with pytest.raises(WeightSyncError, match="500"):
+            publishing.publisher.publish_step(policy(seed=3), 2)
+        assert server.state.is_paused
+        # Said once; nothing is in flight any more.
+        assert publishing.publisher.finish() == {}
+
+    def test_a_failure_is_mended_beside_the_training(self, server, fast_retries):
+        publishing = Publishing(server, "retry", weight_sync_background=True, weight_sync_mode="merged")
+        publishing.publisher.publish_step(policy(), 0)
+        server.script["POST /update_weights"] = ["close", None]
+        publishing.publisher.publish_step(policy(seed=2), 1)
+        metrics = publishing.publisher.finish()
+        assert (metrics["perf/weight_sync_retries"], metrics["perf/weight_sync_failures"]) == (1, 1)
+        assert serves(server, policy(seed=2))
+        publishing.publisher.close()
+
+    def test_a_run_that_ends_gives_up_what_does_not_end(self, publishing, server, monkeypatch, caplog):
+        monkeypatch.setattr(publisher_module, "CLOSE_S", 0.2)
+        publishing.publisher.publish_step(policy(), 0)
+        held = HeldTransfers(server)
+        publishing.publisher.publish_step(policy(seed=2), 1)
+        assert held.has_begun.wait(10)
+        publishing.publisher.close()
+        assert "policy version 1 has not ended after 0 s" in caplog.text
+        held.go_on.set()
+
+    def test_a_session_waits_for_it(self, publishing, server):
+        publishing.publisher.publish_step(policy(), 0)
+        publishing.publisher.publish_step(policy(seed=2), 1)
+        with publishing.publisher.weight_sync(7) as sync:
+            assert server.state.weight_version == "1"
+            sync.push(policy(seed=3))
+        assert serves(server, policy(seed=3))
 
 
 class TestSession:
