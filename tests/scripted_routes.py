@@ -59,6 +59,7 @@ class Segment:
         self.data_bytes = init_info["data_bytes"]
         with open(segment_path(init_info["segment"]), "r+b") as file:
             self.mapping = mmap.mmap(file.fileno(), 0)
+        self.report(WorkerReport(sequence=0, num_tensors=0, num_bytes=0, checksum=0))
 
     def load(self, update: dict[str, Any], model: torch.nn.Module) -> None:
         """Copy what the update names into the model, and report it."""
@@ -71,7 +72,10 @@ class Segment:
             received.append(torch.frombuffer(bytearray(self.mapping[offset : offset + size]), dtype=dtype).view(shape))
             parameters[name].data.copy_(received[-1])
         num_bytes = sum(tensor.nbytes for tensor in received)
-        report = WorkerReport(update["sequence"], len(received), num_bytes, checksum(received))
+        self.report(WorkerReport(update["sequence"], len(received), num_bytes, checksum(received)))
+
+    def report(self, report: WorkerReport) -> None:
+        """Leave a report in the slot of the only worker."""
         self.mapping[self.data_bytes : self.data_bytes + REPORT_BYTES] = report.to_json().ljust(REPORT_BYTES, b"\0")
 
 

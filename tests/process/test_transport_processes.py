@@ -18,6 +18,7 @@ import vllm.distributed.device_communicators.pynccl_wrapper as pynccl_wrapper
 from hypothesis import given
 from hypothesis import strategies as st
 from nccl_stand_in import GlooCommunicator, StandInTransport
+from shared_segments import left_since, segments
 from transport_contract import (
     DEADLINE_S,
     SHORT_S,
@@ -71,6 +72,29 @@ class TestSharedMemory(ReportingTransportContract):
         with pytest.raises(VLLMServerError, match="checksum"):
             transport.send(layout.specs)
         assert server.received() == [{}]
+
+    def test_a_worker_may_map_after_the_server_has_answered(self, transport, new_server, layout):
+        # As vLLM's executor answers after a request that failed on both.
+        server = new_server(2)
+
+        def init_early(init_info: dict[str, Any]) -> None:
+            server.tell(0, "init", init_info)
+            threading.Timer(0.3, server.tell, (1, "init", init_info)).start()
+
+        server.init_weight_transfer_engine = init_early
+        expected = fill(transport.open(server, layout), layout, seed=2)
+        server.call("start")
+        transport.send(layout.specs)
+        server.call("finish")
+        assert server.received() == [expected] * 2
+
+    def test_a_worker_that_maps_nothing_is_named_and_no_name_is_left(self, new_transport, new_server, layout):
+        server = new_server(2)
+        server.init_weight_transfer_engine = lambda init_info: server.tell(0, "init", init_info)
+        before = segments()
+        with pytest.raises(WeightSyncError, match=r"^Worker 1 of the server at .* has not mapped"):
+            new_transport(timeout_s=SHORT_S).open(server, layout)
+        assert left_since(before) == set()
 
 
 class TestGloo(ReportingTransportContract):

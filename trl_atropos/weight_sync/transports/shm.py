@@ -13,6 +13,7 @@ import logging
 import mmap
 import os
 import secrets
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ import torch
 
 from ...errors import WeightSyncError
 from ..base import PolicyLayout, TensorSpec, TransferReport
-from .reports import WorkerReport, check_reports, checksum, describe_tensors, expected_report
+from .reports import POLL_INTERVAL_S, WorkerReport, check_reports, checksum, describe_tensors, expected_report
 from .shm_segment import ENLARGE, REPORT_BYTES, SEGMENT_DIR, SEGMENT_PATTERN, segment_path
 
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+MAP_S = 60.0
+"""How long the workers are given to map a segment after the server has answered, in seconds."""
 
 
 class SharedMemoryTransport:
@@ -57,16 +61,18 @@ class SharedMemoryTransport:
         name = f"trl_atropos-{secrets.token_hex(16)}"
         path = segment_path(name)
         mapping = _create_segment(path, layout.num_bytes + REPORT_BYTES * num_workers)
+        self._layout, self._num_workers, self._mapping = layout, num_workers, mapping
         try:
             client.init_weight_transfer_engine(
                 {"segment": name, "data_bytes": layout.num_bytes, "num_workers": num_workers}
             )
+            self._wait_until_mapped(client.base_url)
+        except BaseException:
+            self.close()
+            raise
         finally:
             os.unlink(path)
         self._client = client
-        self._layout = layout
-        self._num_workers = num_workers
-        self._mapping = mapping
         return self._memory()
 
     def prepare(self, specs: Sequence[TensorSpec]) -> None:
@@ -103,6 +109,25 @@ class SharedMemoryTransport:
         self._checksum = None
         # Not closed: the staging memory stays readable, and the mapping goes with the last view of it.
         self._mapping = None
+
+    def _wait_until_mapped(self, url: str) -> None:
+        """Wait until every worker says in its slot that it has mapped the segment.
+
+        The server's answer alone does not: after a request that failed, it may be older than the mapping of a worker
+        (`check_reports`), which would then look for a name that is gone.
+        """
+        deadline = time.monotonic() + min(self.timeout_s, MAP_S)
+        for worker in range(self._num_workers):
+            while self._read_report(worker) is None:
+                if time.monotonic() > deadline:
+                    raise WeightSyncError(
+                        f"Worker {worker} of the server at {url} has not mapped the shared-memory segment after "
+                        f"{min(self.timeout_s, MAP_S):.0f} s.",
+                        "The server has answered, and the worker may still be busy with a request that failed before, or "
+                        f"does not see the trainer's {SEGMENT_DIR}.",
+                        "Look at the server's log and restart it; containers: --ipc=host.",
+                    )
+                time.sleep(POLL_INTERVAL_S)
 
     def _require_layout(self) -> PolicyLayout:
         if self._layout is None:

@@ -55,7 +55,7 @@ class SharedMemoryEngine(LayerwiseEngine[SharedMemoryInitInfo, SharedMemoryUpdat
     _page_locks: PageLocks | None = None
 
     def connect(self, init_info: SharedMemoryInitInfo) -> None:
-        """Map the segment."""
+        """Map the segment, and report it: the trainer takes its name away."""
         path = segment_path(init_info.segment)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -76,6 +76,7 @@ class SharedMemoryEngine(LayerwiseEngine[SharedMemoryInitInfo, SharedMemoryUpdat
         if current_platform.is_cuda_alike():
             self._page_locks = PageLocks()
             self._page_locks.hold([self._memory()])
+        self._report(WorkerReport(sequence=0, num_tensors=0, num_bytes=0, checksum=0))
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
         """Load every announced tensor from the segment and leave a report in this worker's slot."""
@@ -97,9 +98,7 @@ class SharedMemoryEngine(LayerwiseEngine[SharedMemoryInitInfo, SharedMemoryUpdat
         start = time.perf_counter()
         self.load(update_info, zip(update_info.names, tensors, strict=True))
         num_bytes = sum(tensor.nbytes for tensor in tensors)
-        report = WorkerReport(update_info.sequence, len(tensors), num_bytes, found, time.perf_counter() - start)
-        offset = self._data_bytes + self.worker * REPORT_BYTES
-        self._mapping[offset : offset + REPORT_BYTES] = report.to_json().ljust(REPORT_BYTES, b"\0")
+        self._report(WorkerReport(update_info.sequence, len(tensors), num_bytes, found, time.perf_counter() - start))
 
     def shutdown(self) -> None:
         """Let go of the segment. Its name is gone already: the trainer unlinks it once every worker has mapped it."""
@@ -107,6 +106,11 @@ class SharedMemoryEngine(LayerwiseEngine[SharedMemoryInitInfo, SharedMemoryUpdat
         # goes with the last view.
         self._page_locks = None
         self._mapping = None
+
+    def _report(self, report: WorkerReport) -> None:
+        assert self._mapping is not None
+        offset = self._data_bytes + self.worker * REPORT_BYTES
+        self._mapping[offset : offset + REPORT_BYTES] = report.to_json().ljust(REPORT_BYTES, b"\0")
 
     def _memory(self) -> torch.Tensor:
         assert self._mapping is not None
