@@ -69,6 +69,7 @@ def trainer(tmp_path: Path, data_path: str, base_model: str, **options: Any) -> 
             "save_steps": 2,
             "push_to_hub": True,
             "hub_model_id": "user/model",
+            "report_html": False,
             **options,
         },
     )

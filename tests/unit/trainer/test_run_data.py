@@ -61,7 +61,7 @@ def trainer(output_dir: Path, data_path: str | None, processing_class: Any = Non
         max_length=16,
         report_to="none",
         use_cpu=True,
-        **{"per_device_train_batch_size": 2, "save_steps": 2, **options},
+        **{"per_device_train_batch_size": 2, "save_steps": 2, "report_html": False, **options},
     )
     return AtroposTrainer(tiny_llama(), args, processing_class=processing_class)
 
