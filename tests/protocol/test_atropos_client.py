@@ -172,7 +172,7 @@ def test_the_pause_between_polls_is_capped(api, client, tmp_path):
 
 
 def test_progress_is_reported_with_the_status_and_the_likeliest_cause(api, client, monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr("trl_atropos.data.sources.PROGRESS_INTERVAL_S", 0.2)
+    monkeypatch.setattr("trl_atropos.progress.REMINDER_INTERVAL_S", 0.2)
     caplog.set_level("INFO", logger="trl_atropos.data.sources")
     client.register(make_registration())
     api.post_group(3)
@@ -302,7 +302,7 @@ def test_waiting_for_an_api_that_stalls_ends_in_time_too():
 
 
 def test_waiting_for_an_api_that_comes_up_later(unused_url, caplog, monkeypatch):
-    monkeypatch.setattr("trl_atropos.wire.client.PROGRESS_INTERVAL_S", 0.2)
+    monkeypatch.setattr("trl_atropos.progress.REMINDER_INTERVAL_S", 0.2)
     caplog.set_level("INFO")
     port = int(unused_url.rsplit(":", 1)[1])
     answer = answer_of(b'{"batch_size": -1, "max_token_len": -1}')

@@ -22,7 +22,7 @@ ROOT = Path(trl_atropos.__file__).parent
 ALARM_FILE_LINES = 600
 """Above this a file is probably two things. It is never cut to meet the number."""
 
-GROUND = {"errors", "types", "options", "distributed", "network"}
+GROUND = {"errors", "types", "options", "distributed", "network", "progress"}
 
 # A package imports itself, the ground, and:
 IMPORTS_OF = {

@@ -21,9 +21,10 @@ from ..errors import (
     AtroposProtocolError,
     AtroposRegistrationError,
 )
+from ..progress import Reminder
 from ..types import Position
 from ..wire.api_watch import ApiWatch
-from ..wire.client import FIRST_DELAY_S, PROGRESS_INTERVAL_S, UNREGISTERED, AtroposClient
+from ..wire.client import FIRST_DELAY_S, UNREGISTERED, AtroposClient
 from ..wire.journal import Journal
 from ..wire.recorded import OfflineData, num_rollouts, pack
 from .options import DataOptions
@@ -139,24 +140,22 @@ class ApiBatches:
     def _wait(self) -> list[dict[str, Any]] | None:
         """Poll until there is a batch; None if stopped."""
         options = self.options
-        start = time.monotonic()
-        delay, next_report = FIRST_DELAY_S, PROGRESS_INTERVAL_S
+        reminder, delay = Reminder(), FIRST_DELAY_S
         while not self._stop.is_set():
-            elapsed = time.monotonic() - start
+            elapsed = reminder.elapsed_s
             try:
                 raw_groups = self._fetch()
                 if raw_groups is not None:
                     return _checked(raw_groups)
                 if elapsed >= options.batch_timeout_s:
                     raise data_timeout(elapsed, inspect_api(self.client, has_waiting_trainer=True))
-                if elapsed >= next_report:
+                if reminder.is_due():
                     logger.info(describe_wait(elapsed, inspect_api(self.client, has_waiting_trainer=True)))
-                    next_report = time.monotonic() - start + PROGRESS_INTERVAL_S
             except (AtroposConnectionError, AtroposRegistrationError) as exc:
                 if not self.client.keeps_batches:
                     self._recover(exc)
                     # Environments have to be started again, too.
-                    start, delay, next_report = time.monotonic(), FIRST_DELAY_S, PROGRESS_INTERVAL_S
+                    reminder, delay = Reminder(), FIRST_DELAY_S
                     continue
                 if elapsed >= options.batch_timeout_s:
                     raise

@@ -320,6 +320,13 @@ def tokenizer_of(processing_class: Any) -> Any:
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
+def vocab_size_of(model: nn.Module) -> int:
+    """The number of rows of the model's embedding."""
+    config: Any = model.config
+    vocab_size: int = config.get_text_config().vocab_size
+    return vocab_size
+
+
 def eos_token_ids(model: nn.Module, processing_class: Any, *, is_required: bool) -> frozenset[int] | None:
     """Tokens that end a completion: those of the tokenizer and of the generation config; None if there are none.
 

@@ -38,13 +38,19 @@ from ..loss.metrics import Metric, MetricAccumulator, mean_of
 from ..loss.step import LossWatch, check_grad_norm, distillation_loss, is_overflow, keep_high_entropy, prepare_step
 from ..loss.weighted_sft import weighted_sft_loss_of_model
 from ..policy.forward import PolicyForward, make_forward
-from ..policy.load import eos_token_ids, padding_id, prepare_policy, tokenizer_of, use_sparse_embedding_gradient
+from ..policy.load import (
+    eos_token_ids,
+    padding_id,
+    prepare_policy,
+    tokenizer_of,
+    use_sparse_embedding_gradient,
+    vocab_size_of,
+)
 from ..policy.sequence_parallel import use_sequence_parallel
 from ..report.completions import make_completions_table
 from ..report.watching import Watching
 from ..weight_sync.base import WeightTransport
 from ..weight_sync.publisher import WeightSync
-from ..weight_sync.session import vocab_size_of
 from ..wire.parse import WireLimits
 from .atropos_config import AtroposConfig
 from .callbacks import StepCallback

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AtroposProtocolError, PreflightError, VLLMServerError
+from ..progress import Reminder
 from ..weight_sync.http import MAX_CONCURRENT_REQUESTS, Answer
 from ..weight_sync.inference_server import InferenceServer
 from ..wire.journal import parse_json
@@ -21,7 +21,6 @@ from ..wire.journal import parse_json
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_INTERVAL_S = 10.0
 FIELDS = {"prompt", "answer", "env"}
 
 
@@ -227,14 +226,13 @@ def _quoted(value: object) -> str:
 
 
 def _complete_all(client: InferenceServer, prompts: Sequence[EvalPrompt], max_tokens: int) -> list[Completion]:
-    reported = time.monotonic()
+    reminder = Reminder()
     executor = ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS, thread_name_prefix="evaluation")
     try:
         futures = [executor.submit(_complete, client, prompt, max_tokens) for prompt in prompts]
         for num_done, future in enumerate(as_completed(futures), start=1):
             future.result()
-            if time.monotonic() - reported >= PROGRESS_INTERVAL_S:
-                reported = time.monotonic()
+            if reminder.is_due():
                 logger.info(f"Evaluating: {num_done} of {len(prompts)} prompts")
         return [future.result() for future in futures]
     finally:

@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..data.micro_batches import Dealer
 from ..data.policy_versions import CallLookup
@@ -134,10 +134,35 @@ class RunData:
         return self._main
 
 
+class _Source(Protocol):
+    """Where the batches of a run come from."""
+
+    @property
+    def journal(self) -> Journal | None:
+        """Of what was fetched and is not trained yet; None if nothing is fetched."""
+
+    @property
+    def lookup(self) -> CallLookup | None:
+        """Asks the servers what they remember of a rollout; None where they remember nothing."""
+
+    @property
+    def num_steps_left(self) -> int | None:
+        """Optimizer steps for which there are data; None if there is no end."""
+
+    def open(self) -> Iterator[FetchedBatch]:
+        """Begin to fetch."""
+
+    def metrics(self) -> dict[str, Metric]:
+        """What happened since the last step."""
+
+    def close(self, position: Position) -> None:
+        """Fetch nothing more; training ends at this position."""
+
+
 class _MainProcessData:
     """What rank 0 alone has: where batches come from, and the quarantine of those that were refused."""
 
-    def __init__(self, args: AtroposConfig, source: _LiveSource | _RecordedSource, state: dict[str, Any]):
+    def __init__(self, args: AtroposConfig, source: _Source, state: dict[str, Any]):
         self.args = args
         self.source = source
         self.quarantine = Quarantine(Path(args.output_dir) / QUARANTINE_NAME, args.max_dropped_fraction)
@@ -150,8 +175,8 @@ class _MainProcessData:
 class _RecordedSource:
     """Recorded data, pass after pass, from `first` on."""
 
-    journal = None
-    lookup = None
+    journal: Journal | None = None
+    lookup: CallLookup | None = None
 
     def __init__(self, args: AtroposConfig, data_path: str, *, first: Position):
         assert args.atropos_batch_size is not None, "set when the options were checked"
@@ -230,7 +255,7 @@ class _LiveSource:
 
 def _open_source(
     args: AtroposConfig, servers: Servers | None, progress: Progress, *, resumes: bool, first: Position
-) -> _LiveSource | _RecordedSource:
+) -> _Source:
     if not resumes:
         _move_aside(Path(args.output_dir))
     if args.data_path is not None:

@@ -14,6 +14,7 @@ from torch import nn
 from ..data.options import check_source
 from ..distributed import run_on_main_process
 from ..errors import PreflightError, VLLMServerUnreachable, WeightSyncTimeout
+from ..policy.load import vocab_size_of
 from ..types import ServedCall
 from ..weight_sync.adapter_publisher import AdapterPublisher
 from ..weight_sync.base import WeightTransport
@@ -23,7 +24,6 @@ from ..weight_sync.probe import LogprobProbe
 from ..weight_sync.publisher import PolicyPublisher
 from ..weight_sync.server_group import ServerGroup
 from ..weight_sync.server_link import ServerLink
-from ..weight_sync.session import vocab_size_of
 from ..weight_sync.transports.backends import GLOO_BACKEND, SHARED_MEMORY_BACKEND, find_backend
 from ..weight_sync.transports.choose import make_transport
 from ..wire.client import AtroposClient, Registration

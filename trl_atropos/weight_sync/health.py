@@ -6,6 +6,7 @@ import logging
 import time
 
 from ..errors import PreflightError, VLLMServerError, VLLMServerUnreachable, WeightSyncTimeout
+from ..progress import Reminder
 from .http import KINDS, Answer, ServerSession
 
 
@@ -13,7 +14,6 @@ logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_S = 5.0
 HEALTH_INTERVAL_S = 0.5
-PROGRESS_INTERVAL_S = 10.0
 
 KNOWN_BY = {name: kind.known_by for name, kind in KINDS.items() if kind.known_by}
 STARTING = (502, 503, 504)
@@ -30,7 +30,8 @@ def wait_for_answer(session: ServerSession, route: str, timeout_s: float, *, tak
         [`VLLMServerError`]: if it answers with an error, with `takes_refusals`.
         [`WeightSyncTimeout`]: if it does not in time.
     """
-    start = reported = time.monotonic()
+    reminder = Reminder()
+    start = reminder.start
     while True:
         remaining = start + timeout_s - time.monotonic()
         try:
@@ -53,8 +54,7 @@ def wait_for_answer(session: ServerSession, route: str, timeout_s: float, *, tak
                 f"Start it with `{KINDS[session.kind].command}`, correct --vllm_server_base_url, or raise "
                 "--vllm_server_timeout.",
             )
-        if now - reported >= PROGRESS_INTERVAL_S:
-            reported = now
+        if reminder.is_due():
             logger.info(f"Waiting for {where}: {now - start:.0f} s ({state})")
         time.sleep(min(HEALTH_INTERVAL_S, max(start + timeout_s - now, 0.0)))
 

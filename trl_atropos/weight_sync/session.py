@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
+from ..policy.load import vocab_size_of
 from .inference_server import InferenceServer
 from .options import WeightSyncOptions
 from .probe import LogprobProbe
@@ -71,10 +71,3 @@ def weight_sync(client: InferenceServer, policy_version: int, **options: Any) ->
             yield sync
     finally:
         publisher.close()
-
-
-def vocab_size_of(model: nn.Module) -> int:
-    """The number of rows of the model's embedding."""
-    config: Any = model.config
-    vocab_size: int = config.get_text_config().vocab_size
-    return vocab_size

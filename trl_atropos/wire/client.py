@@ -30,13 +30,13 @@ from ..errors import (
     TrlAtroposError,
 )
 from ..network import proxies_for
+from ..progress import Reminder
 
 
 logger = logging.getLogger(__name__)
 
 FIRST_DELAY_S = 0.1
 MAX_PROBE_DELAY_S = 2.0
-PROGRESS_INTERVAL_S = 10.0
 UNREGISTERED = -1
 METRICS_TIMEOUT_S = 10.0
 METRICS_PREFIX = "trl_atropos_api_"
@@ -176,26 +176,24 @@ class AtroposClient:
             AtroposConnectionError: nobody answered in time.
             AtroposProtocolError: something answers that is not the Atropos API.
         """
-        start, elapsed = time.monotonic(), 0.0
-        delay, next_report = FIRST_DELAY_S, PROGRESS_INTERVAL_S
+        reminder, elapsed, delay = Reminder(), 0.0, FIRST_DELAY_S
         while True:
             try:
                 self._info(read_timeout_s=min(self.read_timeout_s, max(timeout_s - elapsed, FIRST_DELAY_S)))
                 return
             except AtroposConnectionError as exc:
-                elapsed = time.monotonic() - start
+                elapsed = reminder.elapsed_s
                 if elapsed >= timeout_s:
                     raise AtroposConnectionError(
                         f"The Atropos API at {self.base_url} did not answer within {timeout_s:g} s.",
                         f"The last attempt: {exc.what}",
                         _START_API,
                     ) from exc
-            if elapsed >= next_report:
+            if reminder.is_due():
                 logger.info("Waiting for the Atropos API at %s (%.0f of %g s)", self.base_url, elapsed, timeout_s)
-                next_report = elapsed + PROGRESS_INTERVAL_S
             time.sleep(min(delay, timeout_s - elapsed))
             delay = min(2 * delay, MAX_PROBE_DELAY_S)
-            elapsed = time.monotonic() - start
+            elapsed = reminder.elapsed_s
 
     def info(self) -> tuple[int, int]:
         """Reads the registration back.

@@ -11,7 +11,6 @@ import itertools
 import logging
 import os
 import re
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import JournalError, PreflightError
+from ..progress import Reminder
 from ..types import IGNORE_INDEX, START, Position
 from .journal import read_lines, segments
 
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PROGRESS_INTERVAL_S = 10.0
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -100,8 +99,7 @@ class OfflineData:
         """
         sizes: list[int] = []
         has_trained_token = False
-        start = time.monotonic()
-        next_report = PROGRESS_INTERVAL_S
+        reminder = Reminder()
         for index, group in enumerate(self._groups()):
             sizes.append(num_rollouts(group))
             if sizes[-1] > self.batch_size:
@@ -111,9 +109,8 @@ class OfflineData:
                     "Raise --per_device_train_batch_size or --gradient_accumulation_steps.",
                 )
             has_trained_token = has_trained_token or _has_trained_token(group)
-            if time.monotonic() - start >= next_report:
+            if reminder.is_due():
                 logger.info("Reading %s: %d groups so far", self.data_path, len(sizes))
-                next_report += PROGRESS_INTERVAL_S
         if not has_trained_token:
             found = f"{len(sizes)} groups, none of which has a trained token" if sizes else "no group"
             raise PreflightError(

@@ -224,7 +224,7 @@ class TestEvaluatePrompts:
         assert len(server.requests) < 1000
 
     def test_progress_is_shown(self, client, server, caplog, monkeypatch):
-        monkeypatch.setattr("trl_atropos.trainer.evaluation.PROGRESS_INTERVAL_S", 0.0)
+        monkeypatch.setattr("trl_atropos.progress.REMINDER_INTERVAL_S", 0.0)
         server.completions = {"a": "b"}
         with caplog.at_level(logging.INFO, logger="trl_atropos.trainer.evaluation"):
             evaluate_prompts(client, [prompt("a")] * 3)

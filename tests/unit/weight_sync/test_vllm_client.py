@@ -299,7 +299,7 @@ class TestConnecting:
         assert [request.route for request in server.requests].count("GET /health") == 3
 
     def test_reports_what_it_waits_for(self, client, server, monkeypatch, caplog):
-        monkeypatch.setattr(health, "PROGRESS_INTERVAL_S", 0.0)
+        monkeypatch.setattr("trl_atropos.progress.REMINDER_INTERVAL_S", 0.0)
         monkeypatch.setattr(health, "HEALTH_INTERVAL_S", 0.01)
         server.script["GET /health"] = [503, "close", None]
         with caplog.at_level(logging.INFO, logger="trl_atropos"):

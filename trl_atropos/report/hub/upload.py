@@ -24,12 +24,12 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 
 from ...errors import HubUploadError
+from ...progress import REMINDER_INTERVAL_S
 
 
 logger = logging.getLogger(__name__)
 
 STAGING_PREFIX = "_hub_upload_"
-PROGRESS_INTERVAL_S = 10.0
 MAX_COPIED_BYTES = 2**20
 
 HUB_ERRORS = (HTTPError, OSError, ValueError)
@@ -153,7 +153,7 @@ class HubClient:
 def wait_for(future: Future[CommitInfo], what: str) -> None:
     """Wait for an upload, and say so every 10 seconds. `what` says in the message what is uploaded."""
     start = time.monotonic()
-    while not wait([future], PROGRESS_INTERVAL_S).done:
+    while not wait([future], REMINDER_INTERVAL_S).done:
         logger.warning(f"Uploading {what} for {time.monotonic() - start:.0f} s.")
 
 
