@@ -158,10 +158,15 @@ class PolicyPublisher:
         return self._account(report, version, time.perf_counter() - start)
 
     def finish(self) -> dict[str, float]:
-        """Wait for the publish in the background, and return its metrics; none if there is none."""
-        start = time.perf_counter()
+        """Wait for the publish in the background, and return the metrics of what it did; none if there is none.
+
+        How long the trainer is held here is not among them: nothing was to be trained in the meantime.
+        """
         report = self._wait()
-        return {} if report is None else self._account(report, self.policy_version, time.perf_counter() - start)
+        if report is None:
+            return {}
+        self._last_end = time.perf_counter()
+        return report.metrics()
 
     def begin_run(self, policy_version: int) -> None:
         """Let the next publish belong to no step: it brings the servers to where a run begins.
