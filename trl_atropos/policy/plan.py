@@ -40,7 +40,8 @@ TREE_IMPLEMENTATIONS = ("sdpa", TREE_SDPA, TREE_FLEX, "eager", "flex_attention")
 """Attention implementations that take an arbitrary mask."""
 
 WINDOW_IMPLEMENTATIONS = ("sdpa", TREE_SDPA, TREE_FLEX)
-"""Those of them for which layers say their window: `sdpa` becomes one of ours for trees."""
+"""Those of them for which layers say their window: `sdpa` becomes one of ours for trees, and so does `eager` of a model
+that has no `sdpa`, because of its attention sinks."""
 
 CHECK_LENGTH = 24
 """Longest made-up sequence in tokens: long enough to fork twice."""
@@ -118,7 +119,8 @@ def plan_forward(
             _check_long_neighbour(scorer, wrapped, max_length, device, padded_tolerance)
         tolerance = max(CHECK_TOLERANCE, eps, LAYOUT_TOLERANCE_RATIO * padded_difference)
         for layout in ("tree", "packed", "padded") if requested == "auto" else (requested,):
-            reason = _cannot(layout, config, max_length) or _needless(layout, config, requested, device)
+            has_windows = comparison.takes_tree_attention
+            reason = _cannot(layout, config, max_length, has_windows) or _needless(layout, config, requested, device)
             if reason is None and layout != "padded":
                 plan = replace(padded, layout=layout)
                 reason = (comparison.refuses_tree if layout == "tree" else comparison.refuses)(plan, tolerance)
@@ -152,16 +154,35 @@ class _Comparison:
     autocast: Callable[[], Any] = nullcontext
     has_float32_head: bool = False
     fallbacks: list[str] = field(default_factory=list)
+    alone: dict[int, Tensor] = field(default_factory=dict)
+    """Logprobs of each sequence alone, by the length of the longest: by the model's own attention, as it was at first."""
 
     @property
     def config(self) -> Any:
         return self.model.config.get_text_config()
 
+    @property
+    def takes_tree_attention(self) -> bool:
+        """Whether the model may be given attention of ours over trees."""
+        implementation = self.config._attn_implementation
+        has_sdpa = getattr(self.model, "_supports_sdpa", True)
+        return implementation in WINDOW_IMPLEMENTATIONS or (implementation == "eager" and not has_sdpa)
+
     def difference(self, plan: ForwardPlan, length: int = CHECK_LENGTH) -> float:
         """Mean |logprob difference| in nats with sequences of up to `length` tokens, the largest of all ranks."""
-        groups = _check_sequences(self.config.vocab_size, min(self.max_length, length))
+        groups = self._groups(length)
         scorer = PolicyScorer(self.model, replace(plan, has_float32_head=self.has_float32_head), self.autocast)
-        return largest_over_ranks(_difference_to_alone(scorer, self.wrapped, groups, self.device))
+        self.run_alone(length)
+        return largest_over_ranks(_difference(scorer, self.wrapped, groups, self.alone[length], self.device))
+
+    def run_alone(self, length: int) -> None:
+        """Run each sequence of up to `length` tokens alone, unless that is done."""
+        if length not in self.alone:
+            sequences = [sequence for group in self._groups(length) for sequence in group]
+            self.alone[length] = _logprobs_alone(self.wrapped, sequences, self.device)
+
+    def _groups(self, length: int) -> list[list[Tensor]]:
+        return _check_sequences(self.config.vocab_size, min(self.max_length, length))
 
     def refuses(self, plan: ForwardPlan, tolerance: float, length: int = CHECK_LENGTH) -> str | None:
         """Why the comparison speaks against a layout; None if it does not."""
@@ -176,11 +197,12 @@ class _Comparison:
         return f"it gives other logprobs on this model: mean difference {distance:.2g} nats"
 
     def refuses_tree(self, plan: ForwardPlan, tolerance: float) -> str | None:
-        """As `refuses`; a model with `sdpa` is given the attention that computes no more of a tree than it needs.
+        """As `refuses`; a model that can is given the attention that computes no more of a tree than it needs.
 
         For good: gradient checkpointing runs the layers again in the backward pass.
         """
-        if self.config._attn_implementation != "sdpa":
+        before = self.config._attn_implementation
+        if not self.takes_tree_attention:
             return self.refuses(plan, tolerance)
         register_tree_attention()
         window = _short_window(self.config, self.max_length)
@@ -190,6 +212,10 @@ class _Comparison:
         skipping = None
         # Without a window, there is nothing to skip in the short rows of a GPU.
         if self.device.type == "cpu" or window is not None or self.max_length >= MIN_FLEX_LENGTH:
+            # By the model's own attention.
+            self.run_alone(length)
+            if self.device.type != "cpu" and self.max_length >= MIN_FLEX_LENGTH:
+                self.run_alone(max(length, FLEX_CHECK_LENGTH))
             self.model.set_attn_implementation(implementation)
             if self.config._attn_implementation == implementation:
                 skipping = self._refuses_skipping(plan, tolerance, length)
@@ -198,7 +224,7 @@ class _Comparison:
                 skipping = "the model has attention of its own"
             if skipping is None:
                 return None
-            self.model.set_attn_implementation("sdpa")
+            self.model.set_attn_implementation(before)
             if window is not None:
                 return skipping
         reason = self.refuses(plan, tolerance)
@@ -265,7 +291,8 @@ def _check_long_neighbour(
     vocab_size = scorer.model.config.get_text_config().vocab_size
     groups = _check_sequences(vocab_size, min(max_length, CHECK_LENGTH))
     long = torch.randint(vocab_size, (max_length,), generator=torch.Generator().manual_seed(1))
-    distance = largest_over_ranks(_difference_to_alone(scorer, wrapped, [*groups, [long]], device, num_left_out=1))
+    alone = _logprobs_alone(wrapped, [sequence for group in groups for sequence in group], device)
+    distance = largest_over_ranks(_difference(scorer, wrapped, [*groups, [long]], alone, device, num_left_out=1))
     if not distance <= tolerance:
         raise PreflightError(
             f"Short rollouts get other logprobs beside one of {max_length} tokens: mean difference {distance:.2g} nats.",
@@ -306,8 +333,10 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
 
 
-def _cannot(layout: str, config: Any, max_length: int) -> str | None:
-    """Why a layout is out of the question, as far as the config tells; None if it may work."""
+def _cannot(layout: str, config: Any, max_length: int, has_windows: bool) -> str | None:
+    """Why a layout is out of the question, as far as the config tells; None if it may work. With `has_windows`, the
+    attention of the model can be ours, which has windows on the paths of trees.
+    """
     if layout != "tree":
         return None
     implementation = config._attn_implementation
@@ -315,7 +344,7 @@ def _cannot(layout: str, config: Any, max_length: int) -> str | None:
         return f"attention implementation {implementation} takes no mask; {', '.join(TREE_IMPLEMENTATIONS)} do"
     # The made-up sequences are shorter than most windows and chunks: this would not show in the comparison.
     window = _short_window(config, max_length)
-    if window is not None and implementation not in WINDOW_IMPLEMENTATIONS:
+    if window is not None and not has_windows:
         name, size = window
         return (
             f"the model's {name.replace('_', ' ')} of {size} tokens is shorter than max_length ({max_length}), and only sdpa "
@@ -361,14 +390,24 @@ def _check_sequences(vocab_size: int, length: int) -> list[list[Tensor]]:
     return [[*forked, torch.cat([prompt, tokens(2)])], [tokens(third), tokens(max(third - 1, 1))]]
 
 
-def _difference_to_alone(
+def _logprobs_alone(wrapped: nn.Module, sequences: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Logprobs (N,) in nats of all tokens but the first of each sequence, by the model's own logits for it alone."""
+    alone = []
+    for sequence in sequences:
+        logits = wrapped(input_ids=sequence[None].to(device), use_cache=False).logits[0, :-1]
+        alone.append(logits.float().log_softmax(-1).gather(-1, sequence[1:, None].to(device)).squeeze(-1))
+    return torch.cat(alone)
+
+
+def _difference(
     scorer: PolicyScorer,
     wrapped: nn.Module,
     groups: Sequence[Sequence[Tensor]],
+    alone: Tensor,
     device: torch.device,
     num_left_out: int = 0,
 ) -> float:
-    """Mean |logprob difference| in nats between a layout and the model's own logits for each sequence alone.
+    """Mean |logprob difference| in nats between a layout and `alone`, the logprobs of each sequence alone.
 
     The last `num_left_out` sequences are laid out with the others and not compared.
     """
@@ -384,11 +423,7 @@ def _difference_to_alone(
         "temperature": torch.ones(targets.shape),
     }
     scores, _ = scorer(wrapped, {name: tensor.to(device) for name, tensor in batch.items()})
-    alone = []
-    for sequence in sequences:
-        logits = wrapped(input_ids=sequence[None].to(device), use_cache=False).logits[0, :-1]
-        alone.append(logits.float().log_softmax(-1).gather(-1, sequence[1:, None].to(device)).squeeze(-1))
-    return (scores.logprobs - torch.cat(alone)).abs().mean().item()
+    return (scores.logprobs - alone).abs().mean().item()
 
 
 def _is_sharded(head: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -28,7 +28,7 @@ from .layouts import tree_attention_mask
 from .tree_blocks import Positions, TreeBlock, tree_blocks
 
 
-TREE_SDPA = "trl_atropos_sdpa"
+TREE_SDPA = "trl_atropos_blocks"
 TREE_FLEX = "trl_atropos_flex"
 """Names of the attention implementations; otherwise they are `sdpa`."""
 
@@ -60,13 +60,15 @@ def tree_sdpa(
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer over trees, on a CPU; with another mask or none, this is `sdpa`.
 
     `query` is (R, heads, L, D), `key` and `value` are (R, key-value heads, L, D), with rotary embeddings applied; heads of
     `value` may be smaller. `attention_mask` is that of [`tree_columns`]. A layer with a window names it in
-    `sliding_window`: a token attends to itself and to the `sliding_window - 1` tokens before it on its path. The other
+    `sliding_window`: a token attends to itself and to the `sliding_window - 1` tokens before it on its path. `s_aux`, (heads,),
+    are the logits of attention sinks, which take a part of the probability and give nothing. The other
     arguments are those of `sdpa`. With a `dropout` above 0, every pair of tokens is multiplied. What the rotary embedding
     or a norm has left in float32 under autocast is cast to the dtype of the values, as autocast does for `sdpa`.
 
@@ -76,11 +78,10 @@ def tree_sdpa(
         query, key = query.to(value.dtype), key.to(value.dtype)
         # The kernel wants heads of one size; what zeros add is cut off again.
         num_missing = max(query.shape[-1] - value.shape[-1], 0)
-        output = _attend(query, key, F.pad(value, (0, num_missing)), attention_mask, sliding_window, scaling)
+        output = _attend(query, key, F.pad(value, (0, num_missing)), attention_mask, sliding_window, scaling, s_aux)
         return output[..., : output.shape[-1] - num_missing].contiguous(), None
-    return _sdpa(
-        module, query, key, value, attention_mask, dropout, scaling, is_causal, sliding_window=sliding_window, **kwargs
-    )
+    options = {"sliding_window": sliding_window, "s_aux": s_aux, **kwargs}
+    return _all_pairs(module, query, key, value, attention_mask, dropout, scaling, is_causal, **options)
 
 
 def tree_flex(
@@ -93,6 +94,7 @@ def tree_flex(
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer over trees, on a GPU; in rows below `MIN_FLEX_LENGTH`, every pair of tokens is multiplied.
@@ -103,18 +105,8 @@ def tree_flex(
         ValueError: `dropout` is not 0, which flex attention does not have.
     """
     if not _is_tree(attention_mask) or query.shape[2] < MIN_FLEX_LENGTH:
-        return _sdpa(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout,
-            scaling,
-            is_causal,
-            sliding_window=sliding_window,
-            **kwargs,
-        )
+        options = {"sliding_window": sliding_window, "s_aux": s_aux, **kwargs}
+        return _all_pairs(module, query, key, value, attention_mask, dropout, scaling, is_causal, **options)
     if dropout:
         raise ValueError(
             f"The attention dropout is {dropout}. Flex attention has none. Set attention_dropout 0 in the model's "
@@ -131,12 +123,48 @@ def tree_flex(
         block_mask=_known(attention_mask, sliding_window, tree_block_mask),
         scale=scaling,
         enable_gqa=num_groups > 1,
+        return_aux=None if s_aux is None else AuxRequest(lse=True),
     )
+    if s_aux is not None:
+        output, sums = output
+        # What the sinks leave of the probability.
+        output = output * torch.sigmoid(sums.lse - s_aux.view(1, -1, 1))[..., None].to(output.dtype)
     return output.transpose(1, 2).contiguous(), None
 
 
 def _is_tree(attention_mask: Tensor | None) -> TypeGuard[Tensor]:
     return attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.int64
+
+
+def _all_pairs(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention that multiplies every pair of tokens: `sdpa`, which has no sinks, or the same with them."""
+    if s_aux is None:
+        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    if _is_tree(attention_mask):
+        attention_mask = _known(attention_mask, kwargs.get("sliding_window"), _dense_mask)
+    length = query.shape[2]
+    sees = attention_mask
+    if sees is None:
+        sees = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    num_groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, num_groups), repeat_kv(value, num_groups)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    logits = (query.to(value.dtype) @ key.to(value.dtype).transpose(2, 3) * scale).float()
+    sinks = s_aux.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+    logits = torch.cat([logits.masked_fill(~sees, torch.finfo(logits.dtype).min), sinks], dim=-1)
+    weights = F.dropout(logits.softmax(dim=-1)[..., :-1], dropout).to(value.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 def _sdpa(
@@ -190,11 +218,17 @@ def _known(columns: Tensor, window: int | None, make: Callable[[Tensor, Tensor, 
 # A compiled model calls it as it is: which blocks there are depends on the data.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, columns: Tensor, window: int | None, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    columns: Tensor,
+    window: int | None,
+    scaling: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Output (R, L, heads, D) of attention over the blocks of every row."""
     output: Tensor = _BlockAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, _known(columns, window, _blocks), scaling
+        query, key, value, _known(columns, window, _blocks), scaling, sinks
     )
     return output.transpose(1, 2)
 
@@ -205,6 +239,9 @@ class _BlockAttention(torch.autograd.Function):
     Softmax over the two kinds of keys together is that over each, weighted by their sums of exponentials, which torch's
     kernel returns as logarithms; its backward pass takes the output and the sum of both. FlashAttention, section 3.1:
     https://arxiv.org/abs/2205.14135
+
+    A sink is one more key for every query of its head, with a logit of its own and a value of zeros: it adds to the sum, and
+    its gradient is that of a logit.
     """
 
     @staticmethod
@@ -215,6 +252,7 @@ class _BlockAttention(torch.autograd.Function):
         value: Tensor,
         blocks: Sequence[Sequence[TreeBlock]],
         scaling: float | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         num_rows, num_heads, length, _ = query.shape
         # As the layers want it: positions before heads.
@@ -230,13 +268,17 @@ class _BlockAttention(torch.autograd.Function):
                 result_sum = both
             output[row, :, block.queries] = result
             log_sum[row, :, block.queries] = result_sum
-        ctx.save_for_backward(query, key, value, output, log_sum)
+        if sinks is not None:
+            with_sinks = torch.logaddexp(log_sum, sinks.to(log_sum.dtype)[:, None])
+            output *= (log_sum - with_sinks).exp()[..., None]
+            log_sum = with_sinks
+        ctx.save_for_backward(query, key, value, output, log_sum, sinks)
         ctx.blocks, ctx.scaling = blocks, scaling
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, log_sum = ctx.saved_tensors
+        query, key, value, output, log_sum, sinks = ctx.saved_tensors
         # A query has gradients of two kinds of keys, a key those of all blocks that see it: they are added up.
         to_query, to_key, to_value = (torch.zeros(of.shape, dtype=_accurate(of.dtype)) for of in (query, key, value))
         for row, block in _of_all_rows(ctx.blocks):
@@ -249,7 +291,12 @@ class _BlockAttention(torch.autograd.Function):
                     (to_query, to_key, to_value), (block.queries, keys, keys), parts, strict=True
                 ):
                     _add_at(to[row], positions, part)
-        return to_query.to(query.dtype), to_key.to(key.dtype), to_value.to(value.dtype), None, None
+        to_sinks = None
+        if sinks is not None:
+            probability = (sinks.to(log_sum.dtype)[:, None] - log_sum).exp()
+            of_output = (gradients[0].to(log_sum.dtype) * output).sum(dim=-1)
+            to_sinks = -(probability * of_output).sum(dim=(0, 2)).to(sinks.dtype)
+        return to_query.to(query.dtype), to_key.to(key.dtype), to_value.to(value.dtype), None, None, to_sinks
 
 
 def _of_all_rows(blocks: Sequence[Sequence[TreeBlock]]) -> list[tuple[slice, TreeBlock]]:

@@ -136,16 +136,17 @@ WINDOWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
                  "layer_types": ["sliding_attention", "full_attention"]}),
 }  # fmt: skip
 WITHOUT_SDPA = ("gpt_oss",)
-"""transformers has only eager attention of these on a CPU."""
+"""transformers has only eager attention of these on a CPU, because of their attention sinks."""
 
 
 class TestSlidingWindow:
-    @pytest.mark.parametrize("name", sorted(WINDOWS.keys() - WITHOUT_SDPA))
+    @pytest.mark.parametrize("name", sorted(WINDOWS))
     def test_trees_have_windows(self, name):
         model_class, config_class, options = WINDOWS[name]
-        model = tiny(model_class, config_class, **options)
+        implementation = "eager" if name in WITHOUT_SDPA else "sdpa"
+        model = tiny(model_class, config_class, implementation, **options)
         # The same weights, one rollout at a time, with the kernels of torch.
-        alone = tiny(model_class, config_class, **options)
+        alone = tiny(model_class, config_class, implementation, **options)
         found = plan(model)
         assert found == ForwardPlan("tree", projects_in_pieces=True)
         expected = own_logprobs(alone, rollouts())
@@ -172,21 +173,17 @@ class TestSlidingWindow:
             difference = own_logprobs(windowed, rollouts()) - own_logprobs(whole, rollouts())
         assert difference.abs().max() > 1e-3
 
-    @pytest.mark.parametrize("name", sorted(WINDOWS))
-    def test_eager_attention_takes_packed_or_padded_rows_and_says_why(self, name, caplog):
+    @pytest.mark.parametrize("name", sorted(WINDOWS.keys() - WITHOUT_SDPA))
+    def test_eager_attention_takes_packed_rows_and_says_why(self, name, caplog):
         model_class, config_class, options = WINDOWS[name]
         model = tiny(model_class, config_class, "eager", **options)
         found = plan(model)
         assert found.projects_in_pieces
-        # GPT-OSS does not keep packed rows apart.
-        assert found.layout == ("padded" if name == "gpt_oss" else "packed")
-        reason, *others = found.fallbacks
-        assert len(others) == (1 if name == "gpt_oss" else 0)
-        assert reason == (
+        assert found.layout == "packed"
+        assert found.fallbacks == (
             "the tree layout is not used: the model's sliding window of 16 tokens is shorter than max_length (64), and only "
-            "sdpa has trees with windows, not eager"
+            "sdpa has trees with windows, not eager",
         )
-        # transformers warns of GPT-OSS once a process.
         warnings = [record.getMessage() for record in caplog.records if record.name.startswith("trl_atropos.")]
         assert warnings == [f"Forward passes are slower than they could be: {why}." for why in found.fallbacks]
         assert_scores_are_the_models_own(model, found)

@@ -249,7 +249,7 @@ def test_a_model_that_takes_no_mask_but_a_dense_one_multiplies_every_pair():
     found = plan(model)
     assert (found.layout, model.config._attn_implementation) == ("tree", "sdpa")
     assert found.fallbacks == (
-        "attention multiplies every pair of tokens of a tree: trl_atropos_sdpa is not used, the model cannot take it "
+        "attention multiplies every pair of tokens of a tree: trl_atropos_blocks is not used, the model cannot take it "
         "(TypeError: masks are boolean)",
     )
 
@@ -259,7 +259,7 @@ def test_a_model_with_attention_of_its_own_multiplies_every_pair():
     found = plan(model)
     assert (found.layout, model.config._attn_implementation) == ("tree", "sdpa")
     assert found.fallbacks == (
-        "attention multiplies every pair of tokens of a tree: trl_atropos_sdpa is not used, the model has attention of its own",
+        "attention multiplies every pair of tokens of a tree: trl_atropos_blocks is not used, the model has attention of its own",
     )
 
 
