@@ -311,7 +311,7 @@ class TestBlockMask:
 
     def test_the_check_of_the_gradient_compares_two_ways(self, monkeypatch):
         # Flex attention has no backward on a CPU; the way with a dense mask stands in for it, once right and once wrong.
-        def attend(query, key, value, block_mask, scale, enable_gqa):
+        def attend(query, key, value, block_mask, scale, enable_gqa, return_aux):
             mask = tree_attention_mask(block_mask.subtree_end)
             output, _ = sdpa_attention_forward(self.layer, query, key, value, mask, scaling=scale * self.factor)
             return output.transpose(1, 2)
@@ -349,7 +349,17 @@ class TestChoiceOnAGpu:
         monkeypatch.setattr(
             planning._Comparison, "difference", lambda self, plan, length=0: logprobs if length > 1000 else 0.0
         )
+        compared_with: dict[int, str] = {}
+        monkeypatch.setattr(
+            planning._Comparison,
+            "run_alone",
+            lambda self, length: compared_with.setdefault(length, model.config._attn_implementation),
+        )
         assert comparison.refuses_tree(planning.ForwardPlan("tree", True), 1e-3) is None
+        # Its own attention, in sequences of every length that is asked for.
+        assert set(compared_with.values()) <= {"sdpa"}
+        if model.config._attn_implementation == TREE_FLEX and max_length >= MIN_FLEX_LENGTH:
+            assert max(compared_with) >= planning.FLEX_CHECK_LENGTH
         return model.config._attn_implementation, comparison.fallbacks
 
     def test_long_rows_skip_blocks(self, monkeypatch):
