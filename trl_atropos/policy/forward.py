@@ -94,6 +94,9 @@ class ReferencePolicy:
         sequence_parallel: SequenceParallel | None = None,
     ):
         self._model = model
+        if copy_of_start is not None:
+            # The layout was found to be right with this one, which has windows and sinks on the paths of trees.
+            copy_of_start.set_attn_implementation(model.config.get_text_config()._attn_implementation)
         self._wrapped_copy = None if copy_of_start is None else _prepare(copy_of_start, accelerator)
         self._scorer = PolicyScorer(
             model if copy_of_start is None else copy_of_start, plan, accelerator.autocast, sequence_parallel

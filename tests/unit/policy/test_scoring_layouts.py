@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from scoring_cases import (
     MAX_LENGTH,
@@ -63,9 +64,13 @@ from transformers import (
 )
 from transformers.masking_utils import AttentionMaskInterface
 
+from trl_atropos.data.micro_batches import RolloutCollator
 from trl_atropos.errors import PreflightError
 from trl_atropos.policy import tree_attention
+from trl_atropos.policy.forward import make_forward
 from trl_atropos.policy.layouts import LAYOUTS
+from trl_atropos.policy.load import make_reference_model
+from trl_atropos.policy.options import PolicyOptions
 from trl_atropos.policy.scoring import ForwardPlan, takes_lengths
 
 
@@ -159,6 +164,28 @@ class TestSlidingWindow:
         ]
         for ours, theirs in zip(*gradients, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+    @pytest.mark.parametrize("name", ["mistral", "gemma3", "gpt_oss"])
+    def test_the_reference_has_them_too(self, name):
+        model_class, config_class, options = WINDOWS[name]
+        model = tiny(model_class, config_class, "eager" if name in WITHOUT_SDPA else "sdpa", **options)
+        reference = make_reference_model(model, PolicyOptions())
+        forward = make_forward(
+            model,
+            model,
+            reference,
+            Accelerator(cpu=True),
+            layout="auto",
+            max_length=MAX_LENGTH,
+            needs_reference=True,
+        )
+        assert forward.scorer.plan.layout == "tree"
+        collate = RolloutCollator("tree", temperature=1.0, shares_between_groups=forward.scorer.shares_between_groups)
+        batch = collate(rollouts())
+        with torch.no_grad():
+            scores, _ = forward.scorer(model, batch)
+        # Nothing is trained yet.
+        torch.testing.assert_close(forward.reference.logprobs(model, batch), scores.logprobs, rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize("name", sorted(WINDOWS))
     def test_the_window_makes_a_difference(self, name):
