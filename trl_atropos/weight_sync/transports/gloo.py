@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import secrets
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,13 +18,11 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not listed in its stubs
 from torch.distributed.distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo, Store, Work
 
-from ...errors import WeightSyncTimeout
 from ..base import PolicyLayout, TensorSpec, TransferReport, align
 from .collective import Cancelled, Collective
-from .rendezvous import bind, local_address_towards, server_host
+from .group import TRAINER_RANK, GroupTransport
 from .reports import (
     CHECKSUM_MODULUS,
-    POLL_INTERVAL_S,
     WorkerReport,
     check_reports,
     checksum,
@@ -37,10 +34,6 @@ from .reports import (
 if TYPE_CHECKING:
     from ..inference_server import InferenceServer
 
-
-TRAINER_RANK = 0
-RANK_OFFSET = 1
-"""Rank of worker 0."""
 
 CHUNK_BYTES = 32 * 2**20
 """Small enough that loading one chunk hides the arrival of the next."""
@@ -135,71 +128,45 @@ def cut_chunks(layout: PolicyLayout, specs: Sequence[TensorSpec], chunk_bytes: i
         yield Chunk(start, tuple(taken))
 
 
-class GlooTransport:
+class GlooTransport(GroupTransport):
     """`WeightTransport` for a server with `--weight-transfer-config '{"backend": "trl_atropos_gloo"}'`.
 
     The policy is sent in chunks of `chunk_bytes` straight from the staging memory; a worker loads one chunk while it
     receives the next. Tensors are not split, so a larger one is a chunk of its own.
 
     `timeout_s` is the deadline in seconds of connecting and of every chunk: a worker that is killed or stopped ends a
-    transfer within it. `host` is the address of this machine where the workers meet the trainer, and the only one that
-    it listens on; the one that faces the server if not given. `port` 0 takes a free one.
+    transfer within it. `host` and `port` are those of `GroupTransport`.
     """
 
     def __init__(
         self, timeout_s: float = 300.0, *, host: str | None = None, port: int = 0, chunk_bytes: int = CHUNK_BYTES
     ):
-        self.timeout_s = timeout_s
-        self.host = host
-        self.port = port
+        super().__init__(timeout_s, host=host, port=port)
         self.chunk_bytes = chunk_bytes
-        self._client: InferenceServer | None = None
-        self._layout: PolicyLayout | None = None
-        self._memory = torch.zeros(0, dtype=torch.uint8)
         self._store: Store | None = None
         self._group: ProcessGroupGloo | None = None
         self._num_workers = 0
         self._sequence = 0
         self._checksums: list[int] | None = None
 
-    def open(self, client: InferenceServer, layout: PolicyLayout) -> torch.Tensor:
-        """Meet the workers. See `WeightTransport.open`."""
-        self.close()
-        num_workers = client.get_world_size()
-        host = self.host or local_address_towards(server_host(client.base_url))
-        listener = bind(host, self.port)
-        port = listener.getsockname()[1]
+    def _meet(self, client: InferenceServer) -> None:
+        listener, meeting = self._listen(client)
+        host, port = meeting["master_address"], meeting["master_port"]
         # In no local variable: the traceback of an error would keep the port.
         name = secrets.token_hex(16)
         self._store = connect_store(host, port, name, self.timeout_s, listener.detach())
-        self._num_workers = num_workers
-        init_info = {
-            "master_address": host,
-            "master_port": port,
-            "name": name,
-            "rank_offset": RANK_OFFSET,
-            "world_size": num_workers + RANK_OFFSET,
-            "timeout_s": self.timeout_s,
-        }
+        self._num_workers = meeting["world_size"] - meeting["rank_offset"]
         rendezvous = Collective(
             "gloo rendezvous",
-            lambda is_cancelled: self._join(host, is_cancelled),
+            lambda is_cancelled: self._join(host, meeting["world_size"], is_cancelled),
             timeout_s=self.timeout_s,
         )
-        try:
-            rendezvous.run_beside(lambda: client.init_weight_transfer_engine(init_info))
-        except BaseException:
-            self.close()
-            raise
-        self._client = client
-        self._layout = layout
-        if self._memory.numel() != layout.num_bytes:
-            self._memory = torch.zeros(layout.num_bytes, dtype=torch.uint8)
-        return self._memory
+        init_info = {**meeting, "name": name, "timeout_s": self.timeout_s}
+        rendezvous.run_beside(lambda: client.init_weight_transfer_engine(init_info))
 
     def prepare(self, specs: Sequence[TensorSpec]) -> None:
         """Sum what is going to be sent, chunk by chunk. See `WeightTransport.prepare`."""
-        layout = self._require_layout()
+        _, layout = self._require_open()
         self._checksums = [
             checksum(layout.view(self._memory, spec) for spec in chunk.specs)
             for chunk in cut_chunks(layout, specs, self.chunk_bytes)
@@ -207,8 +174,7 @@ class GlooTransport:
 
     def send(self, specs: Sequence[TensorSpec]) -> TransferReport:
         """Broadcast tensors to every worker and check the reports. See `WeightTransport.send`."""
-        client, layout = self._client, self._require_layout()
-        assert client is not None
+        client, layout = self._require_open()
         if self._checksums is None:
             self.prepare(specs)
         # Of what is staged now, so of one transfer.
@@ -237,27 +203,18 @@ class GlooTransport:
             self._require_store().delete_key(report_key(self._sequence, worker))
         return report
 
-    def close(self) -> None:
-        """Leave the group and free the port. See `WeightTransport.close`."""
-        self._client = None
-        self._layout = None
+    def _leave(self) -> None:
         self._checksums = None
         self._group = None
         self._store = None
-
-    def _require_layout(self) -> PolicyLayout:
-        if self._layout is None:
-            raise RuntimeError("The transport is not open: call open() first.")
-        return self._layout
 
     def _require_store(self) -> Store:
         assert self._store is not None
         return self._store
 
-    def _join(self, host: str, is_cancelled: threading.Event) -> None:
+    def _join(self, host: str, world_size: int, is_cancelled: threading.Event) -> None:
         # Only with everybody there: joining cannot be cancelled.
         self._wait_for([joined_key(worker) for worker in range(self._num_workers)], is_cancelled)
-        world_size = self._num_workers + RANK_OFFSET
         self._group = join_group(self._require_store(), TRAINER_RANK, world_size, host, self.timeout_s)
 
     def _broadcast(self, chunks: Sequence[Chunk], is_cancelled: threading.Event) -> None:
@@ -278,17 +235,11 @@ class GlooTransport:
             raise
 
     def _wait_for(self, keys: list[str], is_cancelled: threading.Event) -> None:
-        deadline = time.monotonic() + self.timeout_s
-        while not self._require_store().check(keys):
-            if is_cancelled.wait(POLL_INTERVAL_S):
-                raise Cancelled
-            if time.monotonic() > deadline:
-                absent = [worker for worker, key in enumerate(keys) if not self._require_store().check([key])]
-                raise WeightSyncTimeout(
-                    f"Workers {absent} of {len(keys)} did not come within {self.timeout_s:.0f} s.",
-                    "They cannot reach the trainer, or they are stopped.",
-                    "Look at the server's log; name an address that the server reaches with --vllm_group_host.",
-                )
+        absence = (
+            "They cannot reach the trainer, or they are stopped.",
+            "Look at the server's log; name an address that the server reaches with --vllm_group_host.",
+        )
+        self._wait_for_workers(self._require_store(), keys, is_cancelled, absence)
 
     def _read_report(self, worker: int) -> WorkerReport | None:
         key = report_key(self._sequence, worker)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import VLLMServerError, WeightSyncError
-from ..base import PolicyLayout, TensorSpec, TransferReport
+from ..base import TensorSpec, TransferReport
 from .collective import Collective
-from .rendezvous import bind, local_address_towards, server_host
+from .group import GroupTransport
 from .reports import describe_tensors
 
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RANK_OFFSET = 1
-"""Rank of worker 0; the trainer is rank 0."""
-
 PACKED_BUFFER_BYTES = 256 * 2**20
 PACKED_NUM_BUFFERS = 2
 
@@ -37,7 +34,7 @@ ABORT_S = 10.0
 """Seconds that an aborted broadcast is waited for; vLLM gives the abort itself five."""
 
 
-class NcclTransport:
+class NcclTransport(GroupTransport):
     """`WeightTransport` for a server with `--weight-transfer-config '{"backend": "nccl"}'`, TRL's default.
 
     What NCCL does runs beside the request that makes the workers join, and the first that fails ends both. A broadcast is
@@ -47,23 +44,15 @@ class NcclTransport:
     A stock server sends no reports: that it loaded every tensor is only proven by the publisher's logprob probe.
 
     `device` is the CUDA device of the trainer's main process. `timeout_s` is how long a collective may go on after the
-    workers have answered, in seconds. `host` is the address of this machine where the workers meet the trainer; the
-    one that faces the server if not given. `port` 0 takes a free one.
+    workers have answered, in seconds. `host` and `port` are those of `GroupTransport`.
     """
 
     def __init__(self, device: torch.device, timeout_s: float = 300.0, *, host: str | None = None, port: int = 0):
+        super().__init__(timeout_s, host=host, port=port)
         self.device = device
-        self.timeout_s = timeout_s
-        self.host = host
-        self.port = port
-        self._client: InferenceServer | None = None
-        self._layout: PolicyLayout | None = None
-        self._memory: torch.Tensor | None = None
         self._group: Any = None
 
-    def open(self, client: InferenceServer, layout: PolicyLayout) -> torch.Tensor:
-        """Join the workers in an NCCL group. See `WeightTransport.open`."""
-        self.close()
+    def _meet(self, client: InferenceServer) -> None:
         if self.device.type != "cuda":
             raise WeightSyncError(
                 f"The vLLM server at {client.base_url} receives weights over NCCL, the trainer runs on {self.device}.",
@@ -73,14 +62,9 @@ class NcclTransport:
         # Before the server is asked for anything: it would wait for a trainer that cannot come.
         self._check_libraries()
         disconnect(client)
-        world_size = client.get_world_size() + RANK_OFFSET
-        host = self.host or local_address_towards(server_host(client.base_url))
-        listener = bind(host, self.port)
+        listener, meeting = self._listen(client)
         init_info = {
-            "master_address": host,
-            "master_port": listener.getsockname()[1],
-            "rank_offset": RANK_OFFSET,
-            "world_size": world_size,
+            **meeting,
             "packed": True,
             "packed_buffer_size_bytes": PACKED_BUFFER_BYTES,
             "packed_num_buffers": PACKED_NUM_BUFFERS,
@@ -93,20 +77,13 @@ class NcclTransport:
             end_s=0.0,
         )
         self._group = rendezvous.run_beside(lambda: client.init_weight_transfer_engine(init_info))
-        self._client = client
-        self._layout = layout
-        if self._memory is None or self._memory.numel() != layout.num_bytes:
-            self._memory = torch.zeros(layout.num_bytes, dtype=torch.uint8)
-        return self._memory
 
     def prepare(self, specs: Sequence[TensorSpec]) -> None:
         """Nothing: the workers are told no checksums. See `WeightTransport.prepare`."""
 
     def send(self, specs: Sequence[TensorSpec]) -> TransferReport:
         """Broadcast tensors to every worker. See `WeightTransport.send`."""
-        if self._client is None or self._layout is None or self._memory is None:
-            raise RuntimeError("The transport is not open: call open() first.")
-        client = self._client
+        client, _ = self._require_open()
         specs = in_packed_order(specs)
         broadcast = Collective(
             "NCCL broadcast",
@@ -117,12 +94,6 @@ class NcclTransport:
         )
         broadcast.run_beside(lambda: client.update_weights(describe_tensors(specs)))
         return TransferReport(sum(spec.num_bytes for spec in specs), load_s=0.0)
-
-    def close(self) -> None:
-        """Leave the group. See `WeightTransport.close`."""
-        self._client = None
-        self._layout = None
-        self._leave()
 
     def _leave(self) -> None:
         """Abort the communicator, also while it waits for a worker, and let go of the port."""
@@ -192,9 +163,9 @@ class NcclTransport:
 
     def tensors_on_device(self, specs: Sequence[TensorSpec]) -> Iterator[tuple[str, torch.Tensor]]:
         """Copy tensors one by one to the device, on the stream that is current when each is taken."""
-        assert self._memory is not None and self._layout is not None
+        _, layout = self._require_open()
         for spec in specs:
-            yield spec.name, self._layout.view(self._memory, spec).to(self.device, non_blocking=True)
+            yield spec.name, layout.view(self._memory, spec).to(self.device, non_blocking=True)
 
 
 def in_packed_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:

@@ -14,18 +14,17 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not listed in its stubs
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store, Work
 
-from ...errors import WeightSyncError, WeightSyncTimeout
-from ..base import PolicyLayout, TensorSpec, TransferReport
-from .collective import Cancelled, Collective
-from .gloo import RANK_OFFSET, TRAINER_RANK, Chunk, cut_chunks, join_group, start_broadcast
-from .rendezvous import bind, local_address_towards, server_host
-from .reports import POLL_INTERVAL_S
+from ...errors import WeightSyncError
+from ..base import TensorSpec, TransferReport
+from .collective import Collective
+from .gloo import Chunk, connect_store, cut_chunks, join_group, start_broadcast
+from .group import RANK_OFFSET, TRAINER_RANK, GroupTransport
 
 
 if TYPE_CHECKING:
+    from ..base import PolicyLayout
     from ..inference_server import InferenceServer
 
 
@@ -41,12 +40,11 @@ def arrived_key(rank: int) -> str:
     return f"0/{rank}"
 
 
-class SGLangGroupTransport:
+class SGLangGroupTransport(GroupTransport):
     """What both groups have in common: the meeting, the buckets, and the requests beside them.
 
-    `timeout_s` is the deadline in seconds of connecting and of every bucket. `host` is the address of this machine
-    where the workers meet the trainer; the one that faces the server if not given. `port` 0 takes a free one. Buckets
-    have at most `bucket_bytes`, a larger tensor is one of its own.
+    `timeout_s` is the deadline in seconds of connecting and of every bucket. `host` and `port` are those of
+    `GroupTransport`. Buckets have at most `bucket_bytes`, a larger tensor is one of its own.
     """
 
     backend: str
@@ -55,86 +53,45 @@ class SGLangGroupTransport:
     def __init__(
         self, timeout_s: float = 300.0, *, host: str | None = None, port: int = 0, bucket_bytes: int = BUCKET_BYTES
     ):
-        self.timeout_s = timeout_s
-        self.host = host
-        self.port = port
+        super().__init__(timeout_s, host=host, port=port)
         self.bucket_bytes = bucket_bytes
-        self._client: InferenceServer | None = None
-        self._layout: PolicyLayout | None = None
-        self._memory = torch.zeros(0, dtype=torch.uint8)
         self._store: Store | None = None
 
-    def open(self, client: InferenceServer, layout: PolicyLayout) -> torch.Tensor:
-        """Meet the workers. See `WeightTransport.open`."""
-        self.close()
+    def _meet(self, client: InferenceServer) -> None:
         # Of a trainer that was connected before, which may have been killed at any point.
         client.shutdown_weight_transfer_engine()
-        num_workers = client.get_world_size()
-        world_size = num_workers + RANK_OFFSET
-        host = self.host or local_address_towards(server_host(client.base_url))
-        listener = bind(host, self.port)
-        port = listener.getsockname()[1]
-        timeout = timedelta(seconds=self.timeout_s)
-        # As `init_custom_process_group` of SGLang makes it. The trainer does not wait for the workers here.
-        store = TCPStore(
-            host,
-            port,
-            world_size,
-            is_master=True,
-            timeout=timeout,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
-        self._store = store
-        init_info = {
-            "master_address": host,
-            "master_port": port,
-            "rank_offset": RANK_OFFSET,
-            "world_size": world_size,
-            "group_name": GROUP_NAME,
-            "backend": self.backend,
-        }
+        listener, meeting = self._listen(client)
+        host, port = meeting["master_address"], meeting["master_port"]
+        # As `init_custom_process_group` of SGLang makes it. In no local variable: the traceback of an error would keep
+        # the port.
+        self._store = connect_store(host, port, GROUP_NAME, self.timeout_s, listener.detach())
         rendezvous = Collective(
             f"{self.backend} rendezvous",
-            lambda is_cancelled: self._join(PrefixStore(GROUP_NAME, store), world_size, host, is_cancelled),
+            lambda is_cancelled: self._join(host, meeting["world_size"], is_cancelled),
             timeout_s=self.timeout_s,
             end_s=0.0,  # NCCL waits for the workers inside, and gloo ends by itself.
         )
-        try:
-            rendezvous.run_beside(lambda: client.init_weight_transfer_engine(init_info))
-        except BaseException:
-            self.close()
-            raise
-        self._client = client
-        self._layout = layout
-        if self._memory.numel() != layout.num_bytes:
-            self._memory = torch.zeros(layout.num_bytes, dtype=torch.uint8)
-        return self._memory
+        init_info = {**meeting, "group_name": GROUP_NAME, "backend": self.backend}
+        rendezvous.run_beside(lambda: client.init_weight_transfer_engine(init_info))
 
     def prepare(self, specs: Sequence[TensorSpec]) -> None:
         """Nothing: the workers are told no checksums. See `WeightTransport.prepare`."""
 
     def send(self, specs: Sequence[TensorSpec]) -> TransferReport:
         """Broadcast tensors to every worker, bucket by bucket. See `WeightTransport.send`."""
-        if self._client is None or self._layout is None:
-            raise RuntimeError("The transport is not open: call open() first.")
+        client, layout = self._require_open()
         start = time.perf_counter()
-        buckets = list(cut_chunks(self._layout, specs, self.bucket_bytes))
+        buckets = list(cut_chunks(layout, specs, self.bucket_bytes))
         for index, bucket in enumerate(buckets):
-            self._send(self._client, bucket, is_last=index == len(buckets) - 1)
+            self._send(client, layout, bucket, is_last=index == len(buckets) - 1)
         # The workers do not say how long they loaded; each has when its request is answered.
         return TransferReport(sum(spec.num_bytes for spec in specs), load_s=time.perf_counter() - start)
 
-    def close(self) -> None:
-        """Leave the group and free the port. See `WeightTransport.close`."""
-        self._client = None
-        self._layout = None
-        self._leave()
+    def _leave(self) -> None:
+        self._leave_group()
         self._store = None
 
-    def _send(self, client: InferenceServer, bucket: Chunk, *, is_last: bool) -> None:
-        layout, memory = self._layout, self._memory
-        assert layout is not None
+    def _send(self, client: InferenceServer, layout: PolicyLayout, bucket: Chunk, *, is_last: bool) -> None:
         update_info = {
             "names": [spec.name for spec in bucket.specs],
             "dtypes": [spec.dtype_name for spec in bucket.specs],
@@ -142,19 +99,26 @@ class SGLangGroupTransport:
             "group_name": GROUP_NAME,
             "is_last": is_last,
         }
-        tensors = [layout.view(memory, spec) for spec in bucket.specs]
+        tensors = [layout.view(self._memory, spec) for spec in bucket.specs]
         broadcast = Collective(
-            f"{self.backend} broadcast", lambda _: self._broadcast(tensors), timeout_s=self.timeout_s, end=self._leave
+            f"{self.backend} broadcast",
+            lambda _: self._broadcast(tensors),
+            timeout_s=self.timeout_s,
+            end=self._leave_group,
         )
         broadcast.run_beside(lambda: client.update_weights(update_info))
 
-    def _join(self, store: Store, world_size: int, host: str, is_cancelled: threading.Event) -> None:
+    def _require_store(self) -> Store:
+        assert self._store is not None
+        return self._store
+
+    def _join(self, host: str, world_size: int, is_cancelled: threading.Event) -> None:
         raise NotImplementedError
 
     def _broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         raise NotImplementedError
 
-    def _leave(self) -> None:
+    def _leave_group(self) -> None:
         raise NotImplementedError
 
 
@@ -167,23 +131,18 @@ class SGLangGlooTransport(SGLangGroupTransport):
 
     _group: ProcessGroupGloo | None = None
 
-    def _join(self, store: Store, world_size: int, host: str, is_cancelled: threading.Event) -> None:
+    def _join(self, host: str, world_size: int, is_cancelled: threading.Event) -> None:
         # SGLang's end comes from torch.distributed, which puts the name of the group and the device before its keys.
-        prefixed = PrefixStore("cpu/", PrefixStore(f"{GROUP_NAME}/", store))
-        keys = [arrived_key(rank) for rank in range(RANK_OFFSET, world_size)]
-        deadline = time.monotonic() + self.timeout_s
+        store = PrefixStore("cpu/", PrefixStore(f"{GROUP_NAME}/", self._require_store()))
+        absence = (
+            "They cannot reach the trainer, they are stopped, or they still wait for a trainer that is gone.",
+            "Look at the server's log and restart it; name an address that it reaches with --vllm_group_host.",
+        )
         # Only with everybody there: joining cannot be cancelled.
-        while not prefixed.check(keys):
-            if is_cancelled.wait(POLL_INTERVAL_S):
-                raise Cancelled
-            if time.monotonic() > deadline:
-                absent = [key for key in keys if not prefixed.check([key])]
-                raise WeightSyncTimeout(
-                    f"{len(absent)} of {len(keys)} workers did not come within {self.timeout_s:.0f} s.",
-                    "They cannot reach the trainer, they are stopped, or they still wait for a trainer that is gone.",
-                    "Look at the server's log and restart it; name an address that it reaches with --vllm_group_host.",
-                )
-        self._group = join_group(prefixed, TRAINER_RANK, world_size, host, self.timeout_s)
+        self._wait_for_workers(
+            store, [arrived_key(rank) for rank in range(RANK_OFFSET, world_size)], is_cancelled, absence
+        )
+        self._group = join_group(store, TRAINER_RANK, world_size, host, self.timeout_s)
 
     def _broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         group = self._group
@@ -192,7 +151,7 @@ class SGLangGlooTransport(SGLangGroupTransport):
         for work in works:
             work.wait()
 
-    def _leave(self) -> None:
+    def _leave_group(self) -> None:
         self._group = None
 
 
@@ -211,17 +170,16 @@ class SGLangNcclTransport(SGLangGroupTransport):
         super().__init__(timeout_s, **options)
         self.device = device
 
-    def open(self, client: InferenceServer, layout: PolicyLayout) -> torch.Tensor:
-        """Meet the workers. See `WeightTransport.open`."""
+    def _meet(self, client: InferenceServer) -> None:
         if self.device.type != "cuda":
             raise WeightSyncError(
                 f"The SGLang server at {client.base_url} runs on CUDA, the trainer on {self.device}.",
                 "NCCL moves data between CUDA devices only.",
                 "Train on a GPU, or start the server with --device cpu.",
             )
-        return super().open(client, layout)
+        super()._meet(client)
 
-    def _join(self, store: Store, world_size: int, host: str, is_cancelled: threading.Event) -> None:
+    def _join(self, host: str, world_size: int, is_cancelled: threading.Event) -> None:
         from torch.distributed.distributed_c10d import Backend, _new_process_group_helper
 
         # A thread begins with device 0.
@@ -232,7 +190,7 @@ class SGLangNcclTransport(SGLangGroupTransport):
             TRAINER_RANK,
             [],
             Backend("nccl"),
-            store,
+            self._require_store(),
             group_name=GROUP_NAME,
             timeout=timedelta(seconds=self.timeout_s),
         )
@@ -244,7 +202,7 @@ class SGLangNcclTransport(SGLangGroupTransport):
             work.wait()
         torch.cuda.synchronize(self.device)
 
-    def _leave(self) -> None:
+    def _leave_group(self) -> None:
         group, self._group = self._group, None
         if group is not None:
             # Also while it waits for a worker.
