@@ -1,16 +1,38 @@
-"""What users make of a vLLM server: its control plane, and a whole publish as a context manager."""
+"""What users make of a vLLM server: its control plane, and TRL's client where TRL is installed."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
+from ..errors import WeightSyncError
 from .control import VLLMControl
-from .publisher import WeightSync
-from .session import weight_sync
+from .health import HEALTH_INTERVAL_S
 
 
-class AtroposVLLMClient(VLLMControl):
+@contextmanager
+def _without_version_warnings() -> Iterator[None]:
+    """Within the context, TRL does not warn of a vLLM version that it has not met, which it does five times; our check
+    at the start of a run says what is supported.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+        yield
+
+
+try:
+    with _without_version_warnings():
+        from trl.generation.vllm_client import VLLMClient
+except ModuleNotFoundError as exc:
+    if exc.name != "trl":
+        raise
+    # A publish needs nothing of it.
+    VLLMClient = object
+
+
+class AtroposVLLMClient(VLLMControl, VLLMClient):  # type: ignore[misc]  # TRL has no types
     """Talks to one vLLM server that was started with dev mode and a weight transfer engine.
 
     Differs from [`trl.generation.vllm_client.VLLMClient`] in that
@@ -22,6 +44,8 @@ class AtroposVLLMClient(VLLMControl):
     5. TRL's own ways to change weights (`init_communicator`, `weight_update`, `update_named_param`,
        `update_named_params`, `update_model_params`) raise: they do not pause the server, which dies of the first
        request that it schedules in between.
+
+    Where TRL is not installed it is the same, without TRL's `generate` and `chat`.
 
     Every method raises [`WeightSyncTimeout`] at the deadline, [`VLLMServerUnreachable`] if the connection fails,
     [`VLLMServerError`] if the server answers with an error, and [`WeightSyncError`] if the answer is not what its route
@@ -52,13 +76,21 @@ class AtroposVLLMClient(VLLMControl):
     ```
     """
 
-    def weight_sync(self, policy_version: int, **options: Any) -> AbstractContextManager[WeightSync]:
-        """Publish one policy: pause, take what is pushed, move, verify, resume. See the class for an example.
+    # TRL's own attributes, for its `generate`, `chat` and `close_communicator`.
+    communicator = None
 
-        Args:
-            policy_version (`int`):
-                Number of the policy.
-            **options:
-                `transport`, `device` and `tokenizer`, which [`~weight_sync.session.weight_sync`] describes.
-        """
-        return weight_sync(self, policy_version, **options)
+    def check_server(self, total_timeout: float = 0.0, retry_interval: float = HEALTH_INTERVAL_S) -> None:
+        """Wait until the server is healthy, in the place of TRL's method of this name."""
+        self.wait_until_healthy(total_timeout)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Stands in for TRL's ways to change weights, which are not for this client, and says why."""
+        raise WeightSyncError(
+            "TRL's init_communicator, weight_update, update_named_param(s) and update_model_params are not available.",
+            "They change a server that is not paused, which ends its engine at the next request, wait for NCCL without a "
+            "deadline, and finish an update that failed.",
+            "Use `with client.weight_sync(policy_version) as sync: sync.push(model)`.",
+        )
+
+    init_communicator = weight_update = _refuse
+    update_named_param = update_named_params = update_model_params = _refuse

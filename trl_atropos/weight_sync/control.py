@@ -1,94 +1,45 @@
-"""Control plane of a `trl vllm-serve` / `vllm serve` server: TRL's client with deadlines, versions and clear errors."""
+"""Control plane of a `trl vllm-serve` / `vllm serve` server: every route with a deadline, and clear errors."""
 
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PreflightError, VLLMServerError, WeightSyncError
 from ..types import ServedCall
-from .health import HEALTH_INTERVAL_S, wait_for_answer
-from .http import VLLM, Answer, ServerSession
+from .http import VLLM, Answer
 from .inference_server import ServerDescription
+from .server_client import ServerClient
 from .transports.adapter_files import check_server
 
 
-@contextmanager
-def _without_version_warnings() -> Iterator[None]:
-    """Within the context, TRL does not warn of a vLLM version that it has not met, which it does five times; our check
-    at the start of a run says what is supported.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
-        yield
-
-
 if TYPE_CHECKING:
-    import requests
-
     from .weights.adapter import AdapterNeeds
-
-
-with _without_version_warnings():
-    from trl.generation.vllm_client import VLLMClient
 
 
 logger = logging.getLogger(__name__)
 
 
-class VLLMControl(VLLMClient):
+class VLLMControl(ServerClient):
     """The verbs of one vLLM server: health, pause, versions, the steps of a weight update, adapters, logprobs.
 
-    It is an [`InferenceServer`]. [`~weight_sync.client.AtroposVLLMClient`], which users make, adds a whole publish.
+    It is an [`InferenceServer`]. [`~weight_sync.client.AtroposVLLMClient`], which users make, is TRL's client, too.
     Arguments and errors are the same.
     """
 
     kind = VLLM
-    # TRL sets them, and has no types.
-    base_url: str
-    model: str
-    session: requests.Session
+    health_route = "/health"
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        connection_timeout: float = 240.0,
-        request_timeout: float = 300.0,
-        api_key: str | None = None,
-    ):
-        # Environments are given the same address with the prefix of the OpenAI routes; the control routes have none.
-        base_url = base_url.rstrip("/").removesuffix("/v1")
-        self._server_session = ServerSession(base_url, request_timeout, api_key)
-        with _without_version_warnings():
-            super().__init__(base_url=base_url, connection_timeout=connection_timeout)
-
-    @property
-    def request_timeout(self) -> float:
-        """Deadline in seconds of every single request."""
-        return self._server_session.timeout_s
-
-    @request_timeout.setter
-    def request_timeout(self, timeout_s: float) -> None:
-        self._server_session.timeout_s = timeout_s
-
-    # TRL's methods reach the server through the next three and through `session`.
-
-    def check_server(self, total_timeout: float = 0.0, retry_interval: float = HEALTH_INTERVAL_S) -> None:
-        """Wait until the server is healthy and says which models it serves. TRL's constructor calls it."""
-        # In the place of TRL's, which repeats requests.
-        self.session = self._server_session
-        self.wait_until_healthy(total_timeout)
-        # TRL takes the first model without looking.
-        if not self.list_models():
+    def _served_model(self) -> str:
+        models = self.list_models()
+        if not models:
             raise WeightSyncError(
                 f"The vLLM server at {self.base_url} serves no model.",
                 "Generation requests must name one.",
                 "Restart it with `trl vllm-serve --model ...`.",
             )
+        return models[0]
 
     def _get(self, url: str, **kwargs: Any) -> Answer:
         return Answer(self.session.get(url, **kwargs))
@@ -97,18 +48,6 @@ class VLLMControl(VLLMClient):
         return Answer(self.session.post(url, **kwargs))
 
     # Server
-
-    def wait_until_healthy(self, timeout_s: float) -> None:
-        """Wait until `/health` answers 200, and log every ten seconds what it answers instead.
-
-        Args:
-            timeout_s (`float`):
-                Longest wait in seconds. At least one request is sent.
-
-        Raises:
-            [`WeightSyncTimeout`]: if the server is not healthy in time.
-        """
-        wait_for_answer(self._server_session, "/health", timeout_s)
 
     def get_server_info(self) -> dict[str, Any]:
         """Return the server's resolved `VllmConfig` as a JSON tree.
@@ -173,14 +112,6 @@ class VLLMControl(VLLMClient):
     def get_world_size(self) -> int:
         """Return the number of workers: tensor x pipeline x data parallel."""
         return self._get(f"{self.base_url}/get_world_size").get_typed("world_size", int)
-
-    def list_models(self) -> list[str]:
-        """Return the names that requests can ask for: the model's, and those of its LoRA adapters."""
-        answer = self._get(f"{self.base_url}/v1/models")
-        models = answer.get_typed("data", list)
-        if not all(isinstance(model, dict) and isinstance(model.get("id"), str) for model in models):
-            raise answer.unexpected("models with an `id`", models)
-        return [model["id"] for model in models]
 
     # Generation
 
@@ -376,15 +307,3 @@ class VLLMControl(VLLMClient):
                 raise
             return None
         return answer.get_typed("tokens", list)
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Stands in for TRL's ways to change weights, which are not for this client, and says why."""
-        raise WeightSyncError(
-            "TRL's init_communicator, weight_update, update_named_param(s) and update_model_params are not available.",
-            "They change a server that is not paused, which ends its engine at the next request, wait for NCCL without a "
-            "deadline, and finish an update that failed.",
-            "Use `with client.weight_sync(policy_version) as sync: sync.push(model)`.",
-        )
-
-    init_communicator = weight_update = _refuse
-    update_named_param = update_named_params = update_model_params = _refuse

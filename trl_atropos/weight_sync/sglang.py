@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn
-
-import requests
 
 from ..errors import PreflightError, VLLMServerError, WeightSyncError
 from ..types import ServedCall
-from .health import wait_for_answer
-from .http import SGLANG, SGLANG_ROUTES, Answer, ServerSession
+from .http import SGLANG, SGLANG_ROUTES, Answer
 from .inference_server import ServerDescription
-from .publisher import WeightSync
-from .session import weight_sync
+from .server_client import ServerClient
 from .transports.backends import SGLANG_GLOO_BACKEND, SGLANG_NCCL_BACKEND
 
 
@@ -32,7 +27,7 @@ DTYPES = {"half": "float16", "float16": "float16", "bfloat16": "bfloat16", "floa
 """SGLang's names of dtypes, and torch's."""
 
 
-class AtroposSGLangClient:
+class AtroposSGLangClient(ServerClient):
     """Talks to one SGLang server (0.5.22 or newer). It is an [`InferenceServer`].
 
     What SGLang does otherwise than vLLM, and where it is met:
@@ -74,48 +69,19 @@ class AtroposSGLangClient:
     """
 
     kind = SGLANG
+    # A paused server answers it, too.
+    health_route = "/model_info"
+    # Whether the cache is flushed with the last bucket: as the last pause wanted it.
+    _flushes = True
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        connection_timeout: float = 240.0,
-        request_timeout: float = 300.0,
-        api_key: str | None = None,
-    ):
-        self.base_url = base_url.rstrip("/").removesuffix("/v1")
-        self._session = ServerSession(self.base_url, request_timeout, api_key, kind=SGLANG)
-        # Under the type that the protocol has.
-        self.session: requests.Session = self._session
-        self._flushes = True
-        self.wait_until_healthy(connection_timeout)
-        self.model = self._get("/model_info").get_typed("served_model_name", str)
-
-    @property
-    def request_timeout(self) -> float:
-        """Deadline in seconds of every single request."""
-        return self._session.timeout_s
-
-    @request_timeout.setter
-    def request_timeout(self, timeout_s: float) -> None:
-        self._session.timeout_s = timeout_s
-
-    def weight_sync(self, policy_version: int, **options: Any) -> AbstractContextManager[WeightSync]:
-        """Publish one policy: pause, take what is pushed, move, verify, resume. See the class for an example.
-
-        Args:
-            policy_version (`int`):
-                Number of the policy.
-            **options:
-                `transport`, `device` and `tokenizer`, which [`~weight_sync.session.weight_sync`] describes.
-        """
-        return weight_sync(self, policy_version, **options)
+    def _served_model(self) -> str:
+        return self._get("/model_info").get_typed("served_model_name", str)
 
     def _get(self, path: str) -> Answer:
-        return Answer(self._session.get(self.base_url + path), kind=SGLANG)
+        return Answer(self._server_session.get(self.base_url + path), kind=SGLANG)
 
     def _post(self, path: str, **body: Any) -> Answer:
-        return Answer(self._session.post(self.base_url + path, json=body), kind=SGLANG)
+        return Answer(self._server_session.post(self.base_url + path, json=body), kind=SGLANG)
 
     def _command(self, path: str, **body: Any) -> None:
         """Send a control request whose answer must say that it succeeded."""
@@ -124,10 +90,6 @@ class AtroposSGLangClient:
             raise answer.unexpected("`success`: true", dict(answer))
 
     # Server
-
-    def wait_until_healthy(self, timeout_s: float) -> None:
-        """Wait until `/model_info` answers, which a paused server does, too. See `InferenceServer`."""
-        wait_for_answer(self._session, "/model_info", timeout_s)
 
     def describe(self) -> ServerDescription:
         """Return what the server says of itself. See `InferenceServer.describe`."""
@@ -206,14 +168,6 @@ class AtroposSGLangClient:
     def get_world_size(self) -> int:
         """Return the number of workers: those of tensor parallelism."""
         return self._get("/server_info").get_typed("tp_size", int)
-
-    def list_models(self) -> list[str]:
-        """Return the names that requests can ask for. See `InferenceServer.list_models`."""
-        answer = self._get("/v1/models")
-        models = answer.get_typed("data", list)
-        if not all(isinstance(model, dict) and isinstance(model.get("id"), str) for model in models):
-            raise answer.unexpected("models with an `id`", models)
-        return [model["id"] for model in models]
 
     # Generation
 
@@ -342,7 +296,7 @@ class AtroposSGLangClient:
     def get_prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Score sequences under the served policy. See `InferenceServer.get_prompt_logprobs`."""
         prompts = [list(sequence) for sequence in sequences]
-        response = self._session.post(
+        response = self._server_session.post(
             f"{self.base_url}/generate",
             json={
                 "input_ids": prompts,
