@@ -270,3 +270,50 @@ def test_server_that_is_away_and_external_is_said_so(
     vllm.stop()
     assert main(launch.write()) == 1
     assert "external: the launch does not start it, and /health does not answer there." in capsys.readouterr().err
+
+
+# In the place of an interpreter with SGLang: what `sglang.launch_server` is asked by a launch.
+SGLANG = """#!{python}
+import json, os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+print("arguments", *sys.argv[1:], "variable", os.environ["OF_SGLANG"], flush=True)
+assert sys.argv[1:3] == ["-m", "sglang.launch_server"]
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        known = {{"/health": {{}}, "/model_info": {{"weight_version": "1"}}}}
+        self.send_response(200 if self.path in known else 404)
+        self.end_headers()
+        self.wfile.write(json.dumps(known.get(self.path, {{"detail": "Not Found"}})).encode())
+
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+def test_sglang_is_started_in_its_own_environment(launch: Launch) -> None:
+    python = launch.directory / "python"
+    python.write_text(SGLANG.format(python=sys.executable))
+    python.chmod(0o755)
+    del launch.content["vllm_url"]
+    launch.content |= {
+        "server": "sglang",
+        "sglang_python": str(python),
+        "sglang_args": {"context-length": 64, "disable-overlap-schedule": None},
+        "sglang_env": {"OF_SGLANG": 7},
+    }
+    finished = launch.run()
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert re.search(r"sglang +ready at http://127\.0\.0\.1:\d+", finished.stdout)
+    said = (launch.logs / "sglang.log").read_text()
+    assert "--model-path served" in said and "--context-length 64 --disable-overlap-schedule variable 7" in said
+    assert "--openai.server_type sglang" in (launch.logs / "first.log").read_text()
+    assert json.loads((launch.run_dir / "summary.json").read_text())["server_weight_version"] == 1
+
+
+def test_a_port_of_sglang_that_is_taken_is_named_by_its_key(launch: Launch, vllm: ScriptedServer) -> None:
+    del launch.content["vllm_url"]
+    launch.content |= {"server": "sglang", "vllm_port": int(vllm.base_url.rpartition(":")[2])}
+    finished = launch.run()
+    assert finished.returncode == 1
+    assert "set `vllm_port` to another port" in finished.stderr

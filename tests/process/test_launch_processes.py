@@ -310,7 +310,7 @@ def test_service_is_started_on_the_port_that_was_told_and_on_no_other(
         service = Service("api", "/", commands, tmp_path / "api.log", {}, group, output, port=port)
         wait_for(service.is_ready)
         assert service.url == f"http://127.0.0.1:{port}"
-    check_port("api", port)
+    check_port("api_port", port)
 
 
 def test_external_service_that_is_away_is_not_called_a_slow_start(output: LaunchOutput) -> None:

@@ -116,7 +116,7 @@ EXCEEDS_MAX_LENGTH: Check[ServerLook] = Check(
     "warning",
     _vllm_exceeds_max_length,
     "Environments drop a whole group if one rollout is longer, without telling the trainer.",
-    "Raise `--max_length`, or start the server with a smaller `--max_model_len`.",
+    "Raise `--max_length`, or start the server with a smaller `--max_model_len` (SGLang: `--context-length`).",
     needs=("max_length", "max_model_len"),
     describe=lambda facts: (
         f"max_model_len {facts.max_model_len} of the server, max_length {facts.max_length} (tokens)."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -15,34 +14,32 @@ from typing import Any
 import transformers
 from accelerate import init_empty_weights
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from ..checks.api import API_CHECKS, inspect_api
 from ..checks.finding import Finding, Unread, diagnose, examine
 from ..checks.machine import MACHINE_CHECKS
-from ..checks.server import SERVER_CHECKS, ServerConfigFacts, TrainerSide
+from ..checks.server import SERVER_CHECKS, TrainerSide
 from ..checks.tokenizers import ENVIRONMENT_CHECKS, EnvironmentFacts
 from ..checks.vllm import VLLM_CHECKS, inspect_inference_server
 from ..errors import PreflightError, TrlAtroposError
 from ..trainer.atropos_config import AtroposConfig
 from ..trainer.parser import AtroposParser
-from ..trainer.preflight import describe_model, model_side, read_server_config, segment_bytes
-from ..trainer.run_facts import chat_ids, free_bytes, machine_facts, num_parameters, read_tokenizer, tokenizer_facts
+from ..trainer.preflight import model_side, read_server_config
+from ..trainer.run_facts import chat_ids, machine_facts, num_parameters, tokenizer_facts
 from ..weight_sync.connecting import connect_server
 from ..weight_sync.http import UNKNOWN, ServerSession
-from ..weight_sync.transports.backends import SHARED_MEMORY_BACKEND
-from ..weight_sync.transports.shm_segment import SEGMENT_DIR
 from ..wire.client import AtroposClient
 from .findings import print_findings
 from .launch.command_lines import (
-    DEFAULT_VLLM_ARGS,
     build_env_command,
     build_trainer_command,
     flag_value,
 )
-from .launch.config import LaunchConfig, load_launch_config
+from .launch.config import SGLANG, LaunchConfig, load_launch_config
 from .launch.gpus import split_gpus, visible_gpus
+from .planned_server import check_sglang, planned_server, read_config_once, read_tokenizer_once
 from .progress import say
 
 
@@ -53,7 +50,6 @@ API_FINDINGS = ("api_unreachable", "data_before_register", "registration_wiped",
 VLLM_FINDINGS = ("vllm_unreachable", "vllm_without_dev_mode", "vllm_without_generate", "vllm_paused")
 """What counts before a trainer starts; `trl-atropos doctor` looks for the rest while it runs."""
 
-NOT_RUNNING = Unread("The launch starts the server; `preflight --vllm_url` asks one that runs.")
 NO_MODEL = Unread("No model is named: --model.")
 NO_TRAINER = Unread("The options of the trainer are not known: -c or --config.")
 
@@ -179,9 +175,9 @@ def _trainer_side(name: str | None, args: AtroposConfig | None) -> TrainerSide:
             num_parameters=NO_MODEL,
             longrope_boundary=NO_MODEL,
         )
-    tokenizer = _read_tokenizer(name)
+    tokenizer = read_tokenizer_once(name)
     is_unread = isinstance(tokenizer, Unread)
-    model = _read_config(name)
+    model = read_config_once(name)
     return replace(
         side,
         tokenizer=tokenizer if is_unread else tokenizer_facts(tokenizer),
@@ -189,18 +185,6 @@ def _trainer_side(name: str | None, args: AtroposConfig | None) -> TrainerSide:
         num_parameters=model if isinstance(model, Unread) else _count_parameters(model),
         **({"model": model, "longrope_boundary": model} if isinstance(model, Unread) else model_side(model)),
     )
-
-
-# Each name is read once: without a network, the Hub is asked for long.
-_read_tokenizer = functools.cache(read_tokenizer)
-
-
-@functools.cache
-def _read_config(name: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as exc:
-        return Unread(f"The config of {name} cannot be read here ({type(exc).__name__}).")
 
 
 def _count_parameters(model_config: Any) -> int | Unread:
@@ -224,7 +208,9 @@ def _machine(
     extras: set[str] = set()
     ports: dict[str, int] = {} if args is None else {"vllm_group_port": args.vllm_group_port}
     if launch is not None:
-        extras |= {extra for extra, url in (("atropos", launch.api_url), ("vllm", launch.vllm_url)) if url is None}
+        extras |= {
+            extra for extra, url in (("atropos", launch.api_url), (launch.server, launch.vllm_url)) if url is None
+        }
         ports |= {"api_port": launch.api_port, "vllm_port": launch.vllm_port}
         try:
             num_gpus = len(visible_gpus())
@@ -246,7 +232,7 @@ def _environments(launch: LaunchConfig | None, trainer: TrainerSide) -> list[Fin
     findings: list[Finding] = []
     for name, environment in launch.environments.items():
         command = build_env_command(launch, environment, "http://127.0.0.1", "http://127.0.0.1")
-        tokenizer = _read_tokenizer(flag_value(command, "--env.tokenizer_name") or launch.model_name_or_path)
+        tokenizer = read_tokenizer_once(flag_value(command, "--env.tokenizer_name") or launch.model_name_or_path)
         facts = tokenizer if isinstance(tokenizer, Unread) else tokenizer_facts(tokenizer)
         findings += examine(EnvironmentFacts(name, facts, trainer.tokenizer), ENVIRONMENT_CHECKS)
     return findings
@@ -275,7 +261,7 @@ def _server(url: str, launch: LaunchConfig | None, trainer: TrainerSide) -> list
     if not url:
         if launch is None or launch.vllm_url is not None:
             return [Finding("vllm", "unknown", "Not checked: no inference server is named: --vllm_url.")]
-        return examine(_planned_server(launch, trainer), SERVER_CHECKS)
+        return _planned(launch, trainer)
     key = os.environ.get("VLLM_API_KEY")
     try:
         with ServerSession(url.rstrip("/"), TIMEOUT_S, key, kind=UNKNOWN) as session:
@@ -294,37 +280,9 @@ def _server(url: str, launch: LaunchConfig | None, trainer: TrainerSide) -> list
         return [_as_finding("vllm", exc)]
 
 
-def _planned_server(launch: LaunchConfig, trainer: TrainerSide) -> ServerConfigFacts:
-    """The facts of a server that the launch is going to start, as far as its arguments tell them."""
-    given = {name.replace("-", "_"): value for name, value in {**DEFAULT_VLLM_ARGS, **launch.vllm_args}.items()}
-    no_length = Unread("`vllm_args` has no max_model_len, so vLLM takes that of the model.")
-    tokenizer = _read_tokenizer(given.get("tokenizer") or launch.model_name_or_path)
-    config = _read_config(launch.model_name_or_path)
-    dtype = str(given.get("dtype", "auto") if given.get("dtype", "auto") != "auto" else getattr(config, "dtype", None))
-    has_dtype = dtype.removeprefix("torch.") in ("float32", "float16", "bfloat16")
-    has_template = "chat_template" in given
-    backend = (given["weight_transfer_config"] or {}).get("backend")
-    size: int | Unread = segment_bytes(trainer, dtype.removeprefix("torch.")) if has_dtype else NOT_RUNNING
-    if backend != SHARED_MEMORY_BACKEND:
-        size = 0
-    return ServerConfigFacts.beside(
-        trainer,
-        url="127.0.0.1 (to be started)",
-        served_name=launch.model_name_or_path,
-        backend=backend,
-        has_tokenizer="skip_tokenizer_init" not in given,
-        # What `trl vllm-serve` sets itself.
-        logprobs_mode=given.get("logprobs_mode", "processed_logprobs"),
-        max_model_len=given.get("max_model_len", no_length),
-        knows_policy_versions="GenerateEndpoint" in str(given["middleware"]),
-        has_lora="enable_lora" in given,
-        loads_adapters=bool({**os.environ, **launch.vllm_env}.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING")),
-        served_model=config if isinstance(config, Unread) else describe_model(config),
-        served_tokenizer=tokenizer if isinstance(tokenizer, Unread) else tokenizer_facts(tokenizer),
-        served_chat_ids=NOT_RUNNING if has_template or isinstance(tokenizer, Unread) else chat_ids(tokenizer),
-        segment_bytes=size,
-        free_shared_memory_bytes=free_bytes(SEGMENT_DIR),
-    )
+def _planned(launch: LaunchConfig, trainer: TrainerSide) -> list[Finding]:
+    findings = [check_sglang(launch)] if launch.server == SGLANG else []
+    return findings + examine(planned_server(launch, trainer), SERVER_CHECKS)
 
 
 def _as_finding(name: str, error: TrlAtroposError) -> Finding:

@@ -17,8 +17,8 @@ import yaml
 from trl_atropos.cli.launch.command_lines import (
     build_api_command,
     build_env_command,
+    build_server_command,
     build_trainer_command,
-    build_vllm_command,
     flag_value,
     trainer_option,
 )
@@ -131,6 +131,17 @@ ENVIRONMENTS = "environments"
         ({"vllm_url": "http://localhost:8001/v1"}, "must be the root of a server"),
         ({"api": "run_api"}, "Choose one of: trl-atropos, run-api, external"),
         ({"api": "external"}, "with external give `api_url`, too"),
+        ({"server": "sgl"}, "`server` in .* is 'sgl'.*Choose one of: vllm, sglang"),
+        (
+            {"sglang_args": {"tp-size": 2}},
+            "`sglang_args` in .* is given, and `server` is vllm.*set `server` to sglang",
+        ),
+        (
+            {"server": "sglang", "vllm_args": {"a": 1}, "vllm_env": {"B": 2}},
+            "`vllm_args`, `vllm_env` in .* is given, and `server` is sglang",
+        ),
+        ({"server": "sglang", "sglang_python": "/nowhere/python"}, "'/nowhere/python', which is no program"),
+        ({ENVIRONMENTS: {"sglang": {"command": "x"}}}, "cannot be the name"),
         ({"api_port": 65536}, r"lies in 1\.\.65535"),
         (
             {
@@ -183,19 +194,52 @@ def test_servers_are_bound_to_the_loopback_address() -> None:
     of_atropos = build_api_command(LaunchConfig(**REQUIRED, api="run-api"), 1234)
     assert of_atropos[0] == "run-api"
     assert flags_of(of_atropos) == address
-    flags = flags_of(build_vllm_command(config, 1234))
+    flags = flags_of(build_server_command(config, 1234))
     assert (flags["--host"], flags["--port"], flags["--model"]) == ("127.0.0.1", "1234", "m")
 
 
 def test_vllm_arguments_have_our_transport_and_route_unless_the_file_names_others() -> None:
-    flags = flags_of(build_vllm_command(LaunchConfig(**REQUIRED), 1))
+    flags = flags_of(build_server_command(LaunchConfig(**REQUIRED), 1))
     assert json.loads(flags["--weight-transfer-config"]) == {"backend": "trl_atropos_shm"}
     assert flags["--middleware"] == "trl_atropos.serving.generate_endpoint.GenerateEndpoint"
     args = {"weight-transfer-config": {"backend": "nccl"}, "enforce_eager": True, "enable-log-requests": None}
-    command = build_vllm_command(LaunchConfig(**REQUIRED, vllm_args=args), 1)
+    command = build_server_command(LaunchConfig(**REQUIRED, vllm_args=args), 1)
     assert json.loads(flags_of(command)["--weight-transfer-config"]) == {"backend": "nccl"}
     assert flags_of(command)["--enforce_eager"] == "True"
     assert command[-1] == "--enable-log-requests"
+
+
+def test_sglang_is_started_as_it_is_by_its_own_interpreter_and_environments_are_told(tmp_path: Path) -> None:
+    args = {"tp-size": 2, "disable-overlap-schedule": None, "json-model-override-args": {"a": 1}}
+    content = {
+        **FILE,
+        "server": "sglang",
+        "sglang_python": sys.executable,
+        "sglang_args": args,
+        "sglang_env": {"N": 1},
+    }
+    config = load_launch_config(write(tmp_path / "l.yaml", content), {})
+    command = build_server_command(config, 1234)
+    assert command[:3] == [sys.executable, "-m", "sglang.launch_server"]
+    assert flags_of(command) == {
+        "--model-path": "m",
+        "--host": "127.0.0.1",
+        "--port": "1234",
+        "--tp-size": "2",
+        "--disable-overlap-schedule": "--json-model-override-args",
+        "--json-model-override-args": '{"a": 1}',
+    }
+    assert config.server_env == {"N": "1"}
+    assert flags_of(build_env_command(config, ENVIRONMENT, API, VLLM))["--openai.server_type"] == "sglang"
+    # Installed beside the trainer.
+    beside = LaunchConfig(**REQUIRED, server="sglang")
+    assert build_server_command(beside, 1)[0] == sys.executable
+
+
+def test_environments_of_a_launch_with_vllm_ask_vllm() -> None:
+    assert (
+        flags_of(build_env_command(LaunchConfig(**REQUIRED), ENVIRONMENT, API, VLLM))["--openai.server_type"] == "vllm"
+    )
 
 
 def test_environment_gets_addresses_and_model_but_keeps_the_flags_of_the_user() -> None:

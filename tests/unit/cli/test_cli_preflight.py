@@ -318,6 +318,70 @@ def test_every_trap_of_a_launch_file_is_found_at_once(
     assert all(finding["fix"] for finding in found.values() if finding["level"] == "error")
 
 
+def fake_python(tmp_path: Path, version: str | None) -> str:
+    """An interpreter that has this version of SGLang."""
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\necho {version}\n" if version else "#!/bin/sh\necho 'No package sglang' >&2; exit 1\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("version", "level", "text"),
+    [
+        ("0.5.23", "ok", "has SGLang 0.5.23."),
+        ("0.5.3", "error", "has SGLang 0.5.3."),
+        (None, "error", "has no SGLang: No package sglang."),
+        ("what", "unknown", "does not say which SGLang it has"),
+    ],
+)
+def test_launch_of_sglang_is_checked_like_one_of_vllm(
+    tmp_path: Path,
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    version: str | None,
+    level: str,
+    text: str,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    changes = {"server": "sglang", "sglang_python": fake_python(tmp_path, version)}
+    path = launch_file(tmp_path, model, **changes, vllm_args={}, sglang_args={"context-length": 64})
+    code, found = preflight(capsys, "-c", str(path))
+    assert (code, found["sglang_version"]["level"]) == (int(level == "error"), level)
+    assert text in found["sglang_version"]["what"]
+    others = {name: finding["level"] for name, finding in found.items() if name != "sglang_version"}
+    # SGLang does not say which policy sampled a rollout.
+    assert {name for name, other in others.items() if other != "ok"} == {"api", "policy_versions"}
+    assert "sglang_gloo" in found["weight_transfer_backend"]["what"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"device": "cuda"}, {"weight_transport": "error"}),
+        ({"context-length": 65}, {"max_model_len": "warning"}),
+        ({}, {"max_model_len": "unknown", "longrope_frequencies": "unknown"}),
+        ({"skip-tokenizer-init": None}, {"server_tokenizer": "error"}),
+    ],
+    ids=str,
+)
+def test_traps_of_a_launch_of_sglang_are_found(
+    tmp_path: Path,
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    expected: dict[str, str],
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    args = {"context-length": 64, **change} if change else {}
+    changes = {"server": "sglang", "sglang_python": fake_python(tmp_path, "0.5.23"), "sglang_args": args}
+    _, found = preflight(capsys, "-c", str(launch_file(tmp_path, model, **changes, vllm_args={})))
+    seen = {name: finding["level"] for name, finding in found.items() if finding["level"] != "ok"}
+    assert seen == {"api": "unknown", "policy_versions": "warning", **expected}
+
+
 @pytest.mark.parametrize(
     ("change", "name", "text"),
     [

@@ -14,7 +14,7 @@ def add_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "launch",
         help="run API, inference server, environments and trainer on this machine",
         usage="%(prog)s -c LAUNCH.YAML [options] [-- ENV COMMAND...]",
-        description="Start the Atropos API, the vLLM server, environments and the trainer in this order, each when it can be "
+        description="Start the Atropos API, the inference server (vLLM or SGLang), environments and the trainer in this order, each when it can be "
         "used, and end together what was started. docs/launch.md explains the file.",
         epilog="What follows `--` is the command of one environment, which replaces those of the launch file and their prompts. "
         "Exit code: 0 when the trainer has ended well, 1 after an error, 128 + n when ended by signal n.",
@@ -24,7 +24,7 @@ def add_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--model_name_or_path", help="hub id or directory of the model")
     parser.add_argument("--trainer_args", help="further arguments of the trainer, as one string")
     parser.add_argument("--api_url", help="root of an Atropos API that runs already; none is started then")
-    parser.add_argument("--vllm_url", help="root of a vLLM server that runs already; none is started then")
+    parser.add_argument("--vllm_url", help="root of an inference server that runs already; none is started then")
     parser.add_argument(
         "--show_all_logs",
         action="store_true",

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...trainer.yaml_file import read_yaml
 from ...weight_sync.transports.backends import MIDDLEWARE, SHARED_MEMORY_BACKEND
-from .config import DURABLE_API, EnvironmentConfig, LaunchConfig
+from .config import DURABLE_API, SGLANG, EnvironmentConfig, LaunchConfig
 
 
 HOST = "127.0.0.1"
-"""Everything is bound to the loopback address: neither the Atropos API nor vLLM's weight routes ask who calls."""
+"""Everything is bound to the loopback address: neither the Atropos API nor the weight routes of servers ask who calls."""
 
 DEFAULT_VLLM_ARGS: dict[str, Any] = {
     "weight-transfer-config": {"backend": SHARED_MEMORY_BACKEND},
@@ -31,10 +32,19 @@ def build_api_command(config: LaunchConfig, port: int) -> list[str]:
     return ["run-api", "--host", HOST, "--port", str(port)]
 
 
-def build_vllm_command(config: LaunchConfig, port: int) -> list[str]:
-    """Return the command line of the inference server: TRL's, with our weight transport and the `/generate` route."""
-    arguments = {**DEFAULT_VLLM_ARGS, **config.vllm_args}
-    command = ["trl", "vllm-serve", "--model", config.model_name_or_path, "--host", HOST, "--port", str(port)]
+def build_server_command(config: LaunchConfig, port: int) -> list[str]:
+    """Return the command line of the inference server.
+
+    vLLM is started by TRL's command, with our weight transport and the `/generate` route; SGLang as it is.
+    """
+    if config.server == SGLANG:
+        python = config.sglang_python or sys.executable
+        command = [python, "-m", "sglang.launch_server", "--model-path", config.model_name_or_path]
+        arguments = config.sglang_args
+    else:
+        command = ["trl", "vllm-serve", "--model", config.model_name_or_path]
+        arguments = {**DEFAULT_VLLM_ARGS, **config.vllm_args}
+    command += ["--host", HOST, "--port", str(port)]
     for name, value in arguments.items():
         command.append(f"--{name}")
         if value is not None:
@@ -64,7 +74,7 @@ def env_flags(config: LaunchConfig, api_url: str, vllm_url: str) -> dict[str, st
         "--openai.base_url": f"{vllm_url}/v1",
         "--openai.model_name": config.model_name_or_path,
         "--openai.tokenizer_name": config.model_name_or_path,
-        "--openai.server_type": "vllm",
+        "--openai.server_type": config.server,
     }
 
 

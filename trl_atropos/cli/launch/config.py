@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -21,9 +22,16 @@ DURABLE_API = "trl-atropos"
 
 APIS = (DURABLE_API, "run-api", EXTERNAL)
 
+VLLM, SGLANG = "vllm", "sglang"
+SERVERS = (VLLM, SGLANG)
+"""Values of `server`, and of `--openai.server_type` of an environment."""
+
+OTHER_SERVERS_KEYS = {VLLM: ("sglang_args", "sglang_env", "sglang_python"), SGLANG: ("vllm_args", "vllm_env")}
+"""Value of `server` -> the keys that say nothing about such a server."""
+
 ENVIRONMENT_EXITS = ("stop", "continue")
 
-RESERVED_NAMES = frozenset({"api", "vllm", "trainer", "launch", "combined"})
+RESERVED_NAMES = frozenset({"api", *SERVERS, "trainer", "launch", "combined"})
 """Names of the other processes and logs."""
 
 EXAMPLE = "examples/configs/quickstart_launch.yaml"
@@ -42,8 +50,9 @@ class EnvironmentConfig:
 class LaunchConfig:
     """What one launch runs. docs/launch.md explains each key.
 
-    An `api_url` or `vllm_url` that is not None is a server that runs already. Of what is started, a port of 0 is any
-    free one. `environments` is empty and `trainer_command` is `EXTERNAL` where somebody else starts them.
+    An `api_url` or `vllm_url` that is not None is a server that runs already. `server`, one of `SERVERS`, is the kind of
+    the inference server, and `vllm_url`, `vllm_port` and `vllm_gpus` are those of either kind. `sglang_python` is the
+    interpreter that has SGLang, None for this one. Of what is started, a port of 0 is any free one. `environments` is empty and `trainer_command` is `EXTERNAL` where somebody else starts them.
     `api` is one of `APIS`; with an `api_url` it is external. `startup_timeout_s` is in seconds, for the API and the inference server together.
     """
 
@@ -54,11 +63,15 @@ class LaunchConfig:
     trainer_args: str = ""
     api: str = DURABLE_API
     api_url: str | None = None
+    server: str = VLLM
     vllm_url: str | None = None
     api_port: int = 0
     vllm_port: int = 0
     vllm_args: dict[str, Any] = field(default_factory=dict)
     vllm_env: dict[str, str] = field(default_factory=dict)
+    sglang_python: str | None = None
+    sglang_args: dict[str, Any] = field(default_factory=dict)
+    sglang_env: dict[str, str] = field(default_factory=dict)
     trainer_env: dict[str, str] = field(default_factory=dict)
     vllm_gpus: str | None = None
     trainer_gpus: str | None = None
@@ -77,6 +90,11 @@ class LaunchConfig:
     def api_database(self) -> Path:
         """The database of `trl-atropos api`."""
         return Path(self.run_dir) / "api.db"
+
+    @property
+    def server_env(self) -> dict[str, str]:
+        """Variables of the inference server."""
+        return self.sglang_env if self.server == SGLANG else self.vllm_env
 
     @property
     def is_local_model(self) -> bool:
@@ -124,7 +142,7 @@ def load_launch_config(path: Path, overrides: Mapping[str, Any]) -> LaunchConfig
     values["environments"] = {
         str(name): _environment(where, str(name), content) for name, content in values["environments"].items()
     }
-    for key in ("vllm_env", "trainer_env"):
+    for key in ("vllm_env", "sglang_env", "trainer_env"):
         values[key] = _as_text(values.get(key, {}))
     config = LaunchConfig(**values)
     _check_values(where, config)
@@ -219,6 +237,7 @@ def _check_values(where: str, config: LaunchConfig) -> None:
             "It says which API is started; one that runs already has an address.",
             f"Choose one of: {', '.join(APIS)}; with {EXTERNAL} give `api_url`, too.",
         )
+    _check_server(where, config)
     for key in ("api_url", "vllm_url"):
         _check_url(where, key, getattr(config, key))
     for key in ("api_port", "vllm_port"):
@@ -233,6 +252,28 @@ def _check_values(where: str, config: LaunchConfig) -> None:
             f"Every part in {where} is external.",
             "There is nothing to launch.",
             "Leave out `api_url` or `vllm_url`, or give `trainer_command` or `environments` a command.",
+        )
+
+
+def _check_server(where: str, config: LaunchConfig) -> None:
+    if config.server not in SERVERS:
+        raise PreflightError(
+            f"`server` in {where} is {config.server!r}.",
+            "It says which inference server is started, and which kind environments ask.",
+            f"Choose one of: {', '.join(SERVERS)}.",
+        )
+    unused = [key for key in OTHER_SERVERS_KEYS[config.server] if getattr(config, key)]
+    if unused:
+        raise PreflightError(
+            f"{', '.join(f'`{key}`' for key in unused)} in {where} is given, and `server` is {config.server}.",
+            "It is about the other kind of server, and would be ignored.",
+            f"Remove it, or set `server` to {unused[0].partition('_')[0]}.",
+        )
+    if config.sglang_python is not None and shutil.which(config.sglang_python) is None:
+        raise PreflightError(
+            f"`sglang_python` in {where} is {config.sglang_python!r}, which is no program.",
+            "It is the interpreter of the environment in which SGLang is installed.",
+            "Correct the path, such as /opt/sglang/bin/python, or leave it out if SGLang is installed beside the trainer.",
         )
 
 

@@ -7,7 +7,7 @@ import subprocess
 
 from ...errors import PreflightError
 from .command_lines import trainer_option
-from .config import LaunchConfig
+from .config import SGLANG, LaunchConfig
 
 
 NVIDIA_SMI_TIMEOUT_S = 30.0
@@ -37,7 +37,7 @@ def visible_gpus() -> list[str]:
 
 
 def split_gpus(config: LaunchConfig) -> dict[str, dict[str, str]]:
-    """Return the environment variables that give `vllm` and `trainer` their GPUs; empty if the file names no GPUs.
+    """Return the environment variables that give `vllm`, a server of either kind, and `trainer` their GPUs; empty if the file names no GPUs.
 
     The numbers of `vllm_gpus` and `trainer_gpus` count what this process sees: with `CUDA_VISIBLE_DEVICES=4,5`, GPU 1
     is the device 5.
@@ -92,11 +92,16 @@ def _check_overlap(config: LaunchConfig, told: dict[str, list[int]]) -> None:
         _server_may_sleep(config) and str(trainer_option(config, "vllm_enable_sleep_mode")).lower() == "true"
     ):
         return
+    fix = (
+        "Name different GPUs."
+        if config.server == SGLANG
+        else "Name different GPUs, or take turns: `enable-sleep-mode: null` in `vllm_args` and `--vllm_enable_sleep_mode true` "
+        "in `trainer_args`."
+    )
     raise PreflightError(
         f"`vllm_gpus` and `trainer_gpus` both name GPU {', '.join(map(str, shared))}.",
         "Server and trainer would hold its memory at the same time, and one of them would run out of it.",
-        "Name different GPUs, or take turns: `enable-sleep-mode: null` in `vllm_args` and `--vllm_enable_sleep_mode true` "
-        "in `trainer_args`.",
+        fix,
     )
 
 

@@ -27,8 +27,8 @@ from . import summary
 from .command_lines import (
     build_api_command,
     build_env_command,
+    build_server_command,
     build_trainer_command,
-    build_vllm_command,
     env_flags,
     trainer_flags,
     trainer_option,
@@ -66,17 +66,17 @@ def run_launch(config: LaunchConfig) -> dict[str, Any] | None:
     ):
         launch = _Launch(config, gpus, group, output)
         try:
-            api, vllm = launch.start_servers()
-            wait_until_ready([api, vllm], config.startup_timeout_s, group, output)
+            api, server = launch.start_servers()
+            wait_until_ready([api, server], config.startup_timeout_s, group, output)
             if not config.has_trainer:
-                launch.serve(api.url, vllm.url)
+                launch.serve(api.url, server.url)
                 return None
-            before = launch.complete(vllm.url)
-            launch.start_environments(api.url, vllm.url)
-            launch.wait_for_trainer(launch.start_trainer(api.url, vllm.url))
+            before = launch.complete(server.url)
+            launch.start_environments(api.url, server.url)
+            launch.wait_for_trainer(launch.start_trainer(api.url, server.url))
             wall_s = output.elapsed_s()
-            after = launch.complete(vllm.url)
-            weight_version = _weight_version(vllm.url)
+            after = launch.complete(server.url)
+            weight_version = _weight_version(server.url, config.server)
         finally:
             if group.names:
                 output.say("launch", f"ending {', '.join(group.names)}")
@@ -104,11 +104,11 @@ class _Launch:
         def api_command(port: int) -> list[str]:
             return build_api_command(config, port)
 
-        def vllm_command(port: int) -> list[str]:
-            return build_vllm_command(config, port)
+        def server_command(port: int) -> list[str]:
+            return build_server_command(config, port)
 
         api: AnyService
-        vllm: AnyService
+        server: AnyService
         if config.api_url is not None:
             api = ExternalService("api", config.api_url, "/")
         else:
@@ -119,20 +119,21 @@ class _Launch:
                 "api", "/", api_command, self._log_path("api"), env, self._group, self._output, config.api_port
             )
         if config.vllm_url is not None:
-            vllm = ExternalService("vllm", config.vllm_url, "/health")
+            server = ExternalService(config.server, config.vllm_url, "/health")
         else:
-            env = self._child_env({**self._gpus.get("vllm", {}), **config.vllm_env})
-            vllm = Service(
-                "vllm",
+            env = self._child_env({**self._gpus.get("vllm", {}), **config.server_env})
+            server = Service(
+                config.server,
                 "/health",
-                vllm_command,
-                self._log_path("vllm"),
+                server_command,
+                self._log_path(config.server),
                 env,
                 self._group,
                 self._output,
                 config.vllm_port,
+                port_key="vllm_port",
             )
-        return api, vllm
+        return api, server
 
     def _keep_earlier_database(self) -> None:
         """Move the groups of an earlier run aside, as the trainer does with its journal; a run that resumes goes on with them."""
@@ -193,7 +194,7 @@ class _Launch:
             return []
         self._output.wait_for("launch", f"the server continues {len(prompts)} prompts")
         body = {"model": self._config.model_name_or_path, "prompt": prompts, **self._config.completion_args}
-        choices = _request("POST", f"{vllm_url}/v1/completions", body)["choices"]
+        choices = _request("POST", f"{vllm_url}/v1/completions", body, self._config.server)["choices"]
         texts = [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
         # The choices of the first prompt come first, then those of the second.
         num_each = len(texts) // len(prompts)
@@ -273,7 +274,7 @@ def _flat(flags: Mapping[str, str]) -> list[str]:
     return [part for pair in flags.items() for part in pair]
 
 
-def _request(method: str, url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def _request(method: str, url: str, body: Mapping[str, Any], name: str) -> dict[str, Any]:
     try:
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -281,11 +282,11 @@ def _request(method: str, url: str, body: Mapping[str, Any] | None = None) -> di
         response.raise_for_status()
         return response.json()
     except requests.RequestException as exc:
-        _raise_server_error(url, exc)
+        _raise_server_error(url, exc, name)
 
 
-def _weight_version(url: str) -> str:
-    """The name of the weights that an inference server of either kind holds."""
+def _weight_version(url: str, name: str) -> str:
+    """The name of the weights that an inference server of either kind holds; `name` is that of its log."""
     with ServerSession(url, COMPLETION_TIMEOUT_S, os.environ.get("VLLM_API_KEY"), kind=UNKNOWN) as session:
         try:
             return read_weight_version(session)
@@ -293,16 +294,20 @@ def _weight_version(url: str) -> str:
             raise PreflightError(
                 exc.what,
                 "It is asked at the end which policy it holds.",
-                "Read its log: logs/vllm.log in the run directory, unless it is external.",
+                _read_log(name),
             ) from exc
 
 
-def _raise_server_error(url: str, exc: requests.RequestException) -> NoReturn:
+def _read_log(name: str) -> str:
+    return f"Read its log: logs/{name}.log in the run directory, unless it is external."
+
+
+def _raise_server_error(url: str, exc: requests.RequestException, name: str) -> NoReturn:
     detail = f" {exc.response.text[:500]}" if exc.response is not None else ""
     raise PreflightError(
         f"{url} did not answer as expected: {exc}.{detail}",
         "The inference server is asked for completions before and after training.",
-        "Read its log: logs/vllm.log in the run directory, unless it is external.",
+        _read_log(name),
     ) from exc
 
 

@@ -25,7 +25,8 @@ class Service:
     """A server of the launch: started on a free port, and on another one if that port was taken meanwhile.
 
     `health_path`, such as `"/health"`, answers once the server is ready; `build_command` makes its command line for a
-    port. A `port` other than 0 is the only one that it may have.
+    port. A `port` other than 0 is the only one that it may have; the launch file tells it as `port_key`, by default that
+    of the name.
 
     Raises:
         PreflightError: `port` is taken.
@@ -41,6 +42,7 @@ class Service:
         group: ProcessGroup,
         output: LaunchOutput,
         port: int = 0,
+        port_key: str | None = None,
     ):
         self.name = name
         self.health_path = health_path
@@ -52,7 +54,7 @@ class Service:
         self._port = port
         self._num_attempts = 0
         if port:
-            check_port(name, port)
+            check_port(port_key or f"{name}_port", port)
         self._start()
 
     def _start(self) -> None:
@@ -113,8 +115,8 @@ def answers(url: str) -> bool:
         return False
 
 
-def check_port(name: str, port: int) -> None:
-    """Refuse a loopback port that somebody listens on.
+def check_port(key: str, port: int) -> None:
+    """Refuse a loopback port, the value of a key of the launch file, that somebody listens on.
 
     Raises:
         PreflightError: It is taken, or this user may not have it.
@@ -122,9 +124,9 @@ def check_port(name: str, port: int) -> None:
     obstacle = port_obstacle(port)
     if obstacle is not None:
         raise PreflightError(
-            f"Port {port} of {HOST}, the `{name}_port`, cannot be taken: {obstacle}.",
+            f"Port {port} of {HOST}, the `{key}`, cannot be taken: {obstacle}.",
             "Another program listens there, perhaps a server of an earlier run.",
-            f"`ss -ltnp 'sport = :{port}'` names it; or set `{name}_port` to another port, or to 0 for a free one.",
+            f"`ss -ltnp 'sport = :{port}'` names it; or set `{key}` to another port, or to 0 for a free one.",
         )
 
 
