@@ -35,9 +35,19 @@ BUCKET_BYTES = 256 * 2**20
 """How much of a policy a worker holds beside its weights while it loads."""
 
 
+LEAVE_S = 2.0
+"""Seconds that a broadcast beside a failed request is waited for. The end of a worker ends it at once; while a worker lives
+and does not receive, nothing on this side ends a broadcast of gloo before its deadline."""
+
+
 def arrived_key(rank: int) -> str:
     """The key under which gloo leaves the address of a rank when it begins to join."""
     return f"0/{rank}"
+
+
+def in_group(store: Store) -> Store:
+    """The store with what torch.distributed, from which SGLang's end comes, puts before the keys of a gloo group."""
+    return PrefixStore("cpu/", PrefixStore(f"{GROUP_NAME}/", store))
 
 
 class SGLangGroupTransport(GroupTransport):
@@ -67,7 +77,7 @@ class SGLangGroupTransport(GroupTransport):
         self._store = connect_store(host, port, GROUP_NAME, self.timeout_s, listener.detach())
         rendezvous = Collective(
             f"{self.backend} rendezvous",
-            lambda is_cancelled: self._join(host, meeting["world_size"], is_cancelled),
+            lambda is_cancelled: self._join(meeting, is_cancelled),
             timeout_s=self.timeout_s,
             end_s=0.0,  # NCCL waits for the workers inside, and gloo ends by itself.
         )
@@ -105,6 +115,7 @@ class SGLangGroupTransport(GroupTransport):
             lambda _: self._broadcast(tensors),
             timeout_s=self.timeout_s,
             end=self._leave_group,
+            end_s=LEAVE_S,
         )
         broadcast.run_beside(lambda: client.update_weights(update_info))
 
@@ -112,7 +123,7 @@ class SGLangGroupTransport(GroupTransport):
         assert self._store is not None
         return self._store
 
-    def _join(self, host: str, world_size: int, is_cancelled: threading.Event) -> None:
+    def _join(self, meeting: dict[str, Any], is_cancelled: threading.Event) -> None:
         raise NotImplementedError
 
     def _broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -131,18 +142,18 @@ class SGLangGlooTransport(SGLangGroupTransport):
 
     _group: ProcessGroupGloo | None = None
 
-    def _join(self, host: str, world_size: int, is_cancelled: threading.Event) -> None:
-        # SGLang's end comes from torch.distributed, which puts the name of the group and the device before its keys.
-        store = PrefixStore("cpu/", PrefixStore(f"{GROUP_NAME}/", self._require_store()))
+    def _join(self, meeting: dict[str, Any], is_cancelled: threading.Event) -> None:
+        host, world_size = meeting["master_address"], meeting["world_size"]
         absence = (
             "They cannot reach the trainer, they are stopped, or they still wait for a trainer that is gone.",
             "Look at the server's log and restart it; name an address that it reaches with --vllm_group_host.",
         )
+        keys = [arrived_key(rank) for rank in range(RANK_OFFSET, world_size)]
         # Only with everybody there: joining cannot be cancelled.
-        self._wait_for_workers(
-            store, [arrived_key(rank) for rank in range(RANK_OFFSET, world_size)], is_cancelled, absence
-        )
-        self._group = join_group(store, TRAINER_RANK, world_size, host, self.timeout_s)
+        self._wait_for_workers(in_group(self._require_store()), keys, is_cancelled, absence)
+        # Another connection to the store: a broadcast that cannot be ended keeps the group, and would keep the port.
+        store = connect_store(host, meeting["master_port"], GROUP_NAME, self.timeout_s)
+        self._group = join_group(in_group(store), TRAINER_RANK, world_size, host, self.timeout_s)
 
     def _broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         group = self._group
@@ -179,14 +190,14 @@ class SGLangNcclTransport(SGLangGroupTransport):
             )
         super()._meet(client)
 
-    def _join(self, host: str, world_size: int, is_cancelled: threading.Event) -> None:
+    def _join(self, meeting: dict[str, Any], is_cancelled: threading.Event) -> None:
         from torch.distributed.distributed_c10d import Backend, _new_process_group_helper
 
         # A thread begins with device 0.
         torch.cuda.set_device(self.device)
         make: Callable[..., Any] = _new_process_group_helper
         self._group, _ = make(
-            world_size,
+            meeting["world_size"],
             TRAINER_RANK,
             [],
             Backend("nccl"),
