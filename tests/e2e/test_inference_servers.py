@@ -7,11 +7,12 @@ SGLang is not a part of requirements/cpu.txt: its half runs where `TRL_ATROPOS_S
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +33,11 @@ from trl_atropos.errors import PreflightError, WeightSyncError
 from trl_atropos.trainer.preflight import read_server_config
 from trl_atropos.weight_sync.connecting import connect_server
 from trl_atropos.weight_sync.http import UNKNOWN, ServerSession
+from trl_atropos.weight_sync.options import WeightSyncOptions
+from trl_atropos.weight_sync.probe import LogprobProbe
+from trl_atropos.weight_sync.publisher import PolicyPublisher
+from trl_atropos.weight_sync.server_group import ServerGroup
+from trl_atropos.weight_sync.server_link import ServerLink
 from trl_atropos.weight_sync.transports.sglang_group import SGLangGlooTransport
 
 
@@ -40,51 +46,82 @@ START_TIMEOUT_S = 240.0
 REQUEST_TIMEOUT_S = 30.0
 
 
-@contextmanager
-def sglang_server(model: Path, log_path: Path) -> Iterator[str]:
-    """Run SGLang on a CPU with the shims of tests/sglang_shims, and yield its URL."""
-    assert SGLANG_PYTHON is not None
-    port = free_port()
-    command = [
-        *(SGLANG_PYTHON, str(ROOT / "tests" / "sglang_shims" / "launch_server.py"), "--model-path", str(model)),
-        *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
-        *("--grammar-backend", "none", "--disable-overlap-schedule", "--mem-fraction-static", "0.3"),
-        *("--max-total-tokens", "8192", "--context-length", "256", "--host", HOST, "--port", str(port)),
-    ]
-    environment = {
-        **os.environ,
-        "SGLANG_USE_CPU_ENGINE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "passive",
-    }
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    try:
+class SGLangServer:
+    """SGLang on a CPU with the shims of tests/sglang_shims, on the same port after every start.
+
+    Args:
+        model (`Path`):
+            The checkpoint.
+        log_path (`Path`):
+            Where the newest process writes.
+    """
+
+    def __init__(self, model: Path, log_path: Path):
+        port = free_port()
+        self.url = f"http://{HOST}:{port}"
+        self.log_path = log_path
+        self.process: subprocess.Popen[bytes] | None = None
+        self.command = [
+            *(
+                str(SGLANG_PYTHON),
+                str(ROOT / "tests" / "sglang_shims" / "launch_server.py"),
+                "--model-path",
+                str(model),
+            ),
+            *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+            *("--grammar-backend", "none", "--disable-overlap-schedule", "--mem-fraction-static", "0.3"),
+            *("--max-total-tokens", "8192", "--context-length", "256", "--host", HOST, "--port", str(port)),
+        ]
+
+    def start(self) -> None:
+        """Return when it is healthy."""
+        environment = {
+            **os.environ,
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "passive",
+        }
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
         deadline = time.monotonic() + START_TIMEOUT_S
-        url = f"http://{HOST}:{port}"
         while True:
-            assert process.poll() is None, f"the server ended:\n{log_path.read_text()[-4000:]}"
-            assert time.monotonic() < deadline, f"the server is not up:\n{log_path.read_text()[-4000:]}"
+            assert self.process.poll() is None, f"the server ended:\n{self.log_path.read_text()[-4000:]}"
+            assert time.monotonic() < deadline, f"the server is not up:\n{self.log_path.read_text()[-4000:]}"
             try:
-                if requests.get(f"{url}/health", timeout=5).status_code == 200:
-                    break
+                if requests.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
             except requests.exceptions.RequestException:
                 pass
             time.sleep(0.5)
-        yield url
+
+    def kill(self) -> None:
+        """End all of its processes at once."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@contextmanager
+def sglang_server(model: Path, log_path: Path) -> Iterator[SGLangServer]:
+    """Run SGLang."""
+    server = SGLangServer(model, log_path)
+    try:
+        server.start()
+        yield server
     finally:
-        os.killpg(process.pid, 9)
-        process.wait()
+        server.kill()
 
 
 class Served:
     """A server, its checkpoint, and how many policies were published to it."""
 
-    def __init__(self, kind: str, url: str, model_dir: Path):
+    def __init__(self, kind: str, url: str, model_dir: Path, sglang: SGLangServer | None = None):
         self.kind = kind
+        self.sglang = sglang
         self.url = url
         self.model_dir = model_dir
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -122,11 +159,11 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model_dir = save_tiny_model(directory / "model", tied=True, seed=0)
     log_path = directory / "server.log"
     if request.param == "SGLang":
-        running = sglang_server(model_dir, log_path)
+        with sglang_server(model_dir, log_path) as sglang:
+            yield Served(request.param, sglang.url, model_dir, sglang)
     else:
-        running = serve(model_dir, "--enforce-eager", log_path=log_path)
-    with running as url:
-        yield Served(request.param, url, model_dir)
+        with serve(model_dir, "--enforce-eager", log_path=log_path) as url:
+            yield Served(request.param, url, model_dir)
 
 
 def test_the_server_says_which_kind_it_is(served: Served) -> None:
@@ -238,6 +275,44 @@ def test_a_tensor_that_does_not_arrive_is_found(served: Served, monkeypatch: pyt
     served.publish_fails(11, match="logprob")
     monkeypatch.undo()
     assert served.publish(12) < 0.1
+
+
+def test_a_server_that_is_killed_in_mid_publish_is_given_everything_once_it_is_back(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every other phase: tests/unit/weight_sync/test_sglang_publisher.py."""
+    sglang = served.sglang
+    if sglang is None:
+        pytest.skip("vLLM: test_faults.py")
+    is_killed = threading.Event()
+    broadcast = SGLangGlooTransport._broadcast
+
+    def kill_in_the_first(transport: SGLangGlooTransport, tensors: Sequence[torch.Tensor]) -> None:
+        if not is_killed.is_set():
+            sglang.kill()
+            is_killed.set()
+        broadcast(transport, tensors)
+
+    def restart() -> None:
+        assert is_killed.wait(REQUEST_TIMEOUT_S)
+        sglang.start()
+
+    monkeypatch.setattr(SGLangGlooTransport, "_broadcast", kill_in_the_first)
+    options = WeightSyncOptions(on_publish_failure="retry", vllm_server_timeout=START_TIMEOUT_S)
+    link = ServerLink(served.connect(), SGLangGlooTransport(REQUEST_TIMEOUT_S), torch.bfloat16, options)
+    policy = served.policy(13)
+    probe = LogprobProbe(served.tokenizer, policy.config.vocab_size)
+    publisher = PolicyPublisher(options, torch.bfloat16, ServerGroup([link], options), make_probe=lambda model: probe)
+    restarting = threading.Thread(target=restart)
+    restarting.start()
+    served.version += 1
+    report = publisher.publish(policy, served.version)
+    restarting.join()
+    publisher.close()
+    assert (report.num_retries, report.num_failures) == (1, 1)
+    assert "failed in state `transferring`" in caplog.text and "holds no complete policy" in caplog.text
+    assert report.probe is not None and report.probe.mean_abs_diff < 0.1
+    assert served.connect().get_weight_version() == str(served.version)
 
 
 def test_what_sglang_does_not_have_is_refused_by_name(served: Served) -> None:

@@ -25,11 +25,11 @@ TEXT = (PACKAGE.parent / "docs" / "troubleshooting.md").read_text()
 ROWS = [re.split(r" \| ", line.strip("| ")) for line in re.findall(r"^\|[^-].+\|$", TEXT, re.MULTILINE)]
 PREFLIGHT_CHECKS = (*SERVER_CHECKS, *ENVIRONMENT_CHECKS, *MACHINE_CHECKS)
 VALUE = "\0"
-# Of programs that are not ours: environments (`--env.x`, `--openai.x`), run-api, vLLM.
+# Of programs that are not ours: environments (`--env.x`, `--openai.x`), run-api, vLLM, SGLang.
 FOREIGN_OPTIONS = {
     *("env", "openai", "port", "model", "max_model_len", "middleware"),
     *("enable_scale_out", "weight_transfer_config", "enable_lora", "logprobs_mode", "chat_template"),
-    *("skip_tokenizer_init", "model_name_or_path"),
+    *("skip_tokenizer_init", "model_name_or_path", "context_length"),
 }
 
 
