@@ -21,6 +21,7 @@ import pytest
 import requests
 import yaml
 from scripted_server import ScriptedServer
+from scripted_sglang import ScriptedSGLang
 
 from trl_atropos.cli.main import main
 
@@ -309,6 +310,16 @@ def test_sglang_is_started_in_its_own_environment(launch: Launch) -> None:
     assert "--model-path served" in said and "--context-length 64 --disable-overlap-schedule variable 7" in said
     assert "--openai.server_type sglang" in (launch.logs / "first.log").read_text()
     assert json.loads((launch.run_dir / "summary.json").read_text())["server_weight_version"] == 1
+
+
+def test_an_external_server_is_asked_which_kind_it_is(launch: Launch) -> None:
+    with ScriptedSGLang() as sglang:
+        launch.content["vllm_url"] = sglang.base_url
+        finished = launch.run()
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "--openai.server_type sglang" in (launch.logs / "first.log").read_text()
+    summary = json.loads((launch.run_dir / "summary.json").read_text())
+    assert summary["server_weight_version"] == "default"
 
 
 def test_a_port_of_sglang_that_is_taken_is_named_by_its_key(launch: Launch, vllm: ScriptedServer) -> None:

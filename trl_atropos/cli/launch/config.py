@@ -51,7 +51,7 @@ class LaunchConfig:
     """What one launch runs. docs/launch.md explains each key.
 
     An `api_url` or `vllm_url` that is not None is a server that runs already. `server`, one of `SERVERS`, is the kind of
-    the inference server, and `vllm_url`, `vllm_port` and `vllm_gpus` are those of either kind. `sglang_python` is the
+    the inference server that is started, and `vllm_url`, `vllm_port` and `vllm_gpus` are those of either kind. `sglang_python` is the
     interpreter that has SGLang, None for this one. Of what is started, a port of 0 is any free one. `environments` is empty and `trainer_command` is `EXTERNAL` where somebody else starts them.
     `api` is one of `APIS`; with an `api_url` it is external. `startup_timeout_s` is in seconds, for the API and the inference server together.
     """

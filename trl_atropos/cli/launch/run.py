@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +22,8 @@ from ...api.store import set_aside
 from ...errors import PreflightError, WeightSyncError
 from ...report.page import REPORT_FILE
 from ...report.plots import save_reward_plot
-from ...weight_sync.health import read_weight_version
+from ...weight_sync.health import find_kind, read_weight_version
+from ...weight_sync.http import SGLANG as SGLANG_KIND
 from ...weight_sync.http import UNKNOWN, ServerSession
 from . import summary
 from .command_lines import (
@@ -33,7 +35,7 @@ from .command_lines import (
     trainer_flags,
     trainer_option,
 )
-from .config import DURABLE_API, LaunchConfig
+from .config import DURABLE_API, SGLANG, VLLM, LaunchConfig
 from .gpus import split_gpus
 from .output import LaunchOutput
 from .processes import ManagedProcess, ProcessGroup, failure_of
@@ -68,6 +70,7 @@ def run_launch(config: LaunchConfig) -> dict[str, Any] | None:
         try:
             api, server = launch.start_servers()
             wait_until_ready([api, server], config.startup_timeout_s, group, output)
+            launch.ask_external_server(server.url)
             if not config.has_trainer:
                 launch.serve(api.url, server.url)
                 return None
@@ -134,6 +137,14 @@ class _Launch:
                 port_key="vllm_port",
             )
         return api, server
+
+    def ask_external_server(self, url: str) -> None:
+        """Find out which kind an inference server is that the launch did not start, so that environments are told."""
+        if self._config.vllm_url is None:
+            return
+        with ServerSession(url, COMPLETION_TIMEOUT_S, os.environ.get("VLLM_API_KEY"), kind=UNKNOWN) as session:
+            kind = SGLANG if find_kind(session, timeout_s=0.0) == SGLANG_KIND else VLLM
+        self._config = replace(self._config, server=kind)
 
     def _keep_earlier_database(self) -> None:
         """Move the groups of an earlier run aside, as the trainer does with its journal; a run that resumes goes on with them."""
