@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ..weight_sync.http import VLLM
+from ..weight_sync.http import SGLANG, VLLM
 from ..weight_sync.transports.backends import (
     NCCL_BACKEND,
     NO_TRANSPORT_FIX,
@@ -93,6 +93,12 @@ def _nccl_on_one_gpu(facts: ServerConfigFacts) -> str | None:
     if facts.backend != NCCL_BACKEND or not known(facts.vllm_enable_sleep_mode):
         return None
     return f"vllm_enable_sleep_mode is on, and the {facts.kind} server at {facts.url} receives weights over NCCL."
+
+
+def _no_sleep_mode(facts: ServerConfigFacts) -> str | None:
+    if facts.kind != SGLANG or not known(facts.vllm_enable_sleep_mode):
+        return None
+    return f"vllm_enable_sleep_mode is on, and the server at {facts.url} is {facts.kind}."
 
 
 def _no_tokenizer(facts: ServerConfigFacts) -> str | None:
@@ -192,6 +198,19 @@ SERVER_CHECKS: tuple[Check[ServerConfigFacts], ...] = (
             "Weights reach a server on the trainer's GPU through shared memory."
             if known(facts.vllm_enable_sleep_mode)
             else "The server keeps its memory while the trainer trains."
+        ),
+    ),
+    Check(
+        "sleep_mode_server",
+        "error",
+        _no_sleep_mode,
+        "Its memory is given back and taken in another way, which trl_atropos does not use.",
+        "Leave --vllm_enable_sleep_mode off and give server and trainer a GPU each.",
+        needs=("vllm_enable_sleep_mode",),
+        describe=lambda facts: (
+            f"{facts.kind} sleeps while the trainer trains."
+            if known(facts.vllm_enable_sleep_mode)
+            else "No server is asked to sleep."
         ),
     ),
     Check(

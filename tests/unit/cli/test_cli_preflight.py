@@ -113,6 +113,7 @@ def test_what_fits_has_an_ok_line_for_every_check() -> None:
         ({"weight_sync_mode": "adapter"}, {"runtime_lora": "error"}),
         ({"vllm_enable_sleep_mode": True}, {}),
         ({"vllm_enable_sleep_mode": True, "backend": "nccl", "device": "cuda"}, {"sleep_mode_transport": "error"}),
+        ({"vllm_enable_sleep_mode": True, "kind": "SGLang"}, {"sleep_mode_server": "error"}),
         ({"weight_sync_mode": "adapter", "has_lora": True}, {"runtime_lora": "error"}),
         ({"weight_sync_mode": "adapter", "has_lora": True, "loads_adapters": True}, {}),
         ({"free_shared_memory_bytes": 1999}, {"shared_memory": "error"}),
