@@ -22,12 +22,15 @@ if "torch" not in sys.modules:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _EXPORTS = {
+    "AgentEnv": "gateway.environment",
     "AtroposClient": "wire.client",
     "AtroposConfig": "trainer.atropos_config",
     "AtroposParser": "trainer.parser",
     "AtroposSGLangClient": "weight_sync.sglang",
     "AtroposTrainer": "trainer.atropos_trainer",
     "AtroposVLLMClient": "weight_sync.client",
+    "Gateway": "gateway.gateway",
+    "GatewayOptions": "gateway.options",
     "EnvironmentSource": "envs.source",
     "EnvironmentEpisode": "envs.source",
     "EpisodeStep": "envs.source",
@@ -53,6 +56,9 @@ if TYPE_CHECKING:
     from .envs.source import EnvironmentEpisode as EnvironmentEpisode
     from .envs.source import EnvironmentSource as EnvironmentSource
     from .envs.source import EpisodeStep as EpisodeStep
+    from .gateway.environment import AgentEnv as AgentEnv
+    from .gateway.gateway import Gateway as Gateway
+    from .gateway.options import GatewayOptions as GatewayOptions
     from .loss.advantages import clip_advantages as clip_advantages
     from .loss.advantages import normalize_advantages as normalize_advantages
     from .loss.losses import LossFunction as LossFunction

@@ -23,3 +23,7 @@ def proxies_for(base_url: str) -> dict[str, str]:
     """
     host = urlsplit(base_url).hostname or ""
     return {"no_proxy": host} if is_this_machine(host) else {}
+
+
+POLICY_VERSION_HEADER = "x-atropos-policy-version"
+"""In an answer of the inference server that an adapter gave: the number of the policy that the adapter was published as."""

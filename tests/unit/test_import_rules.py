@@ -37,7 +37,8 @@ IMPORTS_OF = {
     "trainer": {"wire", "policy", "loss", "weight_sync", "checks", "data", "report"},
     "api": set(),
     "envs": set(),
-    "cli": {"wire", "weight_sync", "checks", "report", "trainer", "api", "envs"},
+    "gateway": {"api.http", "api.refusals", "serving.asgi", "serving.generate_endpoint"},
+    "cli": {"wire", "weight_sync", "checks", "report", "trainer", "api", "envs", "gateway"},
 }
 """Package -> the packages, or single modules, that it may import. docs/architecture.md shows the same table."""
 
@@ -64,6 +65,7 @@ LIBRARIES_OF = {
     "checks": set(),
     "api": {"msgspec", "uvicorn"},
     "envs": {"atroposlib", "pydantic", "reasoning_core", "reasoning_gym", "textarena"},
+    "gateway": {"aiohttp", "atroposlib", "msgspec", "pydantic", "uvicorn"},
     "data": {"torch"},
     "report": {
         *("torch", "transformers", "trl", "huggingface_hub", "jinja2", "markupsafe", "matplotlib", "pandas"),

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from .http import (
+    API_HEADER,
     Answer,
     ClientGone,
     Headers,
@@ -93,7 +94,7 @@ class TrajectoryApp:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
         elif scope["type"] == "http":
-            request = Request(scope, receive, send)
+            request = Request(scope, receive, send, [API_HEADER])
             try:
                 await self._answer(request)
             finally:

@@ -32,9 +32,11 @@ class ClientGone(ConnectionError):
 
 
 class Request:
-    """One HTTP request. `path` is without query; `query` holds the last value of each parameter."""
+    """One HTTP request. `path` is without query; `query` holds the last value of each parameter; `own_headers` are in every
+    answer to it.
+    """
 
-    def __init__(self, scope: Message, receive: Receive, send: Send):
+    def __init__(self, scope: Message, receive: Receive, send: Send, own_headers: Headers | None = None):
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1")))
@@ -42,6 +44,7 @@ class Request:
         self._headers: dict[str, str] = {
             name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
         }
+        self._own_headers = own_headers or []
         self._receive = receive
         self._send = send
         self._watch: asyncio.Task[None] | None = None
@@ -122,6 +125,11 @@ class Request:
             await asyncio.wait({self._watch}, timeout=0)
         return not self.has_client_gone
 
+    async def wait_for(self, task: asyncio.Task[Any], timeout_s: float) -> None:
+        """Wait until a task is done, the client has gone, or the time is over; after `watch_client`."""
+        assert self._watch is not None, "watch_client() comes first"
+        await asyncio.wait({task, self._watch}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+
     async def answer(self, status: int, headers: Headers, body: bytes) -> None:
         """Send an answer."""
         await self.begin_answer(status, [*headers, (b"content-length", str(len(body)).encode())])
@@ -130,7 +138,7 @@ class Request:
     async def begin_answer(self, status: int, headers: Headers) -> None:
         """Send the head of an answer."""
         self.has_begun_to_answer = True
-        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, API_HEADER]})
+        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *self._own_headers]})
 
     async def send_part(self, body: bytes, is_last: bool = False) -> None:
         """Send a part of the body of an answer."""
@@ -202,7 +210,7 @@ def has_key(request: Request, key: str) -> bool:
 def _too_large(max_bytes: int) -> RequestRefused:
     return RequestRefused(
         f"The body has more than {max_bytes} bytes.",
-        "The API reads a post in memory, so its size is limited.",
-        "Post fewer or smaller groups at once, or raise `--max_body_bytes` of `trl-atropos api`.",
+        "It is read in memory, so its size is limited.",
+        "Send less at once, or raise `--max_body_bytes`.",
         status_code=413,
     )

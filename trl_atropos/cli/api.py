@@ -32,20 +32,20 @@ def add_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port; 0 is any free one (default: %(default)s)")
     parser.add_argument(
-        "--max_queue_bytes", type=_size, default="8G", help="bytes of all stored groups (default: %(default)s)"
+        "--max_queue_bytes", type=size, default="8G", help="bytes of all stored groups (default: %(default)s)"
     )
     parser.add_argument(
-        "--max_env_queue_bytes", type=_size, help="bytes of the groups of one environment (default: all)"
+        "--max_env_queue_bytes", type=size, help="bytes of the groups of one environment (default: all)"
     )
     parser.add_argument(
-        "--max_queue_groups", type=_size, default="250000", help="number of all stored groups (default: %(default)s)"
+        "--max_queue_groups", type=size, default="250000", help="number of all stored groups (default: %(default)s)"
     )
     parser.add_argument(
-        "--max_body_bytes", type=_size, default="64M", help="bytes of one request, as it comes (default: %(default)s)"
+        "--max_body_bytes", type=size, default="64M", help="bytes of one request, as it comes (default: %(default)s)"
     )
     parser.add_argument(
         "--max_unpacked_bytes",
-        type=_size,
+        type=size,
         default="256M",
         help="bytes of one request, unpacked (default: %(default)s)",
     )
@@ -163,7 +163,12 @@ def read_key(path: Path) -> str:
     return key
 
 
-def _size(text: str) -> int:
+def size(text: str) -> int:
+    """Read a number of bytes or things, which may end with K, M, G or T.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+    """
     match = re.fullmatch(r"(\d{1,15})([KMGT]?)(?:i?B)?", text)
     if match is None or int(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text} is no number of 1 or more, such as 500M or 8G")

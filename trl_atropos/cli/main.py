@@ -10,11 +10,11 @@ from types import FrameType
 from typing import NoReturn
 
 from ..errors import TrlAtroposError
-from . import api, doctor, env, model, preflight, push, report
+from . import api, doctor, env, gateway, model, preflight, push, report
 from .launch import command as launch
 
 
-COMMANDS = (model, doctor, launch, preflight, env, report, push, api)
+COMMANDS = (model, doctor, launch, preflight, env, report, push, api, gateway)
 """In the order of `--help`. Importing them loads nothing heavy; each loads what it needs when it runs."""
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..network import POLICY_VERSION_HEADER
 from .asgi import (
     ASGIApp,
     BadRequest,
@@ -108,6 +109,7 @@ class AdapterRoutes:
         model = request.get("model")
         if self.answers_for(model):
             lora_name = self.lora_name
+            send = _with_policy_version(send, self.policy_version)
             body = json.dumps({**request, "model": lora_name}).encode()
             scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
             send = _RestoredModel(send, lora_name, model or self._base_models[0])
@@ -167,6 +169,18 @@ class _RestoredModel:
 
     def _restored(self, body: bytes) -> bytes:
         return body.replace(self._shown, self._asked)
+
+
+def _with_policy_version(send: Send, policy_version: int | None) -> Send:
+    """Name the version of the adapter that answers in the head of the answer: the label of the weights is another one."""
+
+    async def named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            header = (POLICY_VERSION_HEADER.encode(), str(policy_version).encode())
+            message = {**message, "headers": [*message.get("headers", []), header]}
+        await send(message)
+
+    return named
 
 
 def _member(model: str | None) -> bytes:

@@ -1,0 +1,186 @@
+"""An Atropos environment out of a task list, an agent and a reward: the agent is any program with a base URL."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, ScoredDataGroup
+from pydantic import Field
+
+from ..errors import EpisodeError
+from .gateway import Gateway
+from .groups import FinishedSession, GroupMaker
+from .options import GatewayOptions
+
+
+logger = logging.getLogger(__name__)
+
+MAX_QUOTED_CHARS = 500
+"""How much of what a command wrote an error repeats."""
+
+
+class AgentEnvConfig(BaseEnvConfig):
+    """Options of the environment beside those of every environment."""
+
+    agent_timeout_s: float = Field(default=600.0, description="Seconds that an agent may take for one attempt")
+    scale_advantages: bool = Field(
+        default=True,
+        description="Where an agent rewrote its history: divide advantages by the deviation of the rewards, as --scale_rewards "
+        "group of the trainer does",
+    )
+
+
+class AgentEnv(BaseEnv):
+    """Groups of an agent that knows nothing of training: each task is attempted `group_size` times.
+
+    Subclasses set `tasks`, either `command` or `run_agent`, and `compute_reward`:
+
+        class Greeter(AgentEnv):
+            name = "greeter"
+            tasks = ["Greet Ada.", "Greet Bob."]
+            command = ["python", "my_agent.py"]
+
+            def compute_reward(self, task, outcome):
+                return float(task.split()[-1] in outcome)
+
+    A gateway in the environment's process stands between the agent and the servers of `--openai.base_url`, and records what
+    the agent samples. What an agent sends and how it rewrites its history is its own affair; docs/agents.md says what
+    becomes of it.
+
+    Attributes:
+        tasks (`Sequence`):
+            What is attempted, in this order, and again from the beginning. Each is something that JSON can hold.
+        command (`Sequence[str]`, *optional*):
+            Runs the agent. It finds the task as JSON on its standard input, the base URL in `OPENAI_BASE_URL` and a key in
+            `OPENAI_API_KEY`; what it writes to its standard output is the outcome.
+        gateway_options ([`GatewayOptions`]):
+            What agents may do.
+    """
+
+    env_config_cls = AgentEnvConfig
+    tasks: Sequence[Any] = ()
+    command: Sequence[str] = ()
+    gateway_options: ClassVar[GatewayOptions] = GatewayOptions()
+
+    @classmethod
+    def config_init(cls) -> tuple[AgentEnvConfig, list[APIServerConfig]]:
+        """Return the defaults, which `--env.*` and `--openai.*` change."""
+        config = AgentEnvConfig(
+            wandb_name=cls.name,
+            use_wandb=False,
+            group_size=8,
+            max_token_length=2048,
+            total_steps=-1,  # as many as the trainer registers
+            steps_per_eval=0,
+            max_batches_offpolicy=1,
+            # Atropos compares the rewards of the rollouts of a group, which need not be of one task where agents branch.
+            ensure_scores_are_not_same=False,
+        )
+        return config, [APIServerConfig(server_type="vllm", base_url="http://127.0.0.1:9001/v1", api_key="x")]
+
+    async def run_agent(self, task: Any, base_url: str) -> Any:
+        """Attempt a task with the model at this base URL; return what `compute_reward` needs.
+
+        Runs `command`, unless a subclass does it itself.
+
+        Raises:
+            EpisodeError: The command failed.
+        """
+        if not self.command:
+            raise EpisodeError(
+                f"{type(self).__name__} has neither `command` nor `run_agent`.",
+                "One of them runs the agent.",
+                "Set `command`, or write `async def run_agent(self, task, base_url)`.",
+            )
+        # The last part of the URL's path but `/v1` is the secret of the session: a key as good as any.
+        variables = {**os.environ, "OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": base_url.split("/")[-2]}
+        process = await asyncio.create_subprocess_exec(
+            *self.command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=variables,
+        )
+        try:
+            output, errors = await process.communicate(json.dumps(task).encode())
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode != 0:
+            raise EpisodeError(
+                f"{' '.join(self.command)} ended with exit code {process.returncode}: "
+                f"{errors.decode(errors='replace')[-MAX_QUOTED_CHARS:]}.",
+                "The agent itself failed.",
+                "Mend the agent, or let it end with 0 and have `compute_reward` judge what it wrote.",
+            )
+        return output.decode(errors="replace")
+
+    def compute_reward(self, task: Any, outcome: Any) -> float:
+        """Return the reward of an attempt, a finite number.
+
+        Args:
+            task (`Any`):
+                Of `tasks`.
+            outcome (`Any`):
+                What `run_agent` returned.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs `compute_reward(self, task, outcome)`.")
+
+    async def setup(self) -> None:
+        """Start the gateway in front of the servers."""
+        config = self.config
+        servers = [server.config for server in self.server.servers]
+        keys = {server.api_key for server in servers}
+        self.num_tasks = 0
+        self.groups = GroupMaker(config.group_size, self.gateway_options.temperature, config.scale_advantages)
+        self.gateway = Gateway(
+            [server.base_url for server in servers], self.gateway_options, keys.pop() if len(keys) == 1 else None
+        )
+        await self.gateway.__aenter__()
+
+    async def get_next_item(self) -> Any:
+        """Return the next task."""
+        self.num_tasks += 1
+        return self.tasks[(self.num_tasks - 1) % len(self.tasks)]
+
+    async def collect_trajectories(self, item: Any) -> tuple[list[ScoredDataGroup], list[Any]]:
+        """Attempt a task `group_size` times at once; return the groups that are ready.
+
+        Raises:
+            EpisodeError: An attempt failed. Atropos logs it and goes on with another task.
+        """
+        attempts = [asyncio.create_task(self.attempt(item)) for _ in range(self.config.group_size)]
+        try:
+            sessions = await asyncio.gather(*attempts)
+        finally:
+            # When one fails the group is lost, and the others would only keep the servers busy.
+            for attempt in attempts:
+                attempt.cancel()
+        return self.groups.add(sessions), []
+
+    async def attempt(self, task: Any) -> FinishedSession:
+        """Run the agent once, in a session of its own.
+
+        Raises:
+            EpisodeError: It failed, took too long, or asked nothing.
+        """
+        async with self.gateway.session() as session:
+            try:
+                outcome = await asyncio.wait_for(self.run_agent(task, session.base_url), self.config.agent_timeout_s)
+            except asyncio.TimeoutError as exc:
+                raise EpisodeError(
+                    f"The agent did not end within {self.config.agent_timeout_s:g} s.",
+                    "It loops, or waits for a server that is paused or overloaded.",
+                    "Let it end by itself, or raise --env.agent_timeout_s.",
+                ) from exc
+            session.reward = self.compute_reward(task, outcome)
+        return session.finished()
+
+    async def evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing, unless a subclass does: `steps_per_eval` is 0."""

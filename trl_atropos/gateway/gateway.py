@@ -1,0 +1,255 @@
+"""A gateway inside of a program: its sessions, its address, and the agents behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import socket
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import uvicorn
+
+from ..api.refusals import RequestRefused
+from ..errors import EpisodeError, PreflightError
+from ..serving.asgi import ASGIApp
+from .app import AgentApp
+from .counts import GatewayCounts
+from .groups import FinishedSession, rollouts_of
+from .options import GatewayOptions
+from .recorder import Recorder
+from .servers import InferenceServers
+from .sessions import Session, Sessions
+
+
+logger = logging.getLogger(__name__)
+
+SWEEP_INTERVAL_S = 1.0
+START_INTERVAL_S = 0.005
+CLOSE_TIMEOUT_S = 5
+
+
+class GatewaySession:
+    """A session, as the program has it that runs the agent.
+
+    Args:
+        session ([`Session`]):
+            What is recorded.
+        address (`str`):
+            URL of the gateway, without a path.
+    """
+
+    def __init__(self, session: Session, address: str):
+        self.recorded = session
+        self.base_url = f"{address}/session/{session.id}/v1"
+        """What the agent gets as the base URL of an OpenAI client. Whoever knows it is the agent."""
+
+    @property
+    def id(self) -> str:
+        """The secret in the URL. It can also be given as the API key, with `/v1` of the gateway as the base URL."""
+        return self.recorded.id
+
+    @property
+    def reward(self) -> float | None:
+        """The reward of the whole session; None until it was set."""
+        return self.recorded.reward
+
+    @reward.setter
+    def reward(self, value: float) -> None:
+        self.recorded.reward = checked_reward(value)
+
+    def finished(self) -> FinishedSession:
+        """What a group needs of it.
+
+        Raises:
+            EpisodeError: It has no reward, or the agent asked nothing.
+        """
+        return finished(self.recorded)
+
+
+class Gateway:
+    """Stands in front of inference servers and records what agents sample.
+
+        async with Gateway(["http://127.0.0.1:9001"]) as gateway:
+            async with gateway.session() as session:
+                answer = await run_agent(base_url=session.base_url)
+                session.reward = compute_reward(answer)
+            rollouts = session.finished().rollouts
+
+    Agents reach `chat/completions` and `models` of their own session and nothing else of the servers.
+
+    Args:
+        servers (`Sequence[str]`):
+            URLs of vLLM servers of the same model.
+        options ([`GatewayOptions`], *optional*):
+            What agents may do.
+        api_key (`str`, *optional*):
+            The key of the servers.
+        host (`str`, *optional*, defaults to `"127.0.0.1"`):
+            Where agents reach it.
+        port (`int`, *optional*, defaults to `0`):
+            0 is any free one.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[str],
+        options: GatewayOptions | None = None,
+        api_key: str | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ):
+        self.options = options or GatewayOptions()
+        self.counts = GatewayCounts()
+        self.servers = InferenceServers(servers, api_key, self.options.server_wait_s)
+        self.sessions = Sessions(self.options, self.counts)
+        self.recorder = Recorder(self.servers, self.options, self.counts)
+        self.app = AgentApp(self.sessions, self.recorder)
+        self.served: ASGIApp = self.app
+        """What listens: the routes of agents, unless control routes are put around them before it starts."""
+        self.host, self.port = host, port
+        self.address = ""
+        """Its URL, without a path, once it listens."""
+        self._uvicorn: uvicorn.Server | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Gateway:
+        """Ask the servers what they serve, and listen.
+
+        Raises:
+            PreflightError: A server cannot be used, or the address is taken.
+        """
+        listener = _listen(self.host, self.port)
+        self.address = "http://{}:{}".format(*listener.getsockname()[:2])
+        try:
+            await self.servers.start()
+        except PreflightError:
+            listener.close()
+            raise
+        self._uvicorn = _QuietServer(
+            uvicorn.Config(
+                self.served,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+            )
+        )
+        self._tasks = [
+            asyncio.create_task(self._uvicorn.serve(sockets=[listener])),
+            asyncio.create_task(self._sweep()),
+        ]
+        while not self._uvicorn.started:
+            await asyncio.sleep(START_INTERVAL_S)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Answer no more, and let go of the servers."""
+        assert self._uvicorn is not None
+        serving, sweeping = self._tasks
+        sweeping.cancel()
+        self._uvicorn.should_exit = True
+        await serving
+        await self.servers.close()
+
+    @contextlib.asynccontextmanager
+    async def session(self) -> AsyncIterator[GatewaySession]:
+        """Open a session, and end it with the block. What is asked later is refused.
+
+        Raises:
+            RequestRefused: Too many are open.
+        """
+        session = self.sessions.begin()
+        try:
+            yield GatewaySession(session, self.address)
+        finally:
+            self.sessions.end(session)
+
+    def status(self) -> dict[str, Any]:
+        """What it has done and does, for JSON."""
+        servers = [
+            {"url": server.url, "is_there": server.is_there, "num_in_flight": server.num_in_flight}
+            for server in self.servers.servers
+        ]
+        return {
+            **self.counts.values(),
+            "num_open_sessions": len(self.sessions),
+            "num_in_flight": self.sessions.num_in_flight,
+            "num_moves": self.servers.num_moves,
+            "num_resent": self.servers.num_resent,
+            "servers": servers,
+        }
+
+    async def _sweep(self) -> None:
+        """Give up sessions that idle."""
+        while True:
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+            for session in self.sessions.idle():
+                logger.warning("event=session_idle num_turns=%d idle_s=%g", len(session.turns), self.options.idle_s)
+                self.counts.num_sessions_discarded += 1
+                self.sessions.end(session)
+
+
+class _QuietServer(uvicorn.Server):
+    """A server inside of a program: signals are that program's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        yield
+
+
+def finished(session: Session) -> FinishedSession:
+    """What a group needs of a session that ended.
+
+    Raises:
+        EpisodeError: It has no reward, or the agent asked nothing.
+    """
+    return FinishedSession(rollouts_of(session.turns), check_finished(session))
+
+
+def check_finished(session: Session) -> float:
+    """Return the reward of a session that can become a part of a group.
+
+    Raises:
+        EpisodeError: It has no reward, or the agent asked nothing.
+    """
+    if session.reward is None:
+        raise EpisodeError(
+            f"A session with {len(session.turns)} turns has no reward.",
+            "A group compares the rewards of its sessions.",
+            "Set the reward of the session, also where the agent failed.",
+        )
+    if not session.turns:
+        raise EpisodeError(
+            "An agent ended without one answer of the policy.",
+            "It did not ask the base URL of its session, or all its requests were refused.",
+            "Pass base_url to the agent's client, and look at the gateway's log for refusals.",
+        )
+    return session.reward
+
+
+def checked_reward(value: Any) -> float:
+    """A reward as a number.
+
+    Raises:
+        RequestRefused: It is none, or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise RequestRefused(
+            f"`reward` is {value!r}.", "It is a finite number.", "Mend the function that computes it.", field="reward"
+        )
+    return float(value)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), backlog=2048)
+    except OSError as exc:
+        raise PreflightError(
+            f"The gateway cannot listen on {host}:{port}: {exc.strerror or exc}.",
+            "The port is taken, or the address is not of this machine.",
+            "Choose others with --host and --port.",
+        ) from exc

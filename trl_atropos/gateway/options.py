@@ -1,0 +1,64 @@
+"""The options of a gateway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..options import PositiveFloat, PositiveInt, check_declared
+
+
+MASK, REFUSE = "mask", "refuse"
+TEMPLATE, KEEP = "template", "keep"
+
+
+@dataclass(frozen=True)
+class GatewayOptions:
+    """What agents may do, and how what they sample is recorded. The commands and docs/agents.md show `help`.
+
+    Raises:
+        ValueError: An option is not what its field declares.
+    """
+
+    temperature: PositiveFloat = field(
+        default=1.0, metadata={"help": "temperature of all sampling, whatever agents ask for; the trainer's"}
+    )
+    grammar: str = field(
+        default=MASK,
+        metadata={
+            "help": "what becomes of a turn that is sampled under a grammar (forced tool calls, JSON schemas): sampled and not "
+            "trained, or refused",
+            "choices": (MASK, REFUSE),
+        },
+    )
+    thinking: str = field(
+        default=TEMPLATE,
+        metadata={
+            "help": "where the chat template leaves out thoughts of earlier turns: follow it, which branches, or keep them",
+            "choices": (TEMPLATE, KEEP),
+        },
+    )
+    max_turns: PositiveInt = field(default=256, metadata={"help": "answers of one session"})
+    max_session_tokens: PositiveInt = field(
+        default=1_000_000, metadata={"help": "tokens of one session, each counted once: prompts and what was sampled"}
+    )
+    max_body_bytes: PositiveInt = field(default=16 * 2**20, metadata={"help": "bytes of one request"})
+    max_sessions: PositiveInt = field(default=4096, metadata={"help": "sessions that are open at once"})
+    max_in_flight: PositiveInt = field(default=256, metadata={"help": "requests of agents that are answered at once"})
+    idle_s: PositiveFloat = field(
+        default=3600.0, metadata={"help": "seconds without a request after which a session is given up"}
+    )
+    server_wait_s: PositiveFloat = field(
+        default=600.0, metadata={"help": "seconds for which a request waits for a server that is there"}
+    )
+    keep_alive_s: PositiveFloat = field(
+        default=5.0, metadata={"help": "seconds between signs of life on a stream that waits for its answer"}
+    )
+
+    def __post_init__(self) -> None:
+        check_declared(self, GatewayOptions)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What the declaration of an option says of it: `help`, and `choices` where it has them."""
+    return dict(GatewayOptions.__dataclass_fields__[name].metadata)

@@ -1,0 +1,301 @@
+"""The inference servers behind a gateway: which one a session asks, and what happens when one is not there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from ..api.refusals import RequestRefused
+from ..errors import PreflightError
+
+
+logger = logging.getLogger(__name__)
+
+RENDER = "/v1/chat/completions/render"
+GENERATE = "/inference/v1/generate"
+DERENDER = "/v1/chat/completions/derender"
+DERENDER_TEXT = "/v1/completions/derender"
+DETOKENIZE = "/detokenize"
+ROUTES = (RENDER, GENERATE, DERENDER)
+"""What a server must have. Nothing else of it is ever asked but its models, its health and `/detokenize`."""
+
+CONNECT_TIMEOUT_S = 5.0
+HEALTH_INTERVAL_S = 0.5
+HEALTH_TIMEOUT_S = 2.0
+
+KEEP_CONNECTION_S = 3.0
+"""Less than the 5 s after which vLLM closes a connection that idles."""
+
+MAX_FAILURES = 3
+"""So often a request is sent again that servers answered with an error of their own: the request may be the reason."""
+
+CONNECTION_FAILURES = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError, TimeoutError)
+
+
+class ServerRefused(RequestRefused):
+    """A request that a server answered with an error. Its own words go to the client.
+
+    Args:
+        what (`str`):
+            What happened, with values and position.
+        why (`str`):
+            Why it matters, or the usual cause.
+        fix (`str`):
+            What mends it.
+        status_code (`int`, *optional*, defaults to `502`):
+            HTTP status for the client.
+        body (`bytes`, *optional*, defaults to `b""`):
+            What the server answered.
+    """
+
+    def __init__(self, what: str, why: str, fix: str, status_code: int = 502, body: bytes = b""):
+        super().__init__(what, why, fix, status_code=status_code)
+        self.body = body
+
+
+@dataclass(eq=False)
+class InferenceServer:
+    """One of the servers, and what is known of it.
+
+    Args:
+        url (`str`):
+            Without a path.
+        model (`str`):
+            The name of the model that it serves.
+        max_model_len (`int`):
+            Tokens that prompt and answer may have together.
+        num_in_flight (`int`):
+            Requests that it has not answered yet.
+        num_chosen (`int`):
+            Sessions that came to it.
+        is_there (`bool`):
+            Whether it was, when it was last asked.
+    """
+
+    url: str
+    model: str = ""
+    max_model_len: int = 0
+    num_in_flight: int = 0
+    num_chosen: int = 0
+    is_there: bool = True
+
+
+@dataclass(eq=False)
+class Affinity:
+    """Which server answers for a session: its prefix cache has the conversation. None before the first request."""
+
+    server: InferenceServer | None = None
+
+
+@dataclass(frozen=True)
+class ServerAnswer:
+    """The JSON object of an answer, the server that gave it, and the headers in lower case."""
+
+    values: dict[str, Any]
+    server: InferenceServer
+    headers: dict[str, str]
+
+
+class InferenceServers:
+    """Several servers of the same model as one.
+
+    A session stays on its server. When that is not there its requests go to another one, and what was not answered is
+    sent again; while none is there, they wait.
+
+    Args:
+        urls (`Sequence[str]`):
+            `http://host:port` of each, with or without `/v1`.
+        api_key (`str`, *optional*):
+            The key of the servers.
+        wait_s (`float`, *optional*, defaults to `600.0`):
+            Seconds for which a request waits for a server.
+    """
+
+    def __init__(self, urls: Sequence[str], api_key: str | None = None, wait_s: float = 600.0):
+        self.servers = [InferenceServer(url.rstrip("/").removesuffix("/v1")) for url in dict.fromkeys(urls)]
+        self.wait_s = wait_s
+        self.num_moves = 0
+        self.num_resent = 0
+        self._headers = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        )
+        self._http: aiohttp.ClientSession | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that a sequence may have on every server."""
+        return min(server.max_model_len for server in self.servers)
+
+    async def start(self) -> None:
+        """Ask every server what it serves, and begin to watch those that are not there.
+
+        Raises:
+            PreflightError: One does not answer, lacks a route, or serves another context than the others.
+        """
+        # No `trust_env`: what is sent to servers does not pass through a proxy of the environment, nor takes ~/.netrc.
+        self._http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_CONNECTION_S),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+        )
+        try:
+            await asyncio.gather(*map(self._inspect, self.servers))
+        except PreflightError:
+            await self.close()
+            raise
+        self._watch = asyncio.create_task(self._watch_absent())
+
+    async def close(self) -> None:
+        """Let go of all connections."""
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._http is not None:
+            await self._http.close()
+
+    async def post(self, affinity: Affinity, path: str, body: dict[str, Any]) -> ServerAnswer:
+        """Send a request to the server of a session, or to another one that is there.
+
+        `body` gets the name of the model. A request without an answer is sent again: nobody has seen what it may have led
+        to.
+
+        Raises:
+            ServerRefused: A server answered with an error of the client, or several times with one of its own.
+            RequestRefused: No server was there in time (503).
+        """
+        deadline = time.monotonic() + self.wait_s
+        num_failures = 0
+        while True:
+            server = await self._server_of(affinity, deadline)
+            answer = await self._send(server, path, body)
+            if isinstance(answer, ServerAnswer):
+                return answer
+            self.num_resent += 1
+            if answer is not None:
+                num_failures += 1
+                if num_failures == MAX_FAILURES:
+                    raise answer
+
+    async def _send(
+        self, server: InferenceServer, path: str, body: dict[str, Any]
+    ) -> ServerAnswer | ServerRefused | None:
+        """Send a request once: its answer, the server's own error, or None where the connection broke."""
+        assert self._http is not None, "start() comes first"
+        data = msgspec.json.encode({**body, "model": server.model})
+        server.num_in_flight += 1
+        try:
+            async with self._http.post(server.url + path, data=data, headers=self._headers) as response:
+                text = await response.read()
+        except CONNECTION_FAILURES as exc:
+            self._note_absent(server, exc)
+            return None
+        finally:
+            server.num_in_flight -= 1
+        if response.status >= 500:
+            # Also what vLLM answers whose engine has died.
+            self._note_absent(server, response.status)
+            return _refusal(server, path, response.status, text)
+        if response.status >= 300:
+            raise _refusal(server, path, response.status, text)
+        headers = {name.lower(): value for name, value in response.headers.items()}
+        return ServerAnswer(msgspec.json.decode(text), server, headers)
+
+    async def _server_of(self, affinity: Affinity, deadline: float) -> InferenceServer:
+        while True:
+            if affinity.server is not None and affinity.server.is_there:
+                return affinity.server
+            there = [server for server in self.servers if server.is_there]
+            if there:
+                self.num_moves += affinity.server is not None
+                affinity.server = min(there, key=lambda server: (server.num_in_flight, server.num_chosen))
+                affinity.server.num_chosen += 1
+                return affinity.server
+            if time.monotonic() >= deadline:
+                raise RequestRefused(
+                    f"None of {len(self.servers)} inference servers was there for {self.wait_s:g} s.",
+                    "They ended, or cannot be reached from the gateway.",
+                    "Look at their logs and start them again, or correct --servers.",
+                    status_code=503,
+                    retry_after_s=10,
+                )
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+
+    def _note_absent(self, server: InferenceServer, reason: object) -> None:
+        if server.is_there:
+            logger.warning("event=server_absent url=%s reason=%r", server.url, reason)
+        server.is_there = False
+
+    async def _watch_absent(self) -> None:
+        while True:
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+            await asyncio.gather(*(self._look(server) for server in self.servers if not server.is_there))
+
+    async def _look(self, server: InferenceServer) -> None:
+        assert self._http is not None
+        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+        try:
+            async with self._http.get(f"{server.url}/health", headers=self._headers, timeout=timeout) as response:
+                server.is_there = response.status == 200
+        except CONNECTION_FAILURES:
+            return
+        if server.is_there:
+            logger.info("event=server_back url=%s", server.url)
+
+    async def _inspect(self, server: InferenceServer) -> None:
+        status, text = await self._get(server, "/v1/models")
+        if status in (401, 403):
+            raise PreflightError(
+                f"{server.url} answers {status}.",
+                "It asks for a key and did not get its own.",
+                "Set VLLM_API_KEY to the one that it was started with (--api-key).",
+            )
+        try:
+            models = msgspec.json.decode(text)["data"]
+            # Adapters have a parent: the model itself is asked for, and the server's middleware gives it the newest one.
+            (model, *_) = [model for model in models if not model.get("parent")]
+            server.model, server.max_model_len = model["id"], int(model["max_model_len"])
+        except (msgspec.DecodeError, LookupError, TypeError, ValueError) as exc:
+            raise PreflightError(
+                f"What answers at {server.url} is no vLLM server: it answers /v1/models with {status} and "
+                f"{text[:200]!r}.",
+                "A gateway samples through vLLM's routes for tokens.",
+                "Correct --servers: they name servers that were started with trl vllm-serve.",
+            ) from exc
+        status, text = await self._get(server, "/openapi.json")
+        # Without documents the first request tells.
+        missing = [path for path in ROUTES if path.encode() not in text] if status == 200 else []
+        if missing:
+            raise PreflightError(
+                f"The server at {server.url} has no {', '.join(missing)}.",
+                "Tokens are rendered, sampled and parsed through these routes.",
+                "Start it with `trl vllm-serve` (vLLM 0.32 or newer), or `vllm serve --enable-scale-out`.",
+            )
+
+    async def _get(self, server: InferenceServer, path: str) -> tuple[int, bytes]:
+        assert self._http is not None
+        try:
+            async with self._http.get(server.url + path, headers=self._headers) as response:
+                return response.status, await response.read()
+        except (*CONNECTION_FAILURES, aiohttp.InvalidURL) as exc:
+            raise PreflightError(
+                f"The inference server at {server.url} does not answer: {type(exc).__name__}: {exc}.",
+                "It is not there, still starts, or has another address.",
+                "Start it with `trl vllm-serve --model ...` and wait until its /health answers, or correct --servers.",
+            ) from exc
+
+
+def _refusal(server: InferenceServer, path: str, status: int, text: bytes) -> ServerRefused:
+    return ServerRefused(
+        f"{path} of the inference server answered {status}: {text[:500].decode(errors='replace')}.",
+        "It does not take this request." if status < 500 else f"The server at {server.url} failed.",
+        "Change the request as it says." if status < 500 else "Look at the server's log.",
+        # An agent cannot mend a key or a route that the gateway lacks.
+        status_code=status if status in (400, 413, 422) else 502,
+        body=text,
+    )
