@@ -1,0 +1,265 @@
+"""A stand-in for vLLM's routes from tokens to tokens: a real tokenizer, a real chat template, and replies out of a script.
+
+    with TokenServer(template, end="<|im_end|>") as server:
+        server.replies = ["Hello.", "<tool_call>..."]
+        Gateway([server.url])
+
+It samples text one character at a time, while its tokenizer merges characters where it renders: what was sampled is not
+what the same text is rendered as, so that whoever tokenises again is found out. `answer` does without HTTP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] or '' }}"
+    "{% for c in m['tool_calls'] or [] %}<tool_call>{{ {'name': c['function']['name'], 'arguments': "
+    "c['function']['arguments']} | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKERS = re.compile(r"<[|｜][^<>\s{}'\"]+?[|｜]>|</?[a-z]+_of_turn>|</?s>|\[/?INST\]|<(?:bos|eos)>")
+TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.S)
+MAX_MODEL_LEN = 4096
+DISTRIBUTION = (
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "temperature",
+)
+
+
+def merging_tokenizer(chat_template: str, end: str) -> PreTrainedTokenizerFast:
+    """Bytes, merges of every two lower-case letters of a few, and the markers of a template as special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [(a, b) for a in "aehilnorstu" for b in "aehilnorstu"]
+    words = [*alphabet, *(a + b for a, b in pairs)]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = sorted({*MARKERS.findall(chat_template), end, "<s>"})
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=end, pad_token=end, bos_token="<s>", chat_template=chat_template
+    )
+
+
+class Refused(Exception):
+    """An answer with status 400."""
+
+
+class TokenServer:
+    """See the module.
+
+    Args:
+        chat_template (`str`, *optional*):
+            By which conversations are rendered.
+        end (`str`, *optional*):
+            The special token that ends a reply.
+        parses_thoughts (`bool`, *optional*):
+            Whether text between `<think>` and `</think>` is shown as `reasoning`.
+
+    Attributes:
+        replies (`list[str | Callable]`):
+            What is sampled next, without its end; a `\\0` at the end of a text says that it is cut off there. Used up one by
+            one. A callable is called with nothing, may block or raise, and returns the text.
+        requests (`list[tuple[str, dict]]`):
+            What arrived.
+        version (`str`):
+            Label of the weights.
+    """
+
+    def __init__(self, chat_template: str = CHATML, end: str = "<|im_end|>", parses_thoughts: bool = False):
+        self.tokenizer = merging_tokenizer(chat_template, end)
+        self.end = self.tokenizer.convert_tokens_to_ids(end)
+        self.parses_thoughts = parses_thoughts
+        self.replies: list[str | Callable[[], str]] = []
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.version = "3"
+        self.headers: dict[str, str] = {}
+        self._http: ThreadingHTTPServer | None = None
+
+    def __enter__(self) -> TokenServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self, port: int = 0) -> None:
+        """Listen."""
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
+        self._http.daemon_threads = True
+        self.port = self._http.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Be gone, as after SIGKILL: connections break."""
+        if self._http is not None:
+            self._http.shutdown()
+            self._http.server_close()
+            self._http = None
+
+    @property
+    def is_there(self) -> bool:
+        return self._http is not None
+
+    def sampled_ids(self, text: str) -> list[int]:
+        """One token a character, and the template's markers as the tokens that they are."""
+        parts = MARKERS.split(text)
+        markers = MARKERS.findall(text)
+        ids: list[int] = []
+        for index, part in enumerate(parts):
+            for character in part:
+                ids += self.tokenizer.encode(character, add_special_tokens=False)
+            if index < len(markers):
+                ids.append(self.tokenizer.convert_tokens_to_ids(markers[index]))
+        return ids
+
+    def text(self, ids: Any) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """What vLLM answers.
+
+        Raises:
+            Refused: where it answers with an error.
+        """
+        self.requests.append((path, body))
+        handlers = {
+            "/v1/chat/completions/render": self._render,
+            "/inference/v1/generate": self._generate,
+            "/v1/chat/completions/derender": self._derender,
+            "/v1/completions/derender": self._derender_text,
+            "/detokenize": lambda body: {"prompt": self.text(body["tokens"])},
+        }
+        return handlers[path](body)
+
+    def rendered(self, body: dict[str, Any]) -> list[int]:
+        """The ids of a request."""
+        messages = [dict(message) for message in body["messages"]]
+        for message in messages:
+            # As vLLM does: templates take arguments as objects.
+            for call in message.get("tool_calls") or []:
+                with contextlib.suppress(ValueError, TypeError):
+                    call["function"] = {**call["function"], "arguments": json.loads(call["function"]["arguments"])}
+        text = self.tokenizer.apply_chat_template(
+            json.loads(json.dumps(messages)),
+            tools=body.get("tools"),
+            tokenize=False,
+            add_generation_prompt=body.get("add_generation_prompt", True),
+            **(body.get("chat_template_kwargs") or {}),
+        )
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def _render(self, body: dict[str, Any]) -> dict[str, Any]:
+        ids = self.rendered(body)
+        if len(ids) >= MAX_MODEL_LEN:
+            raise Refused(f"This model's maximum context length is {MAX_MODEL_LEN} tokens")
+        parameters = {name: body.get(name) for name in DISTRIBUTION}
+        grammar = body.get("tool_choice") not in (None, "auto", "none") or body.get("response_format")
+        parameters |= {
+            "n": 1,
+            "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens") or MAX_MODEL_LEN - len(ids),
+            "stop": [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop") or [],
+            "structured_outputs": {"json": {}} if grammar else None,
+        }
+        return {"token_ids": ids, "sampling_params": parameters}
+
+    def _generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        reply = self.replies.pop(0)
+        text = reply() if callable(reply) else reply
+        ids, finish_reason, stop_reason = self.sampled_ids(text.rstrip("\0")), "length", None
+        if not text.endswith("\0"):
+            ids, finish_reason = [*ids, self.end], "stop"
+        limit = body["sampling_params"]["max_tokens"]
+        if len(ids) > limit:
+            ids, finish_reason = ids[:limit], "length"
+        for stop in body["sampling_params"].get("stop") or []:
+            if stop in text:
+                ids = self.sampled_ids(text[: text.index(stop) + len(stop)])
+                finish_reason, stop_reason = "stop", stop
+        # Exact in float32, so that every layer must repeat them exactly.
+        content = [{"token_id": token, "logprob": -(token % 64) / 64} for token in ids]
+        choice = {
+            "index": 0,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+            "token_ids": ids,
+            "logprobs": {"content": content},
+            "weight_versions": [{"version": self.version, "start": 0, "end": len(ids)}],
+        }
+        return {"request_id": "r", "choices": [choice]}
+
+    def _derender(self, body: dict[str, Any]) -> dict[str, Any]:
+        (choice,) = body["generate_response"]["choices"]
+        text = self.text(choice["token_ids"])
+        message: dict[str, Any] = {"role": "assistant", "content": text, "reasoning": None, "tool_calls": []}
+        if self.parses_thoughts and "</think>" in text:
+            thoughts, text = text.removeprefix("<think>").split("</think>", 1)
+            message |= {"reasoning": thoughts.strip("\n"), "content": text.lstrip("\n")}
+        calls = TOOL_CALL.findall(text) if body["chat_request"].get("tools") else []
+        for number, call in enumerate(map(json.loads, calls)):
+            function = {"name": call["name"], "arguments": json.dumps(call["arguments"])}
+            message["tool_calls"].append({"id": f"{number}", "type": "function", "function": function})
+        if calls:
+            message["content"] = TOOL_CALL.sub("", text).strip() or None
+        return {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+
+    def _derender_text(self, body: dict[str, Any]) -> dict[str, Any]:
+        (response,) = body["generate_responses"]
+        ids = response["choices"][0]["token_ids"]
+        return {"choices": [{"text": self.tokenizer.decode(ids, skip_special_tokens=True)}]}
+
+
+def _handler(server: TokenServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            models = {"data": [{"id": "policy", "max_model_len": MAX_MODEL_LEN, "parent": None}]}
+            answers: dict[str, Any] = {"/health": {}, "/v1/models": models}
+            self.send(200 if self.path in answers else 404, answers.get(self.path, {"detail": "Not Found"}))
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            try:
+                answer = server.answer(self.path, body)
+            except Refused as exc:
+                return self.send(400, {"error": {"message": str(exc), "code": 400}})
+            except ConnectionAbortedError:
+                self.close_connection = True
+                return None
+            return self.send(200, answer)
+
+        def send(self, status: int, values: Any) -> None:
+            if not server.is_there:
+                self.close_connection = True
+                return
+            payload = json.dumps(values).encode()
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(payload)), **server.headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                self.wfile.write(payload)
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    return Handler
