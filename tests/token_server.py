@@ -28,7 +28,10 @@ CHATML = (
     "c['function']['arguments']} | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-MARKERS = re.compile(r"<[|｜][^<>\s{}'\"]+?[|｜]>|</?[a-z]+_of_turn>|</?s>|\[/?INST\]|<(?:bos|eos)>")
+# Some models write their markers between wide lines.
+MARKERS = re.compile(
+    r"<[|\uff5c][^<>\s{}'\"]+?[|\uff5c]>|</?[a-z]+_of_(?:turn|utterance)>|</?s>|\[/?INST\]|<(?:bos|eos)>"
+)
 TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.S)
 MAX_MODEL_LEN = 4096
 DISTRIBUTION = (

@@ -71,6 +71,7 @@ class Recorder:
         self.options = options
         self.counts = counts
         self._end_tokens: dict[int, str] = {}
+        self._closing: list[int] = []
         self._num_generation_tokens: dict[str, int | None] = {}
 
     async def answer(self, session: Session, request: ChatRequest, request_digest: bytes) -> Turn:
@@ -154,7 +155,7 @@ class Recorder:
         for turn in candidates:
             if not turn.is_open or not echoes(request.messages, turn) or says(turn.message, self._end_tokens.values()):
                 continue
-            end = end_of_reply(turn, rendered, self._end_tokens)
+            end = end_of_reply(turn, rendered, self._end_tokens, self._closing)
             if end is None or not await self._shows_thoughts(session.affinity, turn, rendered[turn.num_closed : end]):
                 continue
             is_rewritten = turn.num_closed < candidates[0].num_closed or bool(turn.children)
@@ -233,7 +234,8 @@ class Recorder:
         except ServerRefused:
             # Some templates refuse short conversations. Then nothing is continued, and every turn begins anew.
             return None
-        return len(whole) - len(bare) if whole[: len(bare)] == bare else None
+        # Some templates write an end of the whole text in its place.
+        return len(whole) - _num_common(whole, bare)
 
     async def _find_end_token(self, affinity: Affinity) -> None:
         """Find what the template writes behind a reply, by two that differ: where it is a special token, no text has it."""
@@ -246,7 +248,8 @@ class Recorder:
             first, second = [await self._rendered(affinity, body) for body in bodies]
             num_equal = next((i for i, (a, b) in enumerate(zip(first[::-1], second[::-1], strict=False)) if a != b), 0)
             if num_equal and await self._is_special(affinity, first[-num_equal]):
-                await self._learn_end_token(affinity, first[-num_equal])
+                self._closing = first[-num_equal:]
+                await self._learn_end_token(affinity, self._closing[0])
         except ServerRefused:
             # Then it is learned from the first turn that ends by itself.
             return
@@ -276,6 +279,12 @@ def chat_answer(turn: Turn) -> ChatAnswer:
     """What the client is told of a turn."""
     num_prompt_tokens = sum(earlier.num_tokens for earlier in turn.path()) - len(turn.sampled)
     return ChatAnswer(turn.message, turn.finish_reason, num_prompt_tokens, len(turn.sampled))
+
+
+def _num_common(first: list[int], second: list[int]) -> int:
+    """How many tokens both begin with."""
+    shorter = min(len(first), len(second))
+    return next((index for index in range(shorter) if first[index] != second[index]), shorter)
 
 
 def _sequence(prompt: Prompt) -> list[int]:

@@ -181,14 +181,21 @@ def turns_asking_a_prefix(turns: Iterable[Turn], rendered: array[int], num_messa
     return sorted(found, key=lambda turn: -turn.num_closed)
 
 
-def end_of_reply(turn: Turn, rendered: array[int], end_tokens: Collection[int]) -> int | None:
-    """Where the reply of `turn` ends in the rendering of a request that goes on with it: the index of the template's own
-    end of the turn. None where the template writes none.
+def end_of_reply(
+    turn: Turn, rendered: array[int], end_tokens: Collection[int], closing: Sequence[int] = ()
+) -> int | None:
+    """Where the reply of `turn` ends in the rendering of a request that goes on with it: the index of the token that ended
+    it, or of the template's own end for a reply that was cut. None where the template writes none, or another one.
+
+    `end_tokens` end replies, and `closing` is what the template writes behind them, as far as it is known.
     """
-    for index in range(turn.num_closed, len(rendered)):
-        if rendered[index] in end_tokens:
-            return index
-    return None
+    start = turn.num_closed
+    found = next((index for index in range(start, len(rendered)) if rendered[index] in end_tokens), None)
+    if found is None or turn.end_token is None or rendered[found] == turn.end_token:
+        return found
+    # Some templates write a token of their own before the one that ends the turn.
+    is_closing = rendered[found : found + len(closing)].tolist() == list(closing)
+    return found + closing.index(turn.end_token) if is_closing and turn.end_token in closing else None
 
 
 def continued(turn: Turn, rendered: array[int], end: int) -> array[int]:
