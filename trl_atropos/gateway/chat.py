@@ -110,7 +110,7 @@ def read_chat_request(values: Any, temperature: float) -> ChatRequest:
     changed = [
         name
         for name, value in values.items()
-        if value is not None and name not in PASSED | HANDLED | NO_OPTIONS | NEUTRAL.keys()
+        if value is not None and name not in PASSED | HANDLED | NO_OPTIONS | NEUTRAL.keys() | REFUSED.keys()
     ]
     neutral = {**NEUTRAL, "temperature": temperature}
     changed += [name for name, value in neutral.items() if values.get(name) not in (None, value)]
