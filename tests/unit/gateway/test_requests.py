@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from agents import ADD, ask, client, gateway_of, in_session, user
+from gateway_agents import ADD, ask, client, gateway_of, in_session, user
 from token_server import TokenServer
 
 from trl_atropos.api.refusals import RequestRefused

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import trl
-from agents import ADD, renderings
+from gateway_agents import ADD, renderings
 from jinja2 import TemplateError
 from token_server import MARKERS, Refused, TokenServer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from agents import ADD, CALL, ask, in_session, prompts, renderings, tool, user
+from gateway_agents import ADD, CALL, ask, in_session, prompts, renderings, tool, user
 from token_server import TokenServer
 
 from trl_atropos.gateway.gateway import GatewaySession
