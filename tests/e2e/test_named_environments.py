@@ -1,7 +1,10 @@
-"""Environments of other ecosystems by name, on the real API and a real server: what they post is what was sampled, and all of it."""
+"""Environments of other ecosystems by name, and agents behind a gateway, on the real API and a real server: what they post is what
+was sampled, and all of it.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -9,14 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from fork_server import ForkedProcess
+from gateway_agents import ask, client, user
 from live_api import ApiProcess
 from publishing import load
 from recorder import recording
 from servers import add_chat_template, save_tiny_model, serve
 
+from trl_atropos import Gateway
 from trl_atropos.envs.ecosystems import ECOSYSTEMS
+from trl_atropos.gateway.gateway import GatewaySession
 
 
 GROUP_SIZE = 4
@@ -25,6 +32,7 @@ TIMEOUT_S = 120.0
 EOS = 256
 # Both sides compute in float32, in another order.
 MAX_LOGPROB_ERROR = 1e-3
+MAX_TURN_LOGPROB_ERROR = 1e-4
 
 
 def needs(name: str, max_turns: int) -> object:
@@ -114,3 +122,88 @@ def test_what_is_posted_is_what_was_sampled(name, max_turns, model, vllm_url, tm
                     assert abs(logprobs[position] - computed[position - 1, label].item()) < MAX_LOGPROB_ERROR
     assert max(num_turns) == max_turns
     assert ("was ended after --env.max_turns 1" in log_path.read_text()) is (name == "textarena:Blackjack-v0")
+
+
+def test_what_a_gateway_records_is_what_the_server_rendered_and_sampled(model, vllm_url):
+    async def converse(session: GatewaySession) -> None:
+        messages = [user("Tell me.")]
+        # Cut by its length, by its end or its length, and streamed, under two versions.
+        await ask(session.base_url, messages, max_tokens=9, temperature=0.3, top_p=0.4)
+        messages.append(user("More."))
+        await ask(session.base_url, messages, max_tokens=200)
+        messages.append(user("And then?"))
+        label("12")
+        async with client(session.base_url) as openai:
+            stream = await openai.chat.completions.create(model="m", messages=messages, max_tokens=40, stream=True)
+            chunks = [chunk async for chunk in stream]
+        assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+        # Other words than the policy's: a branch.
+        messages[1] = {"role": "assistant", "content": "I forgot."}
+        await ask(session.base_url, messages, max_tokens=20)
+
+    async def run() -> tuple[GatewaySession, Gateway]:
+        async with Gateway([f"{vllm_url}/v1"]) as gateway:
+            async with gateway.session() as session:
+                session.reward = 1.0
+                await converse(session)
+            return session, gateway
+
+    def label(version: str) -> None:
+        requests.post(
+            f"{vllm_url}/update_weight_version", json={"new_version": version}, timeout=60
+        ).raise_for_status()
+
+    label("11")
+    session, gateway = asyncio.run(run())
+    turns = session.recorded.turns
+    for turn in (turns[0], turns[3]):
+        # The prompt of a chat request that nobody rendered but the server.
+        body = {"model": str(model), "messages": turn.messages, "max_tokens": 1, "return_token_ids": True}
+        body["messages"] = body["messages"] or [user("Tell me.")]
+        own = requests.post(f"{vllm_url}/v1/chat/completions", json=body, timeout=60).json()
+        assert turn.token_ids()[: -len(turn.sampled)].tolist() == own["prompt_token_ids"]
+    assert [turn.policy_version for turn in turns] == [11, 11, 12, 12]
+    assert (gateway.counts.num_spliced, gateway.counts.num_branches) == (2, 1)
+    rollouts = session.finished().rollouts
+    assert [rollout.policy_version for rollout in rollouts] == [11, 12]
+    num_trained = sum(label != -100 for rollout in rollouts for label in rollout.masks)
+    assert num_trained == sum(len(turn.sampled) for turn in turns)
+    policy = load(model).to(torch.float32).eval()
+    for rollout in rollouts:
+        with torch.no_grad():
+            computed = policy(torch.tensor([rollout.tokens])).logits[0].float().log_softmax(-1)
+        for position, token in enumerate(rollout.masks):
+            if token != -100:
+                error = rollout.inference_logprobs[position] - computed[position - 1, token].item()
+                assert abs(error) < MAX_TURN_LOGPROB_ERROR
+
+
+def test_an_agent_as_an_environment_posts_what_was_sampled(model, vllm_url, tmp_path):
+    log_path = tmp_path / "env.log"
+    with ApiProcess(tmp_path / "api.log") as api:
+        api.register(GROUP_SIZE, max_token_len=MAX_TOKENS + 1)
+        command = [
+            *(sys.executable, "-m", "trl_atropos.cli.main", "env", str(Path(__file__).parent / "envs" / "agent.py")),
+            *("serve", "--env.rollout_server_url", api.url, "--env.tokenizer_name", str(model)),
+            *("--openai.base_url", f"{vllm_url}/v1", "--openai.model_name", str(model)),
+            *("--env.group_size", str(GROUP_SIZE)),
+        ]
+        variables = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "OPENAI_"))}
+        with log_path.open("wb") as log:
+            process = ForkedProcess(command, stdout=log, stderr=subprocess.STDOUT, env=variables, cwd=tmp_path)
+        try:
+            (group,) = api.wait_for_batch(process, log_path, TIMEOUT_S)
+        finally:
+            process.kill()
+            process.wait()
+    assert len(group["tokens"]) == len(group["scores"]) == GROUP_SIZE
+    assert group["generation_params"] == {"temperature": 1.0}
+    policy = load(model).to(torch.float32).eval()
+    for tokens, masks, logprobs in zip(group["tokens"], group["masks"], group["inference_logprobs"], strict=True):
+        spans = "".join("-" if label == -100 else "+" for label in masks).split("-")
+        assert len([span for span in spans if span]) == 2
+        with torch.no_grad():
+            computed = policy(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+        for position, label in enumerate(masks):
+            expected = 1.0 if label == -100 else computed[position - 1, label].item()
+            assert abs(logprobs[position] - expected) < MAX_TURN_LOGPROB_ERROR

@@ -111,7 +111,11 @@ class TestRoutingToAnAdapter:
         server.answers[COMPLETIONS] = (200, json.dumps(body, separators=(",", ":")).encode())
         answer = call(routed(server), COMPLETIONS, json.dumps(asked).encode())
         assert answer.json == {**body, "model": "base"}
-        assert dict(answer.headers) == {b"x-server": b"tiny", b"content-length": str(len(answer.body)).encode()}
+        assert dict(answer.headers) == {
+            b"x-server": b"tiny",
+            b"x-atropos-policy-version": b"3",
+            b"content-length": str(len(answer.body)).encode(),
+        }
 
     def test_stream_is_not_held_back_and_names_the_model_that_was_asked_for(self):
         log: list[Any] = []
