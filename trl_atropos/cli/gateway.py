@@ -19,7 +19,7 @@ from .api import read_key, size
 FLUSH_TIMEOUT_S = 10.0
 """So long the end of the gateway waits for groups that the API has not taken yet."""
 
-SIZES = frozenset({"max_body_bytes", "max_session_tokens"})
+SIZES = frozenset({"max_body_bytes", "max_rollout_tokens", "max_session_tokens"})
 
 
 def add_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -17,7 +17,7 @@ NEUTRAL = {name: value for name, value in NEUTRAL_SAMPLING_PARAMS.items() if nam
 
 PASSED = frozenset(
     {
-        *("messages", "tools", "tool_choice", "max_tokens", "max_completion_tokens", "stop", "stop_token_ids"),
+        *("messages", "tools", "tool_choice", "max_tokens", "max_completion_tokens", "stop"),
         *("response_format", "chat_template_kwargs", "reasoning_effort", "include_reasoning", "documents"),
     }
 )
@@ -39,6 +39,7 @@ REFUSED = {
     "guided_regex": "A grammar forbids tokens that the policy may sample.",
     "guided_choice": "A grammar forbids tokens that the policy may sample.",
     "guided_grammar": "A grammar forbids tokens that the policy may sample.",
+    "stop_token_ids": "It ends an answer in the middle of what a turn of the conversation is; `stop` takes texts.",
     "thinking_token_budget": "It forces the end of the thoughts.",
     "use_beam_search": "A beam search does not sample.",
     "ignore_eos": "It goes on behind the end of the answer, where no turn of a conversation goes on.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +32,8 @@ from .posting import GroupPoster
 from .sessions import Session
 
 
+logger = logging.getLogger(__name__)
+
 MAX_CONTROL_BYTES = 64 * 2**10
 CONTROL_PATH = re.compile(r"/session/([\w-]+)/(reward|finish|discard)")
 
@@ -38,11 +42,13 @@ CONTROL_PATH = re.compile(r"/session/([\w-]+)/(reward|finish|discard)")
 class TaskGroup:
     """The sessions of one task. A session that is given up leaves its place to another one.
 
-    `open` are those that run, `finished` those that have ended with a reward.
+    `open` are those that run, `finished` those that have ended with a reward; `last_used_at` is the monotonic time of the last
+    change, in seconds.
     """
 
     open: list[Session] = field(default_factory=list)
     finished: list[FinishedSession] = field(default_factory=list)
+    last_used_at: float = field(default_factory=time.monotonic)
 
     @property
     def num_taken(self) -> int:
@@ -126,6 +132,7 @@ class ControlApp:
                 'Send {"group": "NAME"}, the same for all sessions of a task.',
                 field="group",
             )
+        self._forget_idle()
         group = self._groups.setdefault(name, TaskGroup())
         if group.num_taken >= self.maker.group_size:
             raise RequestRefused(
@@ -137,9 +144,19 @@ class ControlApp:
             )
         session = self.gateway.sessions.begin()
         group.open.append(session)
+        group.last_used_at = time.monotonic()
         self._group_names = {**self._names_of_open(), session.id: name}
         shown = GatewaySession(session, self.gateway.address)
         return json_answer({"session_id": session.id, "base_url": shown.base_url}, 201)
+
+    def _forget_idle(self) -> None:
+        """Give up groups that nobody goes on with: their sessions are in memory."""
+        before = time.monotonic() - self.gateway.options.idle_s
+        for name, group in list(self._groups.items()):
+            if group.num_taken == len(group.finished) and group.last_used_at < before:
+                logger.warning("event=group_idle name=%r num_finished=%d", name, len(group.finished))
+                self.gateway.counts.num_groups_lost += 1
+                del self._groups[name]
 
     def _names_of_open(self) -> dict[str, str]:
         return {key: name for key, name in self._group_names.items() if self.gateway.sessions.find(key) is not None}
@@ -168,6 +185,7 @@ class ControlApp:
         name = self._group_names.pop(session.id)
         group = self._groups[name]
         group.finished.append(finished(session))
+        group.last_used_at = time.monotonic()
         is_whole = len(group.finished) == self.maker.group_size
         if is_whole:
             del self._groups[name]

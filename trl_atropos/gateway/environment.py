@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, ScoredDataGroup
 from pydantic import Field
 
-from ..errors import EpisodeError
+from ..errors import EpisodeError, PreflightError
 from .gateway import Gateway
 from .groups import FinishedSession, GroupMaker
 from .options import GatewayOptions
@@ -99,13 +99,17 @@ class AgentEnv(BaseEnv):
             )
         # The last part of the URL's path but `/v1` is the secret of the session: a key as good as any.
         variables = {**os.environ, "OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": base_url.split("/")[-2]}
-        process = await asyncio.create_subprocess_exec(
-            *self.command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=variables,
-        )
+        pipe = asyncio.subprocess.PIPE
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self.command, stdin=pipe, stdout=pipe, stderr=pipe, env=variables
+            )
+        except OSError as exc:
+            raise EpisodeError(
+                f"{' '.join(self.command)} cannot be started: {exc}.",
+                "It is the agent.",
+                "Correct `command`: a program on the path, or its file, and its arguments.",
+            ) from exc
         try:
             output, errors = await process.communicate(json.dumps(task).encode())
         finally:
@@ -133,7 +137,17 @@ class AgentEnv(BaseEnv):
         raise NotImplementedError(f"{type(self).__name__} needs `compute_reward(self, task, outcome)`.")
 
     async def setup(self) -> None:
-        """Start the gateway in front of the servers."""
+        """Start the gateway in front of the servers.
+
+        Raises:
+            PreflightError: There is no task, or a server cannot be used.
+        """
+        if not self.tasks:
+            raise PreflightError(
+                f"{type(self).__name__} has no `tasks`.",
+                "They are what its agent attempts.",
+                "Set `tasks` to a sequence.",
+            )
         config = self.config
         servers = [server.config for server in self.server.servers]
         keys = {server.api_key for server in servers}
@@ -155,6 +169,8 @@ class AgentEnv(BaseEnv):
         Raises:
             EpisodeError: An attempt failed. Atropos logs it and goes on with another task.
         """
+        limits = [self.config.max_token_length, *([self.max_token_len - 1] if self.max_token_len > 0 else [])]
+        self.gateway.recorder.max_rollout_tokens = min(limits)
         attempts = [asyncio.create_task(self.attempt(item)) for _ in range(self.config.group_size)]
         try:
             sessions = await asyncio.gather(*attempts)

@@ -42,6 +42,12 @@ class GatewayOptions:
     max_session_tokens: PositiveInt = field(
         default=1_000_000, metadata={"help": "tokens of one session, each counted once: prompts and what was sampled"}
     )
+    max_rollout_tokens: PositiveInt = field(
+        default=1_000_000,
+        metadata={
+            "help": "tokens of one conversation, prompt and answers, if the servers take as many; the trainer's"
+        },
+    )
     max_body_bytes: PositiveInt = field(default=16 * 2**20, metadata={"help": "bytes of one request"})
     max_sessions: PositiveInt = field(default=4096, metadata={"help": "sessions that are open at once"})
     max_in_flight: PositiveInt = field(default=256, metadata={"help": "requests of agents that are answered at once"})

@@ -70,6 +70,8 @@ class Recorder:
         self.servers = servers
         self.options = options
         self.counts = counts
+        self.max_rollout_tokens = options.max_rollout_tokens
+        """Tokens of a conversation, prompt and answers. An environment lowers it to what its trainer takes."""
         self._end_tokens: dict[int, str] = {}
         self._closing: list[int] = []
         self._num_generation_tokens: dict[str, int | None] = {}
@@ -171,13 +173,14 @@ class Recorder:
 
     def _num_free_tokens(self, asked: int | None, num_prompt_tokens: int) -> int:
         """Tokens that may be sampled: what was asked for, or what the context has left."""
-        free = self.servers.max_model_len - num_prompt_tokens
+        limit = min(self.servers.max_model_len, self.max_rollout_tokens)
+        free = limit - num_prompt_tokens
         if free < 1:
             raise _refused(
                 f"The conversation has {num_prompt_tokens} tokens, and this model's maximum context length is "
-                f"{self.servers.max_model_len} tokens.",
-                "Prompt and answer together count.",
-                "Shorten the conversation, or start the servers with a larger --max_model_len.",
+                f"{limit} tokens.",
+                "Prompt and answers together count.",
+                "Shorten the conversation, or raise --max_model_len of the servers and --max_rollout_tokens of the gateway.",
             )
         return free if asked is None else min(asked, free)
 

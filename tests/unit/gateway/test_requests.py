@@ -24,7 +24,16 @@ MESSAGES = [user("tell")]
 
 class TestSampling:
     @pytest.mark.parametrize(
-        "name", ["logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "structured_outputs", "guided_json"]
+        "name",
+        [
+            "logit_bias",
+            "bad_words",
+            "allowed_token_ids",
+            "min_tokens",
+            "structured_outputs",
+            "guided_json",
+            "stop_token_ids",
+        ],
     )
     def test_what_changes_the_distribution_is_refused_by_name(self, name: str):
         with pytest.raises(RequestRefused, match=f"`{name}`"):
@@ -144,19 +153,21 @@ class TestBrokenOff:
             release.wait(20)
             return "too late"
 
-        async def agent(session: GatewaySession) -> None:
-            await ask(session.base_url, [user("warm up")])
-            async with client(session.base_url, timeout=0.5) as api:
-                with pytest.raises(openai.APITimeoutError):
-                    await api.chat.completions.create(model="m", messages=[user("tell")])
-            release.set()
-            await ask(session.base_url, [user("tell")])
+        async def run() -> list[str]:
+            async with gateway_of(server) as gateway, gateway.session() as session:
+                await ask(session.base_url, [user("warm up")])
+                async with client(session.base_url, timeout=0.5) as api:
+                    with pytest.raises(openai.APITimeoutError):
+                        await api.chat.completions.create(model="m", messages=[user("tell")])
+                while not gateway.counts.num_cancelled:
+                    await asyncio.sleep(0.01)
+                release.set()
+                await ask(session.base_url, [user("tell")])
+                return [turn.message["content"] for turn in session.recorded.turns]
 
         with TokenServer() as server:
             server.replies = ["yes", waiting, "in time"]
-            session, gateway = in_session(server, agent)
-        assert [turn.message["content"] for turn in session.recorded.turns] == ["yes", "in time"]
-        assert gateway.counts.num_cancelled == 1
+            assert asyncio.run(run()) == ["yes", "in time"]
 
     def test_a_repetition_that_the_sdk_announces_gets_the_answer_that_is_there(self):
         async def agent(session: GatewaySession) -> None:
@@ -192,11 +203,22 @@ def failing(agent: Callable[[GatewaySession, Gateway], Awaitable[None]], **optio
             await agent(session, gateway)
 
     with TokenServer() as server:
-        server.replies = ["yes"] * 10
+        server.replies = ["yes"] * 10 if "max_rollout_tokens" not in options else ["yes" * 20]
         asyncio.run(run())
 
 
 class TestLimits:
+    def test_tokens_of_a_conversation(self):
+        async def agent(session: GatewaySession, _: Gateway) -> None:
+            messages = [user("tell")]
+            choice = await ask(session.base_url, messages)
+            assert choice.finish_reason == "length"
+            assert len(session.recorded.turns[0].token_ids()) == 40
+            with pytest.raises(openai.BadRequestError, match="--max_rollout_tokens"):
+                await ask(session.base_url, [*messages, user("more")])
+
+        failing(agent, max_rollout_tokens=40)
+
     def test_turns(self):
         async def agent(session: GatewaySession, _: Gateway) -> None:
             for _ in range(2):
