@@ -1,9 +1,13 @@
-"""One rule for all HTTP of this package: what runs on this machine is not asked through a proxy."""
+"""What all HTTP of this package shares: what runs on this machine is not asked through a proxy, and one header."""
 
 from __future__ import annotations
 
 import ipaddress
 from urllib.parse import urlsplit
+
+
+POLICY_VERSION_HEADER = "x-atropos-policy-version"
+"""In an answer of the inference server that an adapter gave: the number of the policy that the adapter was published as."""
 
 
 def is_this_machine(host: str) -> bool:
@@ -23,7 +27,3 @@ def proxies_for(base_url: str) -> dict[str, str]:
     """
     host = urlsplit(base_url).hostname or ""
     return {"no_proxy": host} if is_this_machine(host) else {}
-
-
-POLICY_VERSION_HEADER = "x-atropos-policy-version"
-"""In an answer of the inference server that an adapter gave: the number of the policy that the adapter was published as."""

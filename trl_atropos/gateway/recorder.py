@@ -234,7 +234,9 @@ class Recorder:
         try:
             whole = await self._rendered(affinity, body)
             bare = await self._rendered(affinity, {**body, "add_generation_prompt": False})
-        except ServerRefused:
+        except ServerRefused as exc:
+            if exc.status_code >= 500:
+                raise
             # Some templates refuse short conversations. Then nothing is continued, and every turn begins anew.
             return None
         # Some templates write an end of the whole text in its place.
@@ -253,9 +255,10 @@ class Recorder:
             if num_equal and await self._is_special(affinity, first[-num_equal]):
                 self._closing = first[-num_equal:]
                 await self._learn_end_token(affinity, self._closing[0])
-        except ServerRefused:
+        except ServerRefused as exc:
+            if exc.status_code >= 500:
+                raise
             # Then it is learned from the first turn that ends by itself.
-            return
 
     async def _is_special(self, affinity: Affinity, token: int) -> bool:
         choice = {"index": 0, "finish_reason": "stop", "token_ids": [token]}

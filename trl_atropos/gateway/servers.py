@@ -291,10 +291,16 @@ class InferenceServers:
 
 
 def _refusal(server: InferenceServer, path: str, status: int, text: bytes) -> ServerRefused:
+    if status == 404:
+        why, fix = "It lacks this route.", "Start it with `trl vllm-serve` (vLLM 0.32 or newer)."
+    elif status < 500:
+        why, fix = "It does not take this request.", "Change the request as it says."
+    else:
+        why, fix = f"The server at {server.url} failed.", "Look at the server's log."
     return ServerRefused(
         f"{path} of the inference server answered {status}: {text[:500].decode(errors='replace')}.",
-        "It does not take this request." if status < 500 else f"The server at {server.url} failed.",
-        "Change the request as it says." if status < 500 else "Look at the server's log.",
+        why,
+        fix,
         # An agent cannot mend a key or a route that the gateway lacks.
         status_code=status if status in (400, 413, 422) else 502,
         body=text,
