@@ -61,6 +61,9 @@ class Session:
             turn.parent.children.append(turn)
             # The messages of this turn begin with them.
             turn.parent.messages = []
+            if turn.parent.why_masked == UNDELIVERED:
+                # The client had it after all.
+                turn.parent.why_masked = ""
 
     def repeated(self, request_digest: bytes) -> Turn | None:
         """The newest turn that answered the same request."""

@@ -217,4 +217,4 @@ def says(message: dict[str, Any], texts: Iterable[str]) -> bool:
     said = [message.get("content"), message.get("reasoning")]
     for call in message.get("tool_calls") or []:
         said += [call["function"]["name"], call["function"]["arguments"]]
-    return any(text in part for part in said if isinstance(part, str) for text in texts)
+    return any(text in part for part in said if isinstance(part, str) for text in texts if text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from array import array
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from trl_atropos.api.refusals import RequestRefused
 from trl_atropos.errors import PreflightError
 from trl_atropos.gateway.chat import NEUTRAL, read_chat_request
 from trl_atropos.gateway.gateway import Gateway, GatewaySession
+from trl_atropos.gateway.sessions import UNDELIVERED, Session
+from trl_atropos.gateway.turns import Turn
 
 
 MESSAGES = [user("tell")]
@@ -180,6 +183,16 @@ class TestBrokenOff:
             session, gateway = in_session(server, agent)
         assert (len(session.recorded.turns), gateway.counts.num_replayed) == (1, 1)
 
+    def test_an_answer_that_arrived_nowhere_is_masked_until_a_client_goes_on_from_it(self):
+        session = Session()
+        messages = [user("tell")]
+        for parent in (None, 0):
+            turn = turn_of(session.turns[0] if parent == 0 else None, messages)
+            if parent is None:
+                turn.why_masked = UNDELIVERED
+            session.add(turn)
+            assert session.turns[0].why_masked == (UNDELIVERED if parent is None else "")
+
     def test_of_two_answers_to_one_request_the_one_that_was_left_is_masked(self):
         async def agent(session: GatewaySession) -> None:
             await ask(session.base_url, [user("tell")])
@@ -193,6 +206,12 @@ class TestBrokenOff:
         (rollout,) = session.finished().rollouts
         assert sum(label != -100 for label in rollout.masks) == len("two") + 1 + len("end") + 1
         assert gateway.counts.masked_tokens == {"abandoned": len("one") + 1}
+
+
+def turn_of(parent: Turn | None, messages: list[Any]) -> Turn:
+    """A turn without a token."""
+    empty, said = array("i"), {"role": "assistant", "content": ""}
+    return Turn(parent, empty, empty, array("f"), 1, said, "stop", messages, len(messages), 0, b"")
 
 
 def failing(agent: Callable[[GatewaySession, Gateway], Awaitable[None]], **options: Any) -> None:
