@@ -84,23 +84,11 @@ class Recorder:
         """
         rendered_answer = await self.servers.post(session.affinity, RENDER, request.body)
         rendered = array(TOKEN, rendered_answer.values["token_ids"])
-        parameters = rendered_answer.values["sampling_params"]
         why_masked = self._why_masked(rendered_answer.values)
         num_generation_tokens = await self._find_num_generation_tokens(session.affinity, request, rendered)
         prompt = await self._continue(session, request, rendered)
         ids = _sequence(prompt)
-        parameters |= {
-            "logprobs": 0,
-            "output_kind": FINAL_ONLY,
-            "max_tokens": self._num_free_tokens(parameters["max_tokens"], len(ids)),
-        }
-        body = {"token_ids": ids, "sampling_params": parameters, "stream": False}
-        body |= {
-            name: rendered_answer.values[name]
-            for name in ("reasoning_ended", "reasoning_parser_kwargs")
-            if rendered_answer.values.get(name) is not None
-        }
-        generated = await self._generate(session.affinity, body)
+        generated = await self._generate(session.affinity, self._body(rendered_answer.values, ids))
         choice = generated.values["choices"][0]
         sampled = array(TOKEN, choice["token_ids"])
         stop_string = choice.get("stop_reason") if isinstance(choice.get("stop_reason"), str) else None
@@ -110,6 +98,7 @@ class Recorder:
             await self._learn_end_token(session.affinity, end_token)
         message = await self._parse(session.affinity, request, ids, sampled, end_token, stop_string)
         finish_reason = choice["finish_reason"]
+        num_closed = len(rendered) - (num_generation_tokens or 0)
         turn = Turn(
             parent=prompt.parent,
             added=prompt.added,
@@ -120,8 +109,8 @@ class Recorder:
             finish_reason="tool_calls" if finish_reason == "stop" and message.get("tool_calls") else finish_reason,
             messages=request.messages,
             num_messages=len(request.messages),
-            num_closed=len(rendered) - (num_generation_tokens or 0),
-            closed_digest=digest_of(rendered[: len(rendered) - (num_generation_tokens or 0)]),
+            num_closed=num_closed,
+            closed_digest=digest_of(rendered[:num_closed]),
             request_digest=request_digest,
             end_token=end_token,
             is_open=num_generation_tokens is not None and stop_string is None,
@@ -170,6 +159,21 @@ class Recorder:
         if not thoughts or self.options.thinking != TEMPLATE:
             return True
         return thoughts in await self._text_of(affinity, reply.tolist())
+
+    def _body(self, rendered: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+        """The request for what comes behind these ids, with the parameters that the server made of the chat request."""
+        parameters = rendered["sampling_params"]
+        parameters |= {
+            "logprobs": 0,
+            "output_kind": FINAL_ONLY,
+            "max_tokens": self._num_free_tokens(parameters["max_tokens"], len(ids)),
+        }
+        of_reasoning = {
+            name: rendered[name]
+            for name in ("reasoning_ended", "reasoning_parser_kwargs")
+            if rendered.get(name) is not None
+        }
+        return {"token_ids": ids, "sampling_params": parameters, "stream": False, **of_reasoning}
 
     def _num_free_tokens(self, asked: int | None, num_prompt_tokens: int) -> int:
         """Tokens that may be sampled: what was asked for, or what the context has left."""
