@@ -23,6 +23,7 @@ from ..api.http import (
 )
 from ..api.refusals import RequestRefused
 from .chat import ChatRequest, completion, event, read_chat_request, stream_events
+from .options import LIFT
 from .recorder import Recorder, chat_answer
 from .servers import ServerRefused
 from .sessions import UNDELIVERED, Session, Sessions
@@ -100,7 +101,7 @@ class AgentApp:
     async def _chat(self, request: Request, session: Session) -> None:
         request.content_length(self.options.max_body_bytes)
         body = await request.body(self.options.max_body_bytes)
-        asked = read_chat_request(_parsed(body), self.options.temperature)
+        asked = read_chat_request(_parsed(body), self.options.temperature, self.options.grammar == LIFT)
         digest = blake2b(body, digest_size=16).digest()
         request.watch_client()
         if request.header("x-stainless-retry-count") not in ("", "0"):

@@ -85,10 +85,11 @@ class ChatRequest:
         return messages
 
 
-def read_chat_request(values: Any, temperature: float) -> ChatRequest:
+def read_chat_request(values: Any, temperature: float, lifts_grammars: bool = False) -> ChatRequest:
     """Check a request and make its sampling plain.
 
-    `values` is the parsed JSON; `temperature` that of the policy.
+    `values` is the parsed JSON; `temperature` that of the policy. With `lifts_grammars` a tool that must be called is one
+    that may be called, and a format is not enforced.
 
     Raises:
         RequestRefused: It is no chat request, or asks for what cannot be trained.
@@ -118,6 +119,8 @@ def read_chat_request(values: Any, temperature: float) -> ChatRequest:
     if body.get("response_format", {}).get("type", "text") == "text":
         body.pop("response_format", None)
     changed += _plain_tools(body)
+    if lifts_grammars:
+        changed += _lift_grammars(body)
     options = values.get("stream_options")
     return ChatRequest(
         model=str(values.get("model") or ""),
@@ -150,6 +153,15 @@ def _plain_tools(body: dict[str, Any]) -> list[str]:
         for tool in tools
     ]
     return ["tools.strict"] if is_strict else []
+
+
+def _lift_grammars(body: dict[str, Any]) -> list[str]:
+    """Leave to the policy whether it calls a tool and in which form it answers; return the names of what was changed."""
+    changed = ["response_format"] if body.pop("response_format", None) else []
+    if body.get("tool_choice") not in (None, "auto", "none"):
+        body["tool_choice"] = "auto"
+        changed.append("tool_choice")
+    return changed
 
 
 def _check_messages(messages: Any) -> None:

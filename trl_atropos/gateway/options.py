@@ -8,7 +8,7 @@ from typing import Any
 from ..options import PositiveFloat, PositiveInt, check_declared
 
 
-MASK, REFUSE = "mask", "refuse"
+MASK, LIFT, REFUSE = "mask", "lift", "refuse"
 TEMPLATE, KEEP = "template", "keep"
 
 
@@ -26,9 +26,9 @@ class GatewayOptions:
     grammar: str = field(
         default=MASK,
         metadata={
-            "help": "what becomes of a turn that is sampled under a grammar (forced tool calls, JSON schemas): sampled and not "
-            "trained, or refused",
-            "choices": (MASK, REFUSE),
+            "help": "what becomes of a turn that is to be sampled under a grammar (forced tool calls, JSON schemas): sampled and "
+            "not trained, sampled without the grammar, or refused",
+            "choices": (MASK, LIFT, REFUSE),
         },
     )
     thinking: str = field(

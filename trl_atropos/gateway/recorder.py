@@ -137,7 +137,7 @@ class Recorder:
             f"The server would sample with {', '.join(changes)}.",
             "Tokens that a grammar or a list forbids have another probability than the policy gives them.",
             f"{REFUSED_FIX} A grammar comes from a forced `tool_choice` or a `response_format`; --grammar mask samples such "
-            "turns without training them.",
+            "turns without training them, and --grammar lift samples them without it.",
         )
 
     async def _continue(self, session: Session, request: ChatRequest, rendered: array[int]) -> Prompt:

@@ -83,6 +83,19 @@ class TestSampling:
         with pytest.raises(RequestRefused, match="Only text is trained"):
             read_chat_request({"messages": [message]}, 1.0)
 
+    def test_a_grammar_can_be_lifted(self):
+        values = {
+            "messages": MESSAGES,
+            "tools": [ADD],
+            "tool_choice": "required",
+            "response_format": {"type": "json_object"},
+        }
+        request = read_chat_request(values, 1.0, lifts_grammars=True)
+        assert request.body["tool_choice"] == "auto"
+        assert "response_format" not in request.body
+        assert request.changed == ("response_format", "tool_choice", "tools.strict")
+        assert read_chat_request(values, 1.0).body["tool_choice"] == "required"
+
     def test_a_grammar_is_refused_where_it_shall_not_be_masked(self):
         async def agent(session: GatewaySession) -> None:
             with pytest.raises(openai.BadRequestError, match="structured_outputs"):
