@@ -146,7 +146,9 @@ class ControlApp:
         group.open.append(session)
         group.last_used_at = time.monotonic()
         self._group_names = {**self._names_of_open(), session.id: name}
-        shown = GatewaySession(session, self.gateway.address)
+        # As the caller reaches the gateway, which may listen on all addresses or stand behind a tunnel.
+        host = request.header("host")
+        shown = GatewaySession(session, f"http://{host}" if host else self.gateway.address)
         return json_answer({"session_id": session.id, "base_url": shown.base_url}, 201)
 
     def _forget_idle(self) -> None:

@@ -30,6 +30,11 @@ SWEEP_INTERVAL_S = 1.0
 START_INTERVAL_S = 0.005
 CLOSE_TIMEOUT_S = 5
 
+KEEP_CONNECTION_S = 75
+"""So long a connection of an agent may idle, between calls of its tools: longer than clients keep one, so that none is closed
+in the moment in which it is used.
+"""
+
 
 class GatewaySession:
     """A session, as the program has it that runs the agent.
@@ -135,6 +140,7 @@ class Gateway:
                 access_log=False,
                 lifespan="off",
                 server_header=False,
+                timeout_keep_alive=KEEP_CONNECTION_S,
                 timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
             )
         )
