@@ -45,7 +45,7 @@ ENDS = (
 )
 SAMPLED_MARKERS = {"cohere2": "{}<|END_RESPONSE|>", "muse_glimmer": "to=user<|message|>{}"}
 """What a model itself writes around its reply, by template; the parser takes it off."""
-NUM_CONVERSATIONS = 8
+NUM_CONVERSATIONS = 6
 NUM_REQUESTS = 6
 LETTERS = "aehilnorstu"
 
@@ -153,6 +153,6 @@ def test_what_is_sampled_from_is_the_rendering_but_for_what_was_sampled(path: Pa
     assert num_refused <= NUM_CONVERSATIONS // 2
     if path.stem.removesuffix("_training") != "gptoss":
         # There the history has another end than the one that is sampled.
-        assert counts.num_spliced >= 8
+        assert counts.num_spliced >= 6
     else:
         assert counts.num_spliced == 0
