@@ -20,7 +20,8 @@ Routes:
   servers, most versions stay unknown.
 - `POST /atropos/adapter`: `{"lora_name": str | null, "policy_version": int}`: from now on that loaded adapter, or the
   model itself, answers the requests for the model, on `/generate`, `/v1/completions`, `/v1/chat/completions` and
-  `/inference/v1/generate`. It and `GET /atropos/adapter` give both and `{"num_in_flight": {"<lora_name>": int}}`.
+  `/inference/v1/generate`, whose answers then say which in the header `x-atropos-policy-version`. It and
+  `GET /atropos/adapter` give both and `{"num_in_flight": {"<lora_name>": int}}`.
 
 Everything else reaches the server untouched.
 """

@@ -31,17 +31,16 @@ TEMPLATES = [
 ]
 # By which models end a reply; the first that a template has. `\uff5c` and `\u2581` are wide lines in markers.
 ENDS = (
-    *(
-        "<|return|>",
-        "<|im_end|>",
-        "<|eot_id|>",
-        "<|eot|>",
-        "<|end|>",
-        "<turn|>",
-        "<end_of_turn>",
-        "<end_of_utterance>",
-    ),
-    *("<|END_OF_TURN_TOKEN|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|user|>"),
+    "<|return|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eot|>",
+    "<|end|>",
+    "<turn|>",
+    "<end_of_turn>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<|user|>",
 )
 SAMPLED_MARKERS = {"cohere2": "{}<|END_RESPONSE|>", "muse_glimmer": "to=user<|message|>{}"}
 """What a model itself writes around its reply, by template; the parser takes it off."""
