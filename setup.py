@@ -38,6 +38,8 @@ extras = {
     "reasoning-gym": ["reasoning-gym>=0.1.25"],
     "reasoning-core": ["reasoning-core>=0.5.0"],
     "textarena": ["textarena>=0.7.4"],
+    # Beside the trainer or a server only in another virtual environment: see `conflict` in trl_atropos/envs/ecosystems.py.
+    "verifiers": ["verifiers>=0.4.0; python_version >= '3.11'"],
     # Trackers; wandb comes with atroposlib.
     "trackers": ["trackio>=0.43", "tensorboard>=2.20"],
     "docs": ["latex2mathml>=3.78", "mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],

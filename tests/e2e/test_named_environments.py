@@ -35,9 +35,19 @@ MAX_LOGPROB_ERROR = 1e-3
 MAX_TURN_LOGPROB_ERROR = 1e-4
 
 
+ROOT = Path(__file__).parents[2]
+TASKS = Path(__file__).parents[1] / "verifiers_tasks"
+
+
+def python_of(name: str) -> str:
+    """The interpreter that has an ecosystem: this one, or that of a virtual environment, such as TRL_ATROPOS_VERIFIERS_PYTHON."""
+    ecosystem = name.partition(":")[0]
+    return os.environ.get(f"TRL_ATROPOS_{ecosystem.upper().replace('-', '_')}_PYTHON", sys.executable)
+
+
 def needs(name: str, max_turns: int) -> object:
     """An environment of an ecosystem that the pinned packages do not have."""
-    installed = ECOSYSTEMS[name.partition(":")[0]].is_installed
+    installed = ECOSYSTEMS[name.partition(":")[0]].is_installed or python_of(name) != sys.executable
     return pytest.param(name, max_turns, marks=pytest.mark.skipif(not installed, reason=f"{name}: not installed"))
 
 
@@ -71,6 +81,9 @@ def vllm_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         # So it is not over after the first one: `max_turns` ends it.
         ("textarena:Blackjack-v0", 1),
         needs("reasoning-core:arithmetics", 1),
+        needs("verifiers:sums_for_verifiers", 1),
+        # Its own rules end it after the third.
+        needs("verifiers:guesses_for_verifiers", 3),
     ],
 )
 def test_what_is_posted_is_what_was_sampled(name, max_turns, model, vllm_url, tmp_path):
@@ -78,15 +91,17 @@ def test_what_is_posted_is_what_was_sampled(name, max_turns, model, vllm_url, tm
     with ApiProcess(tmp_path / "api.log") as api, recording(vllm_url) as (server_url, recorder):
         api.register(GROUP_SIZE, max_token_len=MAX_TOKENS + 1)
         command = [
-            *(sys.executable, "-m", "trl_atropos.cli.main", "env", name, "serve"),
+            *(python_of(name), "-m", "trl_atropos.cli.main", "env", name, "serve"),
             *("--env.rollout_server_url", api.url, "--env.tokenizer_name", str(model)),
             *("--openai.base_url", f"{server_url}/v1", "--openai.model_name", str(model)),
             *("--env.group_size", str(GROUP_SIZE), "--env.ensure_scores_are_not_same", "false"),
             *("--env.max_turn_tokens", "24", "--env.max_turns", str(max_turns)),
         ]
         variables = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "OPENAI_"))}
+        variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(TASKS)])
+        start = ForkedProcess if python_of(name) == sys.executable else subprocess.Popen
         with log_path.open("wb") as log:
-            process = ForkedProcess(command, stdout=log, stderr=subprocess.STDOUT, env=variables, cwd=tmp_path)
+            process = start(command, stdout=log, stderr=subprocess.STDOUT, env=variables, cwd=tmp_path)
         try:
             groups = [
                 *api.wait_for_batch(process, log_path, TIMEOUT_S),

@@ -64,7 +64,9 @@ LIBRARIES_OF = {
     "serving": {"vllm", "torch"},
     "checks": set(),
     "api": {"msgspec", "uvicorn"},
-    "envs": {"atroposlib", "pydantic", "reasoning_core", "reasoning_gym", "textarena"},
+    "envs": {
+        *("aiohttp", "atroposlib", "pydantic", "reasoning_core", "reasoning_gym", "textarena", "verifiers"),
+    },
     "gateway": {"aiohttp", "atroposlib", "msgspec", "pydantic", "uvicorn"},
     "data": {"torch"},
     "report": {

@@ -89,6 +89,8 @@ def _list_environments(arguments: Sequence[str]) -> int:
         state = "installed" if ecosystem.is_installed else f"not installed: {ecosystem.install_command}"
         print(f"{ecosystem.name:{width}}  {ecosystem.what}")
         print(f"{'':{width}}  {state}")
+        if ecosystem.conflict and not ecosystem.is_installed:
+            print(f"{'':{width}}  {ecosystem.conflict}")
     return 0
 
 

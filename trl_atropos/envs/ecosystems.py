@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import PreflightError, did_you_mean
-from . import reasoning_core, reasoning_gym, textarena
+from ..errors import EpisodeError, PreflightError, did_you_mean
+from . import reasoning_core, reasoning_gym, textarena, verifiers
 from .source import EnvironmentSource
 
 
@@ -25,9 +25,14 @@ class Ecosystem:
         what (`str`):
             What its names are, and what some of them need, in one line.
         task_names (`Callable[[], list[str]]`):
-            All names that may stand behind the colon.
+            All names that are known.
         make (`Callable[[str, dict[str, Any]], EnvironmentSource]`):
             Source of a name and the options of `--args`.
+        is_name (`Callable[[str], bool]`, *optional*):
+            Whether something may stand behind the colon that is not among `task_names`; by default it may not.
+        conflict (`str`):
+            Why it does not fit beside the pinned packages of the trainer and the server, where it does not: it is installed
+            in a virtual environment of its own.
     """
 
     name: str
@@ -35,6 +40,8 @@ class Ecosystem:
     what: str
     task_names: Callable[[], list[str]]
     make: Callable[[str, dict[str, Any]], EnvironmentSource]
+    is_name: Callable[[str], bool] = lambda name: False
+    conflict: str = ""
 
     @property
     def is_installed(self) -> bool:
@@ -44,7 +51,10 @@ class Ecosystem:
     @property
     def install_command(self) -> str:
         """What installs it."""
-        return f"pip install 'trl-atropos[{self.name}]'"
+        if not self.conflict:
+            return f"pip install 'trl-atropos[{self.name}]'"
+        directory = f".venv-{self.name}"
+        return f"python -m venv {directory} && {directory}/bin/pip install 'trl-atropos[atropos,{self.name}]'"
 
 
 ECOSYSTEMS = {
@@ -70,6 +80,15 @@ ECOSYSTEMS = {
             "games in text for one player; games with words need the NLTK data `words`",
             textarena.task_names,
             textarena.TextArena,
+        ),
+        Ecosystem(
+            "verifiers",
+            "verifiers",
+            "tasksets of verifiers 0.4 and of packages made for it, with their tools and turns",
+            verifiers.task_names,
+            verifiers.Verifiers,
+            verifiers.is_name,
+            "verifiers 0.4.0 needs mcp 2.0.0 and openai before 3, and the pinned packages are mcp 2.3.0 and openai 3.54.0",
         ),
     )
 }
@@ -116,8 +135,11 @@ def find_ecosystem(name: str) -> Ecosystem:
     if not ecosystem.is_installed:
         raise PreflightError(
             f"The package of {name} is not installed: there is no module {ecosystem.module}.",
-            "Environments of other ecosystems come from their own packages.",
-            f"Run {ecosystem.install_command}.",
+            f"It has an environment of its own: {ecosystem.conflict}."
+            if ecosystem.conflict
+            else "Environments of other ecosystems come from their own packages.",
+            f"Run {ecosystem.install_command}"
+            + (f", and then .venv-{name}/bin/trl-atropos env." if ecosystem.conflict else "."),
         )
     return ecosystem
 
@@ -138,7 +160,7 @@ def open_source(name: str, options: dict[str, Any]) -> EnvironmentSource:
     prefix, _, task_name = name.partition(":")
     ecosystem = find_ecosystem(prefix)
     names = ecosystem.task_names()
-    if task_name not in names:
+    if task_name not in names and not ecosystem.is_name(task_name):
         raise PreflightError(
             f"{prefix} has no environment {task_name!r} for one policy.",
             f"It has {len(names)} that can be trained on.",
@@ -147,6 +169,8 @@ def open_source(name: str, options: dict[str, Any]) -> EnvironmentSource:
     try:
         source = ecosystem.make(task_name, options)
         source.open(source.make_task(0)).close()
+    except EpisodeError as exc:
+        raise PreflightError(f"{name} cannot be opened. {exc.what}", exc.why, exc.fix) from exc
     except OPEN_FAULTS as exc:
         raise _explained(name, options, exc) from exc
     return source
@@ -169,10 +193,9 @@ def _explained(name: str, options: dict[str, Any], exc: Exception) -> PreflightE
             "A part of it is played or judged by the model of a service.",
             "Set the key in the variable that its error names, or choose another of `trl-atropos env list`.",
         )
-    if isinstance(exc, ModuleNotFoundError):
-        return PreflightError(
-            what, "It needs a further package.", f"Run pip install {(exc.name or text).partition('.')[0]}."
-        )
+    if isinstance(exc, ImportError):
+        fix = f"Run pip install {exc.name.partition('.')[0]}." if exc.name else "Install what its error names."
+        return PreflightError(what, "It needs a further package.", fix)
     if isinstance(exc, OSError) and not isinstance(exc, FileNotFoundError):
         return PreflightError(
             what, "It reads data from the network.", "Open it once where there is one, or choose another environment."

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import closing
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, ScoredDataGroup
 from pydantic import Field
@@ -17,6 +18,7 @@ from .source import EnvironmentEpisode, EnvironmentSource
 logger = logging.getLogger(__name__)
 
 Message = dict[str, str]
+T = TypeVar("T")
 
 TEMPERATURE = 1.0
 """Of the policy that is trained: the trainer computes its logprobs at it."""
@@ -32,6 +34,12 @@ class SourceEnvConfig(BaseEnvConfig):
     max_turns: int = Field(default=16, description="Answers of the policy in one episode, at most")
     max_turn_tokens: int = Field(default=256, description="Tokens of one answer, at most")
     num_eval_episodes: int = Field(default=64, description="Episodes of one evaluation")
+
+
+def _close(opening: asyncio.Task[EnvironmentEpisode]) -> None:
+    """Close an episode that nobody waits for any more."""
+    if opening.exception() is None:
+        opening.result().close()
 
 
 class SourceEnv(BaseEnv):
@@ -108,7 +116,7 @@ class SourceEnv(BaseEnv):
 
     async def _answer(self, task: Any, num_answers: int) -> list[tuple[Any, float, list[Message]]]:
         """Single turn: all answers to a task in one request, so that the server reads the prompt once."""
-        with closing(self.source.open(task)) as attempt:
+        async with self._opened(task) as attempt:
             messages = self._first_messages(attempt)
         max_tokens = self._num_free_tokens(messages)
         if max_tokens < 1:
@@ -121,15 +129,15 @@ class SourceEnv(BaseEnv):
         rollouts = []
         for node, choice in zip(nodes, answers.choices, strict=True):
             text = choice.message.content
-            with closing(self.source.open(task)) as attempt:
-                reward = attempt.step(text).reward
+            async with self._opened(task) as attempt:
+                reward = (await self._call(attempt.step, text)).reward
             rollouts.append((node, reward, [*messages, {"role": "assistant", "content": text}]))
         return rollouts
 
     async def _play(self, task: Any) -> tuple[Any, float, list[Message]]:
         """Several turns: one conversation until the episode ends or has no room."""
         reward = 0.0
-        with closing(self.source.open(task)) as attempt:
+        async with self._opened(task) as attempt:
             messages = self._first_messages(attempt)
             # One for each conversation: it finds the one that a prompt goes on with by its text.
             async with self.server.managed_server(tokenizer=self.tokenizer) as managed:
@@ -148,7 +156,7 @@ class SourceEnv(BaseEnv):
                     )
                     text = answers.choices[0].message.content
                     messages.append({"role": "assistant", "content": text})
-                    step = attempt.step(text)
+                    step = await self._call(attempt.step, text)
                     reward += step.reward
                     if step.observation is None:
                         break
@@ -166,9 +174,34 @@ class SourceEnv(BaseEnv):
             )
         return nodes[0], reward, messages
 
+    async def _call(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a method of the source or of an episode."""
+        return await asyncio.to_thread(function, *args) if self.source.runs_elsewhere else function(*args)
+
+    @asynccontextmanager
+    async def _opened(self, task: Any) -> AsyncIterator[EnvironmentEpisode]:
+        """An episode of a task, which is closed in any case."""
+        opening = asyncio.create_task(self._call(self.source.open, task))
+        try:
+            attempt = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            # Its thread cannot be stopped, and nobody else would close what it returns.
+            opening.add_done_callback(_close)
+            raise
+        try:
+            yield attempt
+        finally:
+            await self._call(attempt.close)
+
     def _first_messages(self, attempt: EnvironmentEpisode) -> list[Message]:
-        system = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
-        return [*system, *attempt.messages]
+        """What the policy sees first. A system message of the environment's own goes on with `system_prompt`'s."""
+        messages = [dict(message) for message in attempt.messages]
+        if not self.config.system_prompt:
+            return messages
+        if messages[0]["role"] == "system":
+            messages[0]["content"] = f"{self.config.system_prompt}\n\n{messages[0]['content']}"
+            return messages
+        return [{"role": "system", "content": self.config.system_prompt}, *messages]
 
     @property
     def _limit(self) -> int:

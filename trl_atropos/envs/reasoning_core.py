@@ -32,6 +32,7 @@ class ReasoningCore:
 
     is_single_turn = True
     has_eval_split = False
+    runs_elsewhere = False
 
     def __init__(self, name: str, options: dict[str, Any]):
         import reasoning_core

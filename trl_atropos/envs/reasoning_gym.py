@@ -34,6 +34,7 @@ class ReasoningGym:
 
     is_single_turn = True
     has_eval_split = True
+    runs_elsewhere = False
 
     def __init__(self, name: str, options: dict[str, Any]):
         import reasoning_gym

@@ -37,7 +37,9 @@ class EnvironmentEpisode(Protocol):
         """
 
     def close(self) -> None:
-        """Give back what the episode holds. Called once, also after an exception."""
+        """Give back what the episode holds. Called once, also after an exception, and where `runs_elsewhere` also while
+        `step` is waiting, which has to end then in one way or another.
+        """
 
 
 class EnvironmentSource(Protocol):
@@ -48,10 +50,14 @@ class EnvironmentSource(Protocol):
             Whether every episode ends with its first answer. Then a group is one request for all its answers.
         has_eval_split (`bool`):
             Whether `make_task(..., is_eval=True)` gives tasks that are never trained on.
+        runs_elsewhere (`bool`):
+            Whether episodes wait for another process, thread or machine. Their methods and `open` are then called in threads
+            of their own, those of several episodes at once, so that one that waits does not hold up the others.
     """
 
     is_single_turn: bool
     has_eval_split: bool
+    runs_elsewhere: bool
 
     def make_task(self, number: int, *, is_eval: bool = False) -> Any:
         """Return task `number`, counted from 0, as something that JSON can hold. The same number gives the same task

@@ -48,6 +48,7 @@ class TextArena:
 
     is_single_turn = False
     has_eval_split = True
+    runs_elsewhere = False
 
     def __init__(self, name: str, options: dict[str, Any]):
         self._name, self._options = name, options
