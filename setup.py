@@ -39,6 +39,7 @@ extras = {
     "reasoning-core": ["reasoning-core>=0.5.0"],
     "textarena": ["textarena>=0.7.4"],
     # Beside the trainer or a server only in another virtual environment: see `conflict` in trl_atropos/envs/ecosystems.py.
+    "gem": ["gem-llm>=0.1.0; python_version < '3.13'"],
     "verifiers": ["verifiers>=0.4.0; python_version >= '3.11'"],
     # Trackers; wandb comes with atroposlib.
     "trackers": ["trackio>=0.43", "tensorboard>=2.20"],

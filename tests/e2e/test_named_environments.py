@@ -81,6 +81,9 @@ def vllm_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         # So it is not over after the first one: `max_turns` ends it.
         ("textarena:Blackjack-v0", 1),
         needs("reasoning-core:arithmetics", 1),
+        needs("gem:rg:chain_sum", 1),
+        # It ends with the first answer that holds no guess.
+        needs("gem:game:GuessTheNumber-v0-easy", 1),
         needs("verifiers:sums_for_verifiers", 1),
         # Its own rules end it after the third.
         needs("verifiers:guesses_for_verifiers", 3),

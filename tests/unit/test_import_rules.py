@@ -65,7 +65,7 @@ LIBRARIES_OF = {
     "checks": set(),
     "api": {"msgspec", "uvicorn"},
     "envs": {
-        *("aiohttp", "atroposlib", "pydantic", "reasoning_core", "reasoning_gym", "textarena", "verifiers"),
+        *("aiohttp", "atroposlib", "gem", "pydantic", "reasoning_core", "reasoning_gym", "textarena", "verifiers"),
     },
     "gateway": {"aiohttp", "atroposlib", "msgspec", "pydantic", "uvicorn"},
     "data": {"torch"},

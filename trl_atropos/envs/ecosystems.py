@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import EpisodeError, PreflightError, did_you_mean
-from . import reasoning_core, reasoning_gym, textarena, verifiers
+from . import gem, reasoning_core, reasoning_gym, textarena, verifiers
 from .source import EnvironmentSource
 
 
@@ -80,6 +80,14 @@ ECOSYSTEMS = {
             "games in text for one player; games with words need the NLTK data `words`",
             textarena.task_names,
             textarena.TextArena,
+        ),
+        Ecosystem(
+            "gem",
+            "gem",
+            "games, puzzles and questions of gem-llm; most of math:, code: and qa: need data of a hub",
+            gem.task_names,
+            gem.Gem,
+            conflict="gem-llm 0.1.0 needs nltk 3.9.1, msgspec 0.19.0 and reasoning-gym 0.1.23, and the pinned packages are newer",
         ),
         Ecosystem(
             "verifiers",

@@ -35,6 +35,18 @@ def find_answer(completion: str) -> str:
     return lines[-1].replace(":", "=").rpartition("=")[2].strip().removesuffix(".")
 
 
+_told: list[str] = []
+
+
+def warn_of_grader(answer: str) -> None:
+    """Log the exception of a grader that is being handled, the first time in this process."""
+    if not _told:
+        _told.append(answer)
+        logger.warning(
+            "The grader of the task failed on the answer %r; such answers get reward 0.", answer, exc_info=True
+        )
+
+
 class GradedEpisode:
     """A question, and a grade for the answer.
 
@@ -46,8 +58,6 @@ class GradedEpisode:
             logged with its traceback.
     """
 
-    _has_told = False
-
     def __init__(self, question: str, grade: Callable[[str], float]):
         self.messages = [{"role": "user", "content": f"{question}\n\n{INSTRUCTION}"}]
         self._grade = grade
@@ -58,11 +68,7 @@ class GradedEpisode:
         try:
             return EpisodeStep(None, float(self._grade(answer)))
         except ANSWER_FAULTS:
-            if not GradedEpisode._has_told:
-                GradedEpisode._has_told = True
-                logger.warning(
-                    "The grader of the task failed on the answer %r; such answers get reward 0.", answer, exc_info=True
-                )
+            warn_of_grader(answer)
             return EpisodeStep(None, 0.0)
 
     def close(self) -> None:

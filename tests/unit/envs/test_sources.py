@@ -9,6 +9,7 @@ import re
 
 import pytest
 
+from trl_atropos.envs import graded
 from trl_atropos.envs.ecosystems import ECOSYSTEMS, open_source
 from trl_atropos.envs.graded import GradedEpisode, find_answer
 
@@ -25,6 +26,8 @@ ALL = pytest.mark.parametrize(
         "textarena:GuessTheNumber-v0",
         "textarena:Sudoku-v0",
         needs("reasoning-core:arithmetics"),
+        needs("gem:game:GuessTheNumber-v0-easy"),
+        needs("gem:rg:chain_sum"),
     ],
 )
 
@@ -143,7 +146,7 @@ def test_an_answer_is_found(completion, answer):
 
 
 def test_a_grader_that_fails_on_an_answer_gives_nothing_and_is_told_of_once(caplog, monkeypatch):
-    monkeypatch.setattr(GradedEpisode, "_has_told", False)
+    monkeypatch.setattr(graded, "_told", [])
     episode = GradedEpisode("1 + 1?", float)
     assert episode.step("2").reward == 2.0
     assert [episode.step("two").reward for _ in range(2)] == [0.0, 0.0]
@@ -151,3 +154,31 @@ def test_a_grader_that_fails_on_an_answer_gives_nothing_and_is_told_of_once(capl
     assert "'two'" in record.message
     assert record.exc_info
     assert record.levelno == logging.WARNING
+
+
+@pytest.mark.skipif(not ECOSYSTEMS["gem"].is_installed, reason="gem-llm is not installed")
+def test_a_game_of_gem_gives_its_own_rewards():
+    source = open_source("gem:game:GuessTheNumber-v0-easy", {"max_number": 7})
+    assert not source.is_single_turn
+    episode = source.open(source.make_task(0))
+    assert "between 1 and 7" in episode.messages[0]["content"]
+    low, high = 1, 7
+    for _ in range(3):
+        guess = (low + high) // 2
+        step = episode.step(f"I say \\boxed{{{guess}}}")
+        if step.observation is None:
+            break
+        assert step.observation.endswith("Enter your next guess.")
+        low, high = (guess + 1, high) if "higher" in step.observation else (low, guess - 1)
+    assert (step.observation, step.reward) == (None, 1.0)
+    assert episode.messages[0]["role"] == "user"
+
+
+@pytest.mark.skipif(not ECOSYSTEMS["gem"].is_installed, reason="gem-llm is not installed")
+def test_a_question_of_gem_says_where_the_answer_goes():
+    source = open_source("gem:rg:chain_sum", {})
+    episode = source.open(source.make_task(0))
+    numbers = re.search(r"([\d +-]+) =", episode.messages[0]["content"]).group(1)
+    assert episode.messages[0]["content"].endswith("Put your answer within \\boxed{}.")
+    total = sum(int(term.replace(" ", "")) for term in re.findall(r"[+-]?\s*\d+", numbers))
+    assert episode.step(f"It is \\boxed{{{total}}}.").reward == 1.0

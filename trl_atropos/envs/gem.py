@@ -1,0 +1,95 @@
+"""`gem:ENV`: games, puzzles and questions of gem-llm, https://github.com/axon-rl/gem."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .graded import ANSWER_FAULTS, SIZE_OF_SPLIT, warn_of_grader
+from .random_state import RandomState
+from .source import EpisodeStep
+
+
+ASK_FOR_BOX = "Put your answer within \\boxed{}."
+"""For questions that do not say themselves where gem looks for the answer."""
+
+BOXED = ("math:", "rg:")
+"""Kinds of questions that say nothing of it."""
+
+ONLY_EVALUATED = "eval:"
+
+
+def task_names() -> list[str]:
+    """Names of all environments but those that are there for evaluations alone."""
+    import gem
+    from gem.envs.registration import ENV_REGISTRY
+
+    del gem  # importing it registers its environments
+    return sorted(name for name in ENV_REGISTRY if not name.startswith(ONLY_EVALUATED))
+
+
+class Gem:
+    """An environment of gem. The evaluation has seeds of its own.
+
+    Args:
+        name (`str`):
+            Of the environment, such as `game:GuessTheNumber-v0-easy`.
+        options (`dict[str, Any]`):
+            Keyword arguments of the environment, such as `{"max_turns": 3}`.
+    """
+
+    is_single_turn = False
+    has_eval_split = True
+    runs_elsewhere = False
+
+    def __init__(self, name: str, options: dict[str, Any]):
+        self._name, self._options = name, options
+
+    def make_task(self, number: int, *, is_eval: bool = False) -> int:
+        """Return the seed of an episode."""
+        return number % SIZE_OF_SPLIT + SIZE_OF_SPLIT * is_eval
+
+    def open(self, task: int) -> GemEpisode:
+        """Begin an episode with a seed."""
+        return GemEpisode(self._name, self._options, task)
+
+
+class GemEpisode:
+    """One episode. It is told what is new after each answer, and the suffix that gem puts behind it.
+
+    Args:
+        name (`str`), options (`dict[str, Any]`):
+            As of [`Gem`].
+        seed (`int`):
+            Of its task.
+    """
+
+    def __init__(self, name: str, options: dict[str, Any], seed: int):
+        import gem
+
+        # It draws from the process' generator, also while it is made.
+        self._random = RandomState(seed)
+        with self._random:
+            self._environment = gem.make(name, **options)
+            observation, info = self._environment.reset(seed=seed)
+        first = _joined(observation, info)
+        if name.startswith(BOXED):
+            first = f"{first}\n\n{ASK_FOR_BOX}"
+        self.messages = [{"role": "user", "content": first}]
+
+    def step(self, text: str) -> EpisodeStep:
+        """Answer. An answer on which its grader fails ends the episode without a reward."""
+        try:
+            with self._random:
+                observation, reward, is_terminated, is_truncated, info = self._environment.step(text)
+        except ANSWER_FAULTS:
+            warn_of_grader(text)
+            return EpisodeStep(None, 0.0)
+        is_over = is_terminated or is_truncated
+        return EpisodeStep(None if is_over else _joined(observation, info), float(reward))
+
+    def close(self) -> None:
+        """There is nothing to give back."""
+
+
+def _joined(observation: str, info: dict[str, Any]) -> str:
+    return f"{observation}\n{info.get('suffix', '')}".strip()
