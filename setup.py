@@ -37,9 +37,10 @@ extras = {
     # Ecosystems of `trl-atropos env ECOSYSTEM:NAME`, each under its own name.
     "reasoning-gym": ["reasoning-gym>=0.1.25"],
     "reasoning-core": ["reasoning-core>=0.5.0"],
+    "openenv": ["websockets>=15.0.1"],
     "textarena": ["textarena>=0.7.4"],
     # Beside the trainer or a server only in another virtual environment: see `conflict` in trl_atropos/envs/ecosystems.py.
-    "gem": ["gem-llm>=0.1.0; python_version < '3.13'"],
+    "gem": ["gem-llm>=0.1.0; python_version < '3.13'", "pylatexenc>=2.10"],
     "verifiers": ["verifiers>=0.4.0; python_version >= '3.11'"],
     # Trackers; wandb comes with atroposlib.
     "trackers": ["trackio>=0.43", "tensorboard>=2.20"],

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import EpisodeError, PreflightError, did_you_mean
-from . import gem, reasoning_core, reasoning_gym, textarena, verifiers
+from . import gem, openenv, reasoning_core, reasoning_gym, textarena, verifiers
 from .source import EnvironmentSource
 
 
@@ -90,6 +91,15 @@ ECOSYSTEMS = {
             conflict="gem-llm 0.1.0 needs nltk 3.9.1, msgspec 0.19.0 and reasoning-gym 0.1.23, and the pinned packages are newer",
         ),
         Ecosystem(
+            "openenv",
+            "websockets",
+            "a URL of a server of OpenEnv, or the directory of an environment, whose server is started with the interpreter "
+            "that --args names",
+            openenv.task_names,
+            openenv.OpenEnv,
+            openenv.is_name,
+        ),
+        Ecosystem(
             "verifiers",
             "verifiers",
             "tasksets of verifiers 0.4 and of packages made for it, with their tools and turns",
@@ -116,6 +126,8 @@ OPEN_FAULTS = (
 )
 """What an environment raises whose data, key, package or options are missing or wrong."""
 
+
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 MAX_ERROR_CHARACTERS = 300
 """So much of what an environment's own error says is repeated."""
@@ -171,8 +183,10 @@ def open_source(name: str, options: dict[str, Any]) -> EnvironmentSource:
     if task_name not in names and not ecosystem.is_name(task_name):
         raise PreflightError(
             f"{prefix} has no environment {task_name!r} for one policy.",
-            f"It has {len(names)} that can be trained on.",
-            f"{did_you_mean(task_name, names)} `trl-atropos env list {prefix}` shows all.",
+            f"It has {len(names)} that can be trained on." if names else f"It takes {ecosystem.what}.",
+            f"{did_you_mean(task_name, names)} `trl-atropos env list {prefix}` shows all."
+            if names
+            else "Correct the URL, or name a directory with server/app.py.",
         )
     try:
         source = ecosystem.make(task_name, options)
@@ -186,7 +200,7 @@ def open_source(name: str, options: dict[str, Any]) -> EnvironmentSource:
 
 def _explained(name: str, options: dict[str, Any], exc: Exception) -> PreflightError:
     """The error for an environment that could not be opened: what it lacks, as far as its own error says."""
-    text = " ".join(word for word in str(exc).split() if word.strip("*"))
+    text = " ".join(word for word in COLOUR.sub("", str(exc)).split() if word.strip("*"))
     what = f"{name} cannot be opened: {type(exc).__name__}: {text[:MAX_ERROR_CHARACTERS].rstrip('.')}."
     if isinstance(exc, LookupError) and "nltk" in text.lower():
         return PreflightError(

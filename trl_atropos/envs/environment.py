@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeVar
 
 from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, ScoredDataGroup
@@ -78,6 +78,8 @@ class SourceEnv(BaseEnv):
         """Begin with the first task."""
         self.num_tasks = 0
         self.has_told_of_a_cut = False
+        limit = self.source.max_episodes
+        self.slots = asyncio.Semaphore(limit) if limit is not None else None
         # For `wandb_log`, as in upstream's files.
         self.eval_metrics: list[tuple[str, float]] = []
 
@@ -180,7 +182,12 @@ class SourceEnv(BaseEnv):
 
     @asynccontextmanager
     async def _opened(self, task: Any) -> AsyncIterator[EnvironmentEpisode]:
-        """An episode of a task, which is closed in any case."""
+        """An episode of a task, which is closed in any case. Waits until the source may open one."""
+        async with self.slots or nullcontext(), self._opened_now(task) as attempt:
+            yield attempt
+
+    @asynccontextmanager
+    async def _opened_now(self, task: Any) -> AsyncIterator[EnvironmentEpisode]:
         opening = asyncio.create_task(self._call(self.source.open, task))
         try:
             attempt = await asyncio.shield(opening)

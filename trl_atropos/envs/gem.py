@@ -24,7 +24,8 @@ def task_names() -> list[str]:
     from gem.envs.registration import ENV_REGISTRY
 
     del gem  # importing it registers its environments
-    return sorted(name for name in ENV_REGISTRY if not name.startswith(ONLY_EVALUATED))
+    # A composite needs other data sets in its options.
+    return sorted(name for name in ENV_REGISTRY if not name.startswith(ONLY_EVALUATED) and name != "rg:composite")
 
 
 class Gem:
@@ -40,6 +41,7 @@ class Gem:
     is_single_turn = False
     has_eval_split = True
     runs_elsewhere = False
+    max_episodes: int | None = None
 
     def __init__(self, name: str, options: dict[str, Any]):
         self._name, self._options = name, options

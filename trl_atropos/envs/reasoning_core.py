@@ -33,6 +33,7 @@ class ReasoningCore:
     is_single_turn = True
     has_eval_split = False
     runs_elsewhere = False
+    max_episodes: int | None = None
 
     def __init__(self, name: str, options: dict[str, Any]):
         import reasoning_core

@@ -35,6 +35,7 @@ class ReasoningGym:
     is_single_turn = True
     has_eval_split = True
     runs_elsewhere = False
+    max_episodes: int | None = None
 
     def __init__(self, name: str, options: dict[str, Any]):
         import reasoning_gym

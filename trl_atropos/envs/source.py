@@ -53,11 +53,14 @@ class EnvironmentSource(Protocol):
         runs_elsewhere (`bool`):
             Whether episodes wait for another process, thread or machine. Their methods and `open` are then called in threads
             of their own, those of several episodes at once, so that one that waits does not hold up the others.
+        max_episodes (`int`, *optional*):
+            Episodes that may be open at once; `None`: any number.
     """
 
     is_single_turn: bool
     has_eval_split: bool
     runs_elsewhere: bool
+    max_episodes: int | None
 
     def make_task(self, number: int, *, is_eval: bool = False) -> Any:
         """Return task `number`, counted from 0, as something that JSON can hold. The same number gives the same task

@@ -49,6 +49,7 @@ class TextArena:
     is_single_turn = False
     has_eval_split = True
     runs_elsewhere = False
+    max_episodes: int | None = None
 
     def __init__(self, name: str, options: dict[str, Any]):
         self._name, self._options = name, options

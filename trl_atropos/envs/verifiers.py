@@ -51,16 +51,16 @@ class Verifiers:
     is_single_turn = False
     has_eval_split = True
     runs_elsewhere = True
+    max_episodes: int | None = None
 
     def __init__(self, name: str, options: dict[str, Any]):
         import verifiers.v1 as vf
-        from verifiers.v1.configs.agent import AgentConfig
 
         program = importlib.import_module(".verifiers_program", __package__)
         sys.modules[program.NAME] = program
         block = {**options, "taskset": {**options.get("taskset", {}), "id": name}}
         for seat, field in vf.env_config_type(name, block.get("id", "")).model_fields.items():
-            if isinstance(field.default, AgentConfig):
+            if isinstance(field.default, vf.AgentConfig):
                 block[seat] = {
                     "runtime": {"type": "subprocess"},
                     "harness": {"id": program.NAME},

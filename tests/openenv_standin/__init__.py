@@ -1,0 +1,1 @@
+"""An environment as `openenv init` lays it out."""
