@@ -5,6 +5,8 @@ PYTHON ?= $(or $(shell for name in python3.11 python3.12 python3.13; do \
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SGLANG_VENV := $(VENV)-sglang
+# Ecosystems that the pinned packages leave out.
+BESIDE := $(foreach name,verifiers gem reasoning-core,$(VENV)-$(name)/.installed)
 SMOLLM2 := .models/SmolLM2-135M-Instruct
 
 # What `make quickstart` trains (hub id or directory), and further arguments of the training script.
@@ -14,10 +16,10 @@ ARGS ?=
 export ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart replay sglang test check docs bench lock clean
+.PHONY: help install quickstart replay sglang test test-environments check docs bench lock clean
 
 help: ## Show the targets.
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 install: $(INSTALLED) ## Make the virtual environment .venv with the pinned CPU stack.
 
@@ -51,8 +53,16 @@ docs: $(INSTALLED) ## Build the documents into site/; warnings are errors.
 sglang: $(SGLANG_VENV)/.installed ## Make .venv-sglang and run the tests of inference servers on vLLM and SGLang.
 	TRL_ATROPOS_SGLANG_PYTHON="$(abspath $(SGLANG_VENV))/bin/python" $(BIN)/pytest -q tests/e2e/test_inference_servers.py $$ARGS
 
-$(SGLANG_VENV)/.installed: requirements/sglang.txt packaging/install_sglang.sh $(INSTALLED)
-	@packaging/install_sglang.sh "$(VENV)" "$(SGLANG_VENV)"
+$(SGLANG_VENV)/.installed: requirements/sglang.txt packaging/install_beside.sh $(INSTALLED)
+	@packaging/install_beside.sh "$(VENV)" "$(SGLANG_VENV)" requirements/sglang.txt
+	@touch $@
+
+test-environments: $(INSTALLED) $(BESIDE) ## Train one step on each of a dozen environments of all ecosystems.
+	@$(BIN)/trl-atropos model fetch smollm2 --output_dir "$(SMOLLM2)"
+	@packaging/with_server.sh "$(VENV)" "$(SMOLLM2)" packaging/test_environments.sh "$(VENV)" "$(SMOLLM2)"
+
+$(BESIDE): $(VENV)-%/.installed: requirements/%.txt packaging/install_beside.sh $(INSTALLED)
+	@packaging/install_beside.sh "$(VENV)" "$(VENV)-$*" requirements/$*.txt
 	@touch $@
 
 test: check ## Everything: what `check` does, then the tests with processes, ranks and real servers. ARGS="-k journal"

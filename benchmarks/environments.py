@@ -1,48 +1,173 @@
-"""Open the first task of every name of the ecosystems that are installed; docs/environments.md has the figures.
+"""Open the first task of every name of the ecosystems that are installed here, or sample one group of each from a server.
 
-Usage: python benchmarks/environments.py [ECOSYSTEM]...
+Usage: python benchmarks/environments.py [ECOSYSTEM | ECOSYSTEM:NAME]... [--base_url URL --model MODEL] [--groups FILE] [--table FILE]
 
-One JSON line for each ecosystem: how many names it has, how many open here, and what the others said.
+One JSON line for each ecosystem: how many of the names open, or deliver a group with --base_url, and what the others said.
+--groups appends the groups, as `--data_path` of the trainer reads them. --table writes what came of each name into the section of
+the ecosystem in docs/environment_names.md, after each name; with --limit_s and --missing it can be done in several runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import importlib.metadata
 import json
+import re
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 from trl_atropos.envs.ecosystems import ECOSYSTEMS, find_ecosystem, open_source
-from trl_atropos.errors import PreflightError
+from trl_atropos.errors import EpisodeError, PreflightError
 
 
-def measure(ecosystem: str) -> dict[str, object]:
-    """Open every name of an ecosystem once."""
+DELIVERED = "yes"
+GROUP_SIZE = 4
+MAX_TURNS = 3
+MAX_TURN_TOKENS = 16
+MAX_TOKENS = 8000
+TIMEOUT_S = 60.0
+"""For one group."""
+
+DISTRIBUTIONS = {"gem": "gem-llm", "openenv": "websockets"}
+TITLE = """# Names of environments
+
+What came of each name when one group was asked of it, with a model of 135M parameters, {group_size} rollouts of at most {max_turns}
+answers, on a machine without network, keys and data of NLTK: `python benchmarks/environments.py --base_url URL --model MODEL
+--table docs/environment_names.md`, once for each ecosystem with the interpreter that has it. [Environments](environments.md) says how
+they are run.
+"""
+
+
+def deliver(name: str, base_url: str, model: str, groups: Path | None) -> str:
+    """Sample a group of a name; return what came of it."""
+    from atroposlib.envs.base import APIServerConfig
+
+    from trl_atropos.envs.environment import SourceEnv, SourceEnvConfig, make_environment
+
+    config = SourceEnvConfig(
+        tokenizer_name=model,
+        use_wandb=False,
+        group_size=GROUP_SIZE,
+        max_turns=MAX_TURNS,
+        max_turn_tokens=MAX_TURN_TOKENS,
+        max_token_length=MAX_TOKENS,
+    )
+    server = APIServerConfig(server_type="vllm", base_url=base_url, model_name=model, api_key="none")
+
+    async def sample(environment: type[SourceEnv]) -> dict[str, object]:
+        env = environment(config, [server])
+        await env.setup()
+        return dict((await asyncio.wait_for(env.collect_trajectories(await env.get_next_item()), TIMEOUT_S))[0])
+
+    try:
+        source = open_source(name, {})
+        group = asyncio.run(sample(make_environment(name, source)))
+    except (PreflightError, EpisodeError) as exc:
+        return exc.why if isinstance(exc, PreflightError) else exc.what
+    except TimeoutError:
+        return f"No group within {TIMEOUT_S:.0f} s."
+    lengths = [len(tokens) for tokens in group["tokens"]]
+    if len(lengths) != GROUP_SIZE or not all(any(mask != -100 for mask in masks) for masks in group["masks"]):
+        return f"{len(lengths)} rollouts, or one without a sampled token."
+    if groups is not None:
+        with groups.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**group, "env_id": name}) + "\n")
+    return DELIVERED
+
+
+def open_once(name: str) -> str:
+    """Open the first task of a name; return what came of it."""
+    try:
+        open_source(name, {})
+    except PreflightError as exc:
+        return str(exc)
+    return DELIVERED
+
+
+def write_table(path: Path, ecosystem: str, came: dict[str, str]) -> None:
+    """Replace the section of an ecosystem, in the order of `ECOSYSTEMS`."""
+    sections = read_tables(path)
+    sections[ecosystem] = came
+    lines = [TITLE.format(group_size=GROUP_SIZE, max_turns=MAX_TURNS)]
+    for name in ECOSYSTEMS:
+        if name in sections:
+            rows = sections[name]
+            num_delivered = sum(what == DELIVERED for what in rows.values())
+            lines.append(f"## {name}\n\n{num_delivered} of {len(rows)} delivered a group.\n")
+            lines.append("| Name | A group came |\n|---|---|")
+            lines += [f"| `{task}` | {what} |" for task, what in sorted(rows.items())]
+            lines.append("")
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def read_tables(path: Path) -> dict[str, dict[str, str]]:
+    """What stands in the file: ecosystem -> name -> what came of it."""
+    if not path.is_file():
+        return {}
+    tables: dict[str, dict[str, str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            rows = tables[line.removeprefix("## ")] = {}
+        elif match := re.fullmatch(r"\| `(.+?)` \| (.*) \|", line):
+            rows[match[1]] = match[2]
+    return tables
+
+
+def measure(ecosystem: str, names: Sequence[str], args: argparse.Namespace) -> dict[str, object]:
+    """Ask every name of an ecosystem once."""
     start = time.perf_counter()
-    names = find_ecosystem(ecosystem).task_names()
-    refused = {}
+    came = read_tables(args.table).get(ecosystem, {}) if args.table and args.missing else {}
+    came = {name: what for name, what in came.items() if name in names}
     for name in names:
-        try:
-            # Some games print while they are made.
-            with contextlib.redirect_stdout(sys.stderr):
-                open_source(f"{ecosystem}:{name}", {})
-        except PreflightError as exc:
-            refused[name] = str(exc)
+        if name in came:
+            continue
+        if args.limit_s is not None and time.perf_counter() - start > args.limit_s:
+            break
+        # Some games print while they are made.
+        with contextlib.redirect_stdout(sys.stderr):
+            if args.base_url:
+                came[name] = deliver(name, args.base_url, args.model, args.groups)
+            else:
+                came[name] = open_once(name)
+        if args.table:
+            write_table(args.table, ecosystem, came)
+    distribution = DISTRIBUTIONS.get(ecosystem, ecosystem)
     return {
         "ecosystem": ecosystem,
+        "version": importlib.metadata.version(distribution),
         "num_names": len(names),
-        "num_open": len(names) - len(refused),
+        "num_asked": len(came),
+        "num_delivered" if args.base_url else "num_open": sum(what == DELIVERED for what in came.values()),
         "seconds": round(time.perf_counter() - start, 1),
-        "refused": refused,
+        "refused": {name: what for name, what in came.items() if what != DELIVERED},
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "ecosystems", nargs="*", default=None, metavar="ECOSYSTEM", help="default: all that are installed"
-    )
-    chosen = parser.parse_args().ecosystems
-    for name in chosen or [row.name for row in ECOSYSTEMS.values() if row.is_installed]:
-        print(json.dumps(measure(name)), flush=True)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="ecosystems or names; default: all that is installed")
+    parser.add_argument("--base_url", help="of a server with GenerateEndpoint, such as http://127.0.0.1:8001/v1")
+    parser.add_argument("--model", help="that it serves, also the tokenizer")
+    parser.add_argument("--groups", type=Path, help="file that the groups are appended to")
+    parser.add_argument("--table", type=Path, help="file whose section of the ecosystem is written")
+    parser.add_argument("--missing", action="store_true", help="ask only for names that the table lacks")
+    parser.add_argument("--limit_s", type=float, help="ask no further name of an ecosystem after so many seconds")
+    args = parser.parse_args()
+    if args.base_url and not args.model:
+        parser.error("--base_url needs --model")
+    asked: dict[str, list[str]] = {}
+    for name in args.names or [row.name for row in ECOSYSTEMS.values() if row.is_installed]:
+        ecosystem, _, task = name.partition(":")
+        names = [name] if task else [f"{ecosystem}:{each}" for each in find_ecosystem(ecosystem).task_names()]
+        asked.setdefault(ecosystem, []).extend(names)
+    for ecosystem, names in asked.items():
+        print(json.dumps(measure(ecosystem, names, args)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
