@@ -90,22 +90,22 @@ class Verifiers:
         if body.get("tools"):
             system = messages.pop(0)["content"] + "\n\n" if messages[0]["role"] == "system" else ""
             messages.insert(0, {"role": "system", "content": system + self._describe_tools(body["tools"])})
-        episode, trace = self._episodes[trace_id]
+        attempt, trace = self._episodes[trace_id]
         if not trace.agent.trainable:
             raise EpisodeError(
                 f"The seat {trace.agent.name!r} is not trained, and has no model of its own.",
                 "The policy plays the seat that is trained alone.",
                 f"""Name one: --args '{{"{trace.agent.name}": {{"model": ..., "client": {{"base_url": ...}}}}}}'.""",
             )
-        return await episode.ask(trace_id, messages)
+        return await attempt.ask(trace_id, messages)
 
-    async def _play(self, number: int, episode: AskedEpisode) -> float:
+    async def _play(self, number: int, attempt: AskedEpisode) -> float:
         slot = self._environment.slots(self._tasks[number])[0]
         ids: list[str] = []
 
         def note(trace: Any) -> None:
             ids.append(trace.id)
-            self._episodes[trace.id] = episode, trace
+            self._episodes[trace.id] = attempt, trace
 
         try:
             played = await self._environment.run_slot(slot, self._context, on_trace=note)
@@ -137,7 +137,7 @@ class Verifiers:
 
     def open(self, task: int) -> AskedEpisode:
         """Begin an episode, up to what the policy is asked first."""
-        return AskedEpisode(lambda episode: asyncio.run_coroutine_threadsafe(self._play(task, episode), self._loop))
+        return AskedEpisode(lambda attempt: asyncio.run_coroutine_threadsafe(self._play(task, attempt), self._loop))
 
 
 def _message(message: dict[str, Any]) -> dict[str, str]:
