@@ -59,7 +59,8 @@ $(SGLANG_VENV)/.installed: requirements/sglang.txt packaging/install_beside.sh $
 
 test-environments: $(INSTALLED) $(BESIDE) ## Train one step on each of a dozen environments of all ecosystems.
 	@$(BIN)/trl-atropos model fetch smollm2 --output_dir "$(SMOLLM2)"
-	@packaging/with_server.sh "$(VENV)" "$(SMOLLM2)" packaging/test_environments.sh "$(VENV)" "$(SMOLLM2)"
+	@packaging/with_server.sh "$(VENV)" "$(SMOLLM2)" packaging/test_environments.sh sample "$(VENV)" "$(SMOLLM2)"
+	@packaging/test_environments.sh train "$(VENV)" "$(SMOLLM2)"
 
 $(BESIDE): $(VENV)-%/.installed: requirements/%.txt packaging/install_beside.sh $(INSTALLED)
 	@packaging/install_beside.sh "$(VENV)" "$(VENV)-$*" requirements/$*.txt

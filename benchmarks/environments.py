@@ -19,20 +19,22 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from trl_atropos.envs.ecosystems import ECOSYSTEMS, find_ecosystem, open_source
+from trl_atropos.envs.source import EnvironmentSource
 from trl_atropos.errors import EpisodeError, PreflightError
 
 
 DELIVERED = "yes"
-GROUP_SIZE = 4
-MAX_TURNS = 3
-MAX_TURN_TOKENS = 16
+GROUP_SIZE = 2
+MAX_TURNS = 2
+MAX_TURN_TOKENS = 8
 MAX_TOKENS = 8000
 TIMEOUT_S = 60.0
 """For one group."""
 
-DISTRIBUTIONS = {"gem": "gem-llm", "openenv": "websockets"}
+DISTRIBUTIONS = {"gem": "gem-llm"}
 TITLE = """# Names of environments
 
 What came of each name when one group was asked of it, with a model of 135M parameters, {group_size} rollouts of at most {max_turns}
@@ -42,41 +44,57 @@ they are run.
 """
 
 
-def deliver(name: str, base_url: str, model: str, groups: Path | None) -> str:
-    """Sample a group of a name; return what came of it."""
-    from atroposlib.envs.base import APIServerConfig
+class Sampler:
+    """Samples groups of one name after the other with one environment, whose tokenizers take longer to load than a group."""
 
-    from trl_atropos.envs.environment import SourceEnv, SourceEnvConfig, make_environment
+    def __init__(self, base_url: str, model: str, groups: Path | None):
+        from atroposlib.envs.base import APIServerConfig
 
-    config = SourceEnvConfig(
-        tokenizer_name=model,
-        use_wandb=False,
-        group_size=GROUP_SIZE,
-        max_turns=MAX_TURNS,
-        max_turn_tokens=MAX_TURN_TOKENS,
-        max_token_length=MAX_TOKENS,
-    )
-    server = APIServerConfig(server_type="vllm", base_url=base_url, model_name=model, api_key="none")
+        from trl_atropos.envs.environment import SourceEnvConfig
 
-    async def sample(environment: type[SourceEnv]) -> dict[str, object]:
-        env = environment(config, [server])
-        await env.setup()
-        return dict((await asyncio.wait_for(env.collect_trajectories(await env.get_next_item()), TIMEOUT_S))[0])
+        self.loop = asyncio.new_event_loop()
+        self.config = SourceEnvConfig(
+            tokenizer_name=model,
+            use_wandb=False,
+            group_size=GROUP_SIZE,
+            max_turns=MAX_TURNS,
+            max_turn_tokens=MAX_TURN_TOKENS,
+            max_token_length=MAX_TOKENS,
+        )
+        # The first request would wait for a second for the first check.
+        self.server = APIServerConfig(
+            server_type="vllm", base_url=base_url, model_name=model, api_key="none", health_check=False
+        )
+        self.groups = groups
+        self.env = None
 
-    try:
-        source = open_source(name, {})
-        group = asyncio.run(sample(make_environment(name, source)))
-    except (PreflightError, EpisodeError) as exc:
-        return exc.why if isinstance(exc, PreflightError) else exc.what
-    except TimeoutError:
-        return f"No group within {TIMEOUT_S:.0f} s."
-    lengths = [len(tokens) for tokens in group["tokens"]]
-    if len(lengths) != GROUP_SIZE or not all(any(mask != -100 for mask in masks) for masks in group["masks"]):
-        return f"{len(lengths)} rollouts, or one without a sampled token."
-    if groups is not None:
-        with groups.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**group, "env_id": name}) + "\n")
-    return DELIVERED
+    async def _sample(self, name: str, source: EnvironmentSource) -> dict[str, Any]:
+        from trl_atropos.envs.environment import make_environment
+
+        if self.env is None:
+            self.env = make_environment(name, source)(self.config, [self.server])
+        self.env.name, self.env.source = name, source
+        await self.env.setup()
+        group, _ = await asyncio.wait_for(self.env.collect_trajectories(await self.env.get_next_item()), TIMEOUT_S)
+        return dict(group)
+
+    def deliver(self, name: str) -> str:
+        """Sample a group of a name; return what came of it."""
+        try:
+            group = self.loop.run_until_complete(self._sample(name, open_source(name, {})))
+        except PreflightError as exc:
+            return exc.why
+        except EpisodeError as exc:
+            return exc.what
+        except TimeoutError:
+            return f"No group within {TIMEOUT_S:.0f} s."
+        lengths = [len(tokens) for tokens in group["tokens"]]
+        if len(lengths) != GROUP_SIZE or not all(any(mask != -100 for mask in masks) for masks in group["masks"]):
+            return f"{len(lengths)} rollouts, or one without a sampled token."
+        if self.groups is not None:
+            with self.groups.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(group) + "\n")
+        return DELIVERED
 
 
 def open_once(name: str) -> str:
@@ -122,6 +140,7 @@ def measure(ecosystem: str, names: Sequence[str], args: argparse.Namespace) -> d
     start = time.perf_counter()
     came = read_tables(args.table).get(ecosystem, {}) if args.table and args.missing else {}
     came = {name: what for name, what in came.items() if name in names}
+    ask = Sampler(args.base_url, args.model, args.groups).deliver if args.base_url else open_once
     for name in names:
         if name in came:
             continue
@@ -129,16 +148,16 @@ def measure(ecosystem: str, names: Sequence[str], args: argparse.Namespace) -> d
             break
         # Some games print while they are made.
         with contextlib.redirect_stdout(sys.stderr):
-            if args.base_url:
-                came[name] = deliver(name, args.base_url, args.model, args.groups)
-            else:
-                came[name] = open_once(name)
+            came[name] = ask(name)
         if args.table:
             write_table(args.table, ecosystem, came)
-    distribution = DISTRIBUTIONS.get(ecosystem, ecosystem)
+    try:
+        version = importlib.metadata.version(DISTRIBUTIONS.get(ecosystem, ecosystem))
+    except importlib.metadata.PackageNotFoundError:
+        version = None  # a protocol, not a package
     return {
         "ecosystem": ecosystem,
-        "version": importlib.metadata.version(distribution),
+        "version": version,
         "num_names": len(names),
         "num_asked": len(came),
         "num_delivered" if args.base_url else "num_open": sum(what == DELIVERED for what in came.values()),

@@ -85,7 +85,9 @@ def vllm_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         # It ends with the first answer that holds no guess.
         needs("gem:game:GuessTheNumber-v0-easy", 1),
         needs("verifiers:sums_for_verifiers", 1),
-        # Its own rules end it after the third.
+        # Text is its action, and its own rules end it after the third.
+        pytest.param(f"openenv:{ROOT / 'tests' / 'openenv_standin'}", 3, id="openenv"),
+        # Here, too.
         needs("verifiers:guesses_for_verifiers", 3),
     ],
 )
@@ -101,6 +103,7 @@ def test_what_is_posted_is_what_was_sampled(name, max_turns, model, vllm_url, tm
             *("--env.max_turn_tokens", "24", "--env.max_turns", str(max_turns)),
         ]
         variables = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "OPENAI_"))}
+        variables["ACTION"] = "text"
         variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(TASKS)])
         start = ForkedProcess if python_of(name) == sys.executable else subprocess.Popen
         with log_path.open("wb") as log:
