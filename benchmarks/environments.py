@@ -27,6 +27,7 @@ from trl_atropos.errors import EpisodeError, PreflightError
 
 
 DELIVERED = "yes"
+OPENED = "not asked; it opens"
 GROUP_SIZE = 2
 MAX_TURNS = 2
 MAX_TURN_TOKENS = 8
@@ -102,8 +103,8 @@ def open_once(name: str) -> str:
     try:
         open_source(name, {})
     except PreflightError as exc:
-        return str(exc)
-    return DELIVERED
+        return exc.why
+    return OPENED
 
 
 def write_table(path: Path, ecosystem: str, came: dict[str, str]) -> None:
@@ -140,9 +141,11 @@ def measure(ecosystem: str, names: Sequence[str], args: argparse.Namespace) -> d
     start = time.perf_counter()
     came = read_tables(args.table).get(ecosystem, {}) if args.table and args.missing else {}
     came = {name: what for name, what in came.items() if name in names}
-    ask = Sampler(args.base_url, args.model, args.groups).deliver if args.base_url else open_once
+    ask, succeeded = open_once, OPENED
+    if args.base_url:
+        ask, succeeded = Sampler(args.base_url, args.model, args.groups).deliver, DELIVERED
     for name in names:
-        if name in came:
+        if name in came and not (args.base_url and came[name] == OPENED):
             continue
         if args.limit_s is not None and time.perf_counter() - start > args.limit_s:
             break
@@ -160,9 +163,9 @@ def measure(ecosystem: str, names: Sequence[str], args: argparse.Namespace) -> d
         "version": version,
         "num_names": len(names),
         "num_asked": len(came),
-        "num_delivered" if args.base_url else "num_open": sum(what == DELIVERED for what in came.values()),
+        "num_delivered" if args.base_url else "num_open": sum(what == succeeded for what in came.values()),
         "seconds": round(time.perf_counter() - start, 1),
-        "refused": {name: what for name, what in came.items() if what != DELIVERED},
+        "refused": {name: what for name, what in came.items() if what != succeeded},
     }
 
 
@@ -174,7 +177,11 @@ def main() -> None:
     parser.add_argument("--model", help="that it serves, also the tokenizer")
     parser.add_argument("--groups", type=Path, help="file that the groups are appended to")
     parser.add_argument("--table", type=Path, help="file whose section of the ecosystem is written")
-    parser.add_argument("--missing", action="store_true", help="ask only for names that the table lacks")
+    parser.add_argument(
+        "--missing",
+        action="store_true",
+        help="ask only for names that the table lacks, or says of that they were not asked",
+    )
     parser.add_argument("--limit_s", type=float, help="ask no further name of an ecosystem after so many seconds")
     args = parser.parse_args()
     if args.base_url and not args.model:

@@ -222,11 +222,11 @@ def _explained(name: str, options: dict[str, Any], exc: Exception) -> PreflightE
         return PreflightError(
             what, "It reads data from the network.", "Open it once where there is one, or choose another environment."
         )
-    if options:
+    if options or "validation error" in text:
         return PreflightError(
             what,
-            f"It was given these options: {options}.",
-            f"Correct --args, or leave it out; the options are those of {name.partition(':')[0]}.",
+            f"Its options are missing or wrong: it was given {options or 'none'}.",
+            f"Correct --args; the options are those of {name.partition(':')[0]}.",
         )
     return PreflightError(
         what,
