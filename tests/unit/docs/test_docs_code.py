@@ -36,7 +36,7 @@ BLOCK = re.compile(
     r"(?:<!-- not checked: (?P<reason>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
 )
 INLINE = re.compile(r"(?<!`)`((?:make|trl-atropos|python) [^`]+)`(?!`)")
-MAKE_TARGETS = set(re.findall(r"^(\w+):.*## ", (ROOT / "Makefile").read_text(), re.M))
+MAKE_TARGETS = set(re.findall(r"^([\w-]+):.*## ", (ROOT / "Makefile").read_text(), re.M))
 TRAINING_SCRIPT = "examples/scripts/atropos.py"
 PROGRAMS = {entry.name for entry in entry_points(group="console_scripts")}
 
