@@ -155,7 +155,7 @@ def find_ecosystem(name: str) -> Ecosystem:
     if not ecosystem.is_installed:
         raise PreflightError(
             f"The package of {name} is not installed: there is no module {ecosystem.module}.",
-            f"It has an environment of its own: {ecosystem.conflict}."
+            f"It goes into a virtual environment of its own: {ecosystem.conflict}."
             if ecosystem.conflict
             else "Environments of other ecosystems come from their own packages.",
             f"Run {ecosystem.install_command}"
