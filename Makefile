@@ -19,7 +19,7 @@ export ARGS
 .PHONY: help install quickstart replay sglang test test-environments check docs bench lock clean
 
 help: ## Show the targets.
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
 
 install: $(INSTALLED) ## Make the virtual environment .venv with the pinned CPU stack.
 
