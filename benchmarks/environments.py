@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trl_atropos.envs.ecosystems import ECOSYSTEMS, find_ecosystem, open_source
+from trl_atropos.envs.ecosystems import ECOSYSTEMS, OPEN_FAULTS, find_ecosystem, open_source
 from trl_atropos.envs.source import EnvironmentSource
 from trl_atropos.errors import EpisodeError, PreflightError
 
@@ -87,8 +87,10 @@ class Sampler:
             return exc.why
         except EpisodeError as exc:
             return exc.what
-        except TimeoutError:
+        except asyncio.TimeoutError:
             return f"No group within {TIMEOUT_S:.0f} s."
+        except OPEN_FAULTS as exc:
+            return f"It failed: {type(exc).__name__}: {' '.join(str(exc).split())[:100]}"
         lengths = [len(tokens) for tokens in group["tokens"]]
         if len(lengths) != GROUP_SIZE or not all(any(mask != -100 for mask in masks) for masks in group["masks"]):
             return f"{len(lengths)} rollouts, or one without a sampled token."

@@ -101,7 +101,9 @@ class TextArenaEpisode:
             is_done, _ = self._game.step(text)
             if is_done:
                 rewards, _ = self._game.close()
-                return EpisodeStep(None, float((rewards or {}).get(0, 0.0)))
+                reward = (rewards or {}).get(0, 0.0)
+                # Some games end with their reason in the reward's place.
+                return EpisodeStep(None, float(reward) if isinstance(reward, (int, float)) else 0.0)
             return EpisodeStep(self._observe() or ASK_FOR_MOVE, 0.0)
 
     def close(self) -> None:

@@ -182,3 +182,10 @@ def test_a_question_of_gem_says_where_the_answer_goes():
     assert episode.messages[0]["content"].endswith("Put your answer within \\boxed{}.")
     total = sum(int(term.replace(" ", "")) for term in re.findall(r"[+-]?\s*\d+", numbers))
     assert episode.step(f"It is \\boxed{{{total}}}.").reward == 1.0
+
+
+def test_a_game_that_gives_its_reason_for_a_reward_gives_none():
+    episode = open_source("textarena:Countdown-v0", {}).open(0)
+    steps = [episode.step("no move") for _ in range(3)]
+    assert any(step.observation is None for step in steps)
+    assert next(step.reward for step in steps if step.observation is None) == 0.0
