@@ -39,10 +39,13 @@ DISTRIBUTIONS = {"gem": "gem-llm"}
 TITLE = """# Names of environments
 
 What came of each name when one group was asked of it, with a model of 135M parameters, {group_size} rollouts of at most {max_turns}
-answers, on a machine without network, keys and data of NLTK: `python benchmarks/environments.py --base_url URL --model MODEL
---table docs/environment_names.md`, once for each ecosystem with the interpreter that has it. Of a name that was not asked the first task was opened. Tasksets of
-verifiers are packages that you install; those that it ships need options, data or a container. [Environments](environments.md) says
-how they are run.
+answers, on a machine without network, keys and data of NLTK:
+
+    python benchmarks/environments.py --base_url URL --model MODEL --table docs/environment_names.md
+
+once for each ecosystem, with the interpreter that has it. Of a name that was not asked the first task was opened. Tasksets of
+verifiers are packages that you install; those that it ships need options, data or a container. [Environments](environments.md)
+says how they are run.
 """
 
 
