@@ -148,11 +148,15 @@ def _all_pairs(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention that multiplies every pair of tokens: `sdpa`, which has no sinks, or the same with them."""
-    if s_aux is None:
-        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    """Attention that multiplies every pair of tokens, of a tree too: `sdpa`, which has no sinks, or the same with them."""
     if _is_tree(attention_mask):
         attention_mask = _known(attention_mask, kwargs.get("sliding_window"), _dense_mask)
+    if s_aux is None:
+        output: Tensor
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
+        )
+        return output, None
     length = query.shape[2]
     sees = attention_mask
     if sees is None:
@@ -165,27 +169,6 @@ def _all_pairs(
     logits = torch.cat([logits.masked_fill(~sees, torch.finfo(logits.dtype).min), sinks], dim=-1)
     weights = F.dropout(logits.softmax(dim=-1)[..., :-1], dropout).to(value.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), None
-
-
-def _sdpa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool | None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention that multiplies every pair of tokens, of a tree too."""
-    if _is_tree(attention_mask):
-        attention_mask = _known(attention_mask, kwargs.get("sliding_window"), _dense_mask)
-    output: Tensor
-    output, _ = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
-    )
-    return output, None
 
 
 def _dense_mask(subtree_end: Tensor, depth: Tensor, window: int | None) -> Tensor:
@@ -438,7 +421,7 @@ def flex_gradient_difference(
     layer = _Layer(num_heads // num_key_value_heads)
     gradients = []
     columns = tree_columns(subtree_end, depth)
-    for attention in (tree_flex, _sdpa):
+    for attention in (tree_flex, _all_pairs):
         query, key, value = (tensor.clone().requires_grad_() for tensor in given)
         with torch.enable_grad():
             output, _ = attention(layer, query, key, value, columns, 0.0, head_dim**-0.5, None)
