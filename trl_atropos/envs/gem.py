@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .graded import ANSWER_FAULTS, SIZE_OF_SPLIT, warn_of_grader
+from .graded import ANSWER_FAULTS, warn_of_grader
 from .random_state import RandomState
+from .seeded import SeededSource
 from .source import EpisodeStep
 
 
@@ -28,7 +29,7 @@ def task_names() -> list[str]:
     return sorted(name for name in ENV_REGISTRY if not name.startswith(ONLY_EVALUATED) and name != "rg:composite")
 
 
-class Gem:
+class Gem(SeededSource):
     """An environment of gem. The evaluation has seeds of its own.
 
     Args:
@@ -37,18 +38,6 @@ class Gem:
         options (`dict[str, Any]`):
             Keyword arguments of the environment, such as `{"max_turns": 3}`.
     """
-
-    is_single_turn = False
-    has_eval_split = True
-    runs_elsewhere = False
-    max_episodes: int | None = None
-
-    def __init__(self, name: str, options: dict[str, Any]):
-        self._name, self._options = name, options
-
-    def make_task(self, number: int, *, is_eval: bool = False) -> int:
-        """Return the seed of an episode."""
-        return number % SIZE_OF_SPLIT + SIZE_OF_SPLIT * is_eval
 
     def open(self, task: int) -> GemEpisode:
         """Begin an episode with a seed."""

@@ -11,8 +11,6 @@ from .source import EpisodeStep
 logger = logging.getLogger(__name__)
 
 INSTRUCTION = "End with a line that holds the answer and nothing else."
-SIZE_OF_SPLIT = 1_000_000
-"""Tasks of training have numbers below it; task n of the evaluation is task SIZE_OF_SPLIT + n."""
 
 ANSWER_FAULTS = (
     ArithmeticError,

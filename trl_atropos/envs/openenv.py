@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EpisodeError
-from .graded import SIZE_OF_SPLIT
+from .seeded import SeededSource
 from .source import EpisodeStep
 
 
@@ -32,7 +32,7 @@ def is_name(name: str) -> bool:
     return name.startswith(("http://", "https://")) or (Path(name) / "server" / "app.py").is_file()
 
 
-class OpenEnv:
+class OpenEnv(SeededSource):
     """An environment behind a server of OpenEnv. The evaluation has seeds of its own, which not every environment minds.
 
     Args:
@@ -44,13 +44,12 @@ class OpenEnv:
             the environment needs, for a directory (this one); the rest goes with each reset of the environment.
     """
 
-    is_single_turn = False
-    has_eval_split = True
     runs_elsewhere = True
 
     def __init__(self, name: str, options: dict[str, Any]):
+        super().__init__(name, options)
         self._reset = dict(options)
-        self.max_episodes: int | None = int(self._reset.pop("sessions", 1))
+        self.max_episodes = int(self._reset.pop("sessions", 1))
         python = self._reset.pop("python", sys.executable)
         self._url = name.rstrip("/") if name.startswith("http") else self._serve(Path(name).resolve(), python)
         try:
@@ -75,10 +74,6 @@ class OpenEnv:
             f"It was started with {python}, which needs openenv and what the environment imports.",
             """Read its error above, and name another interpreter: --args '{"python": ".venv-openenv/bin/python"}'.""",
         )
-
-    def make_task(self, number: int, *, is_eval: bool = False) -> int:
-        """Return the seed of an episode."""
-        return number % SIZE_OF_SPLIT + SIZE_OF_SPLIT * is_eval
 
     def open(self, task: int) -> OpenEnvEpisode:
         """Begin a session with a seed."""

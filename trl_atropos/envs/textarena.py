@@ -6,8 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from .graded import SIZE_OF_SPLIT
 from .random_state import RandomState
+from .seeded import SeededSource
 from .source import EpisodeStep
 
 
@@ -36,7 +36,7 @@ def _is_for_one(entry_point: Any) -> bool:
     return any(path.is_file() and "SinglePlayerState" in path.read_text(encoding="utf-8") for path in paths)
 
 
-class TextArena:
+class TextArena(SeededSource):
     """A game of textarena for one player. The evaluation has boards of its own.
 
     Args:
@@ -45,18 +45,6 @@ class TextArena:
         options (`dict[str, Any]`):
             Keyword arguments of the game, such as `{"max_number": 9}`.
     """
-
-    is_single_turn = False
-    has_eval_split = True
-    runs_elsewhere = False
-    max_episodes: int | None = None
-
-    def __init__(self, name: str, options: dict[str, Any]):
-        self._name, self._options = name, options
-
-    def make_task(self, number: int, *, is_eval: bool = False) -> int:
-        """Return the seed of a board."""
-        return number % SIZE_OF_SPLIT + SIZE_OF_SPLIT * is_eval
 
     def open(self, task: int) -> TextArenaEpisode:
         """Begin the game with the board of a seed."""
