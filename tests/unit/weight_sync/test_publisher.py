@@ -16,25 +16,22 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from publishing import VOCAB_SIZE, ScriptedPublishing, policy, serves
 from scripted_server import ScriptedServer
-from tiny_models import perturb, tiny_llama
+from tiny_models import perturb
 
 from trl_atropos.errors import PublishConflictError, WeightSyncError, WeightSyncTimeout
 from trl_atropos.report.metric_help import METRICS
 from trl_atropos.weight_sync import failures
 from trl_atropos.weight_sync import publisher as publisher_module
 from trl_atropos.weight_sync.client import AtroposVLLMClient
-from trl_atropos.weight_sync.options import WeightSyncOptions
 from trl_atropos.weight_sync.probe import LogprobProbe
-from trl_atropos.weight_sync.publisher import PolicyPublisher
-from trl_atropos.weight_sync.report import PHASES, PublishReport
+from trl_atropos.weight_sync.report import PHASES
 from trl_atropos.weight_sync.server_group import ServerGroup
-from trl_atropos.weight_sync.server_link import ServerLink
 from trl_atropos.weight_sync.transports.shm import SharedMemoryTransport
 from trl_atropos.weight_sync.transports.shm_segment import SEGMENT_DIR
 
 
-VOCAB_SIZE = 64
 DEADLINE_S = 2.0
 REPORTS_S = 1.0
 """How long a transfer waits for the reports of workers that have answered."""
@@ -54,47 +51,13 @@ LATER_PUBLISH = ["GET /weight_info", *DELIVER]
 CONTROL_POSTS = ["POST /init_weight_transfer_engine", *DELIVER[:5]]
 
 
-def policy(seed: int = 0) -> torch.nn.Module:
-    return tiny_llama(seed=seed, vocab_size=VOCAB_SIZE, num_layers=1, initializer_range=0.1)
+class Publishing(ScriptedPublishing):
+    """To a vLLM server, every publish of which is probed."""
 
-
-class Publishing:
-    """A publisher for one scripted server, as the trainer makes it."""
-
-    def __init__(
-        self,
-        server: ScriptedServer,
-        action: str = "abort",
-        *,
-        timeout_s: float = 10.0,
-        **options: Any,
-    ):
-        self.server = server
-        self.client = AtroposVLLMClient(
-            server.base_url, connection_timeout=5, request_timeout=timeout_s, api_key="secret"
-        )
-        self.options = WeightSyncOptions(
-            on_publish_failure=action,
-            max_publish_retries=2,
-            vllm_server_timeout=5,
-            **{"logprob_probe_interval": 1, **options},
-        )
-        self.link = ServerLink(self.client, SharedMemoryTransport(REPORTS_S), torch.bfloat16, self.options)
-        self.servers = ServerGroup([self.link], self.options)
-        self.probe = LogprobProbe(None, VOCAB_SIZE)
-        self.publisher = self.publisher_of(self.servers)
-        server.requests.clear()
-
-    def publisher_of(self, servers: ServerGroup) -> PolicyPublisher:
-        return PolicyPublisher(self.options, torch.bfloat16, servers, make_probe=lambda model: self.probe)
-
-    def publish(self, model: torch.nn.Module, version: int) -> PublishReport:
-        return self.publisher.publish(model, version)
-
-    def failure(self, version: int = 1) -> WeightSyncError:
-        with pytest.raises(WeightSyncError) as caught:
-            self.publish(policy(), version)
-        return caught.value
+    def __init__(self, server: ScriptedServer, action: str = "abort", *, timeout_s: float = 10.0, **options: Any):
+        client = AtroposVLLMClient(server.base_url, connection_timeout=5, request_timeout=timeout_s, api_key="secret")
+        transport = SharedMemoryTransport(REPORTS_S)
+        super().__init__(server, client, transport, action, **{"logprob_probe_interval": 1, **options})
 
 
 @pytest.fixture
@@ -117,15 +80,6 @@ def publishing(server: ScriptedServer) -> Iterator[Publishing]:
 def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failures, "RETRY_INTERVAL_S", 0.05)
     monkeypatch.setattr(failures, "PAUSED_INTERVAL_S", 0.05)
-
-
-def serves(server: ScriptedServer, model: torch.nn.Module) -> bool:
-    """Whether the server holds this policy, rounded once."""
-    assert server.model is not None
-    served = dict(server.model.named_parameters())
-    return all(
-        torch.equal(served[name], parameter.to(torch.bfloat16).float()) for name, parameter in model.named_parameters()
-    )
 
 
 class TestOrder:

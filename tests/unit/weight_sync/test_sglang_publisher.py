@@ -12,25 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from publishing import ScriptedPublishing, policy, serves
 from scripted_sglang import ScriptedSGLang
-from tiny_models import tiny_llama
 
 from trl_atropos.errors import PreflightError, PublishConflictError, WeightSyncError, WeightSyncTimeout
 from trl_atropos.weight_sync import failures
 from trl_atropos.weight_sync.connecting import connect_server
-from trl_atropos.weight_sync.options import WeightSyncOptions
-from trl_atropos.weight_sync.probe import LogprobProbe
-from trl_atropos.weight_sync.publisher import PolicyPublisher
-from trl_atropos.weight_sync.report import PublishReport
-from trl_atropos.weight_sync.server_group import ServerGroup
-from trl_atropos.weight_sync.server_link import ServerLink
 from trl_atropos.weight_sync.sglang import AtroposSGLangClient
 from trl_atropos.weight_sync.transports import sglang_group
 from trl_atropos.weight_sync.transports.rendezvous import bind
 from trl_atropos.weight_sync.transports.sglang_group import GROUP_NAME, SGLangGlooTransport
 
 
-VOCAB_SIZE = 64
 DEADLINE_S = 2.0
 SLACK_S = 5.0
 """For a busy machine."""
@@ -67,35 +60,13 @@ STATE_AFTER = {
 }
 
 
-def policy(seed: int = 0) -> torch.nn.Module:
-    return tiny_llama(seed=seed, vocab_size=VOCAB_SIZE, num_layers=1, initializer_range=0.1)
-
-
-class Publishing:
-    """A publisher for one scripted server, as the trainer makes it."""
+class Publishing(ScriptedPublishing):
+    """To an SGLang server."""
 
     def __init__(self, server: ScriptedSGLang, action: str = "abort", **options: Any):
-        self.server = server
         client = connect_server(server.base_url, connection_timeout=5, request_timeout=10, api_key="secret")
         assert isinstance(client, AtroposSGLangClient)
-        self.client = client
-        self.options = WeightSyncOptions(
-            on_publish_failure=action, max_publish_retries=2, vllm_server_timeout=5, **options
-        )
-        transport = SGLangGlooTransport(10.0, bucket_bytes=BUCKET_BYTES)
-        self.link = ServerLink(client, transport, torch.bfloat16, self.options)
-        self.servers = ServerGroup([self.link], self.options)
-        probe = LogprobProbe(None, VOCAB_SIZE)
-        self.publisher = PolicyPublisher(self.options, torch.bfloat16, self.servers, make_probe=lambda model: probe)
-        server.requests.clear()
-
-    def publish(self, model: torch.nn.Module, version: int) -> PublishReport:
-        return self.publisher.publish(model, version)
-
-    def failure(self, version: int = 1) -> WeightSyncError:
-        with pytest.raises(WeightSyncError) as caught:
-            self.publish(policy(), version)
-        return caught.value
+        super().__init__(server, client, SGLangGlooTransport(10.0, bucket_bytes=BUCKET_BYTES), action, **options)
 
 
 @pytest.fixture
@@ -119,15 +90,6 @@ def retrying(server: ScriptedSGLang, monkeypatch: pytest.MonkeyPatch) -> Iterato
     publishing = Publishing(server, "retry")
     yield publishing
     publishing.servers.close()
-
-
-def serves(server: ScriptedSGLang, model: torch.nn.Module) -> bool:
-    """Whether the server holds this policy, rounded once."""
-    assert server.model is not None
-    served = dict(server.model.named_parameters())
-    return all(
-        torch.equal(served[name], parameter.to(torch.bfloat16).float()) for name, parameter in model.named_parameters()
-    )
 
 
 class TestOrder:
