@@ -206,7 +206,8 @@ end_descendants(grace_s=0.2)
 
 
 def test_standard_output_is_passed_on_and_logged_and_standard_error_only_logged(tmp_path: Path) -> None:
-    code = "import sys; print('step 1'); print('a warning', file=sys.stderr); print('step 2')"
+    # One write: unbuffered, `print` writes a line and its end apart, and the two streams meet in the file.
+    code = "import sys; print('step 1'); sys.stderr.write('a warning\\n'); print('step 2')"
     lines: list[str] = []
     process = ManagedProcess("trainer", [sys.executable, "-c", code], tmp_path / "trainer.log", on_output=lines.append)
     wait_for(lambda: process.poll() is not None)

@@ -75,7 +75,9 @@ class ManagedProcess:
         self._pump: threading.Thread | None = None
         log_path.parent.mkdir(parents=True, exist_ok=True)
         log_path.write_bytes(b"")
-        # Append mode, because standard error and the pump below write into the same file.
+        # Append mode, because standard error and the pump below write into the same file. Standard error is not pumped, so
+        # that what a process says while it ends is kept also when this one was killed; a line that it writes in pieces can
+        # have one of standard output in its middle.
         with log_path.open("ab") as log:
             self._guard = subprocess.Popen(
                 [sys.executable, "-m", guard.__name__, *command],
