@@ -6,11 +6,12 @@ import asyncio
 import base64
 import hmac
 import json
-import zlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl
+
+from isal import isal_zlib as zlib
 
 from .refusals import RequestRefused
 

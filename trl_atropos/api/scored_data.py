@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
+from isal import isal_zlib as zlib
 
 from .refusals import RequestRefused
 
@@ -118,7 +118,7 @@ def inflate(data: bytes, max_bytes: int) -> bytes:
         while not member.eof:
             try:
                 part = member.decompress(data, min(_INFLATE_BYTES, max_bytes - num_bytes + 1))
-            except zlib.error as exc:
+            except zlib.error as exc:  # type: ignore[misc]  # its stub gives the class as an instance
                 raise _bad_gzip(str(exc)) from exc
             num_bytes += len(part)
             if num_bytes > max_bytes:
