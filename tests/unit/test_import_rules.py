@@ -63,7 +63,7 @@ LIBRARIES_OF = {
     },
     "serving": {"vllm", "torch"},
     "checks": set(),
-    "api": {"msgspec", "uvicorn"},
+    "api": {"isal", "msgspec", "uvicorn"},
     "envs": {
         *(
             "aiohttp",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,21 +12,21 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig
-from tiny_models import tiny_llama
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from short_runs import NUM_STEPS, make_run, train
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 from trl_atropos import AtroposConfig, AtroposTrainer
 from trl_atropos.trainer.training_arguments import HARMLESS, RESTRICTED, SUPPORTED
 
 
 TESTS = Path(__file__).parents[2]
-NUM_STEPS = 3
 DEFAULTS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
 
 SHOWN_IN = {
     "invariant/test_launched_training.py": ["parallelism_config"],
     "invariant/launched_step.py": ["ddp_backend", "deepspeed"],
     "invariant/launched_gather.py": ["fsdp"],
+    "invariant/test_compiled_training.py": ["torch_compile", "torch_compile_backend"],
     "invariant/test_split_invariance.py": ["gradient_accumulation_steps", "gradient_checkpointing"],
     "unit/trainer/test_run_data.py": [
         "output_dir", "per_device_train_batch_size", "max_steps", "num_train_epochs", "resume_from_checkpoint",
@@ -52,65 +51,11 @@ HANDED_ON = {
     "log_on_each_node": "needs several machines", "save_on_each_node": "needs several machines",
     "hub_private_repo": "read by huggingface_hub", "hub_revision": "read by huggingface_hub",
     "trackio_bucket_id": "read by trackio",
-"torch_compile_mode": "read by torch.compile",
+    "torch_compile_mode": "read by torch.compile",
     "optim_target_modules": "read by optimizers that are packages of their own",
     "restore_callback_states_from_checkpoint": "concerns callbacks that the user brings",
 }  # fmt: skip
 """Options that transformers reads and this suite does not run, and why."""
-
-
-class EvaluatingEnvironment(TrainerCallback):
-    """Writes what atroposlib's `evaluate_log` writes, before the steps that `values` names."""
-
-    def __init__(self, directory: Path, values: dict[int, float]):
-        self.directory = directory
-        self.values = values
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in self.values:
-            values = {"results": {"atropos|sums_eval|0": {}, "all": {"accuracy": self.values[state.global_step]}}}
-            self.directory.mkdir(exist_ok=True)
-            (self.directory / "metrics.json").write_text(json.dumps(values))
-
-
-def make_run(
-    tmp_path: Path,
-    evaluations: dict[int, float] | None = None,
-    peft_config: Any = None,
-    tied: bool = False,
-    **options: Any,
-) -> AtroposTrainer:
-    """Two rollouts a step, three steps, another group each; `evaluations` are those of the environment by step."""
-    data_path = tmp_path / "data.jsonl"
-    tokens = [[[5, 6, 7 + number, 8 + i] for i in range(2)] for number in range(NUM_STEPS)]
-    groups = [
-        {
-            "tokens": rows,
-            "masks": [[-100, -100, *row[2:]] for row in rows],
-            "scores": [0.0, 1.0 + number],
-            "inference_logprobs": [[1.0, 1.0, -3.0, -3.0]] * 2,
-        }
-        for number, rows in enumerate(tokens)
-    ]
-    data_path.write_text("".join(json.dumps(group) + "\n" for group in groups))
-    if evaluations is not None:
-        options = {"eval_strategy": "steps", "eval_steps": 1, "eval_log_dir": str(tmp_path / "evals"), **options}
-    defaults = {
-        "output_dir": str(tmp_path / "out"), "data_path": str(data_path), "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2, "max_length": 16, "report_to": "none", "use_cpu": True, "save_strategy": "no",
-        "gradient_checkpointing": False, "report_html": False,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    trainer = AtroposTrainer(tiny_llama(tied=tied), AtroposConfig(**{**defaults, **options}), peft_config=peft_config)
-    if evaluations is not None:
-        trainer.add_callback(EvaluatingEnvironment(tmp_path / "evals", evaluations))
-    return trainer
-
-
-def train(tmp_path: Path, **options: Any) -> AtroposTrainer:
-    trainer = make_run(tmp_path, **options)
-    trainer.train()
-    return trainer
 
 
 def steps_with(trainer: AtroposTrainer, name: str) -> list[int]:
@@ -139,13 +84,30 @@ MOVES = {
 }
 
 
+def trained_weights(tmp_path: Path, **options: Any) -> list[torch.Tensor]:
+    return [parameter.detach() for parameter in train(tmp_path, **options).model.parameters()]
+
+
+@pytest.fixture(scope="module")
+def base_weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[torch.Tensor]]:
+    """Weights after a run with these options, which two runs agreed on."""
+    known: dict[str, list[torch.Tensor]] = {}
+
+    def weights_after(**options: Any) -> list[torch.Tensor]:
+        key = repr(options)
+        if key not in known:
+            first, again = (trained_weights(tmp_path_factory.mktemp("base"), **options) for _ in range(2))
+            assert all(map(torch.equal, first, again))
+            known[key] = first
+        return known[key]
+
+    return weights_after
+
+
 @pytest.mark.parametrize("name", MOVES)
-def test_it_changes_where_the_weights_go(tmp_path, name):
+def test_it_changes_where_the_weights_go(tmp_path, base_weights, name):
     base, value = MOVES[name]
-    runs = [train(tmp_path, **options) for options in (base, base, {**base, name: value})]
-    first, again, changed = ([parameter.detach() for parameter in run.model.parameters()] for run in runs)
-    assert all(map(torch.equal, first, again))
-    assert not all(map(torch.equal, first, changed))
+    assert not all(map(torch.equal, base_weights(**base), trained_weights(tmp_path, **{**base, name: value})))
 
 
 def test_the_seed_is_that_of_a_fresh_adapter(tmp_path):
@@ -190,15 +152,6 @@ def test_full_determinism_makes_torch_refuse_what_is_not(tmp_path):
 
 def test_the_memory_of_a_run_is_measured_if_asked_for(tmp_path):
     assert "train_mem_cpu_alloc_delta" in make_run(tmp_path, skip_memory_metrics=False).train().metrics
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_compiled_model_trains_as_one_that_is_not(tmp_path, tied):
-    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
-    eager, compiled = (train(tmp_path, tied=tied, **changes) for changes in ({}, options))
-    assert (compiled.args.torch_compile_backend, hasattr(compiled.model_wrapped, "_orig_mod")) == ("aot_eager", True)
-    for before, after in zip(eager.model.parameters(), compiled.model.parameters(), strict=True):
-        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
 def test_the_log_level_is_that_of_transformers(tmp_path):
@@ -280,7 +233,7 @@ def test_a_schedule_that_steps_with_a_metric_needs_one_at_every_evaluation(tmp_p
 # The tables
 
 
-HERE = {"torch_compile", "torch_compile_backend", "gradient_checkpointing_kwargs", "logging_steps", "logging_first_step", "full_determinism", "skip_memory_metrics",
+HERE = {"gradient_checkpointing_kwargs", "logging_steps", "logging_first_step", "full_determinism", "skip_memory_metrics",
         "log_level", "save_only_model", "eval_delay", "eval_on_start", "load_best_model_at_end", "metric_for_best_model",
         "greater_is_better", "seed", *MOVES}  # fmt: skip
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-TESTS = Path(__file__).resolve().parents[2]
+TESTS = Path(__file__).resolve().parents[1]
 
 PROGRAM = """
 import sys
