@@ -16,7 +16,7 @@ ARGS ?=
 export ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart replay sglang test test-environments check docs bench lock clean
+.PHONY: help install quickstart replay sglang test test-environments check types unit docs bench lock clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -44,7 +44,13 @@ replay: $(INSTALLED) ## Train the rollouts that the quickstart recorded once mor
 check: $(INSTALLED) ## Linter, formatter, type checker, unit tests; some of them build the documents. ARGS="-k journal"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory -j 2 types unit
+
+# The type checker has one core to itself while the tests have the others.
+types:
 	$(BIN)/mypy
+
+unit:
 	@packaging/run_tests.sh "$(VENV)" unit
 
 docs: $(INSTALLED) ## Build the documents into site/; warnings are errors.
