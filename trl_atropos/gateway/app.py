@@ -1,4 +1,4 @@
-"""What agents reach: chat completions and the model's name, each in the agent's own session."""
+"""What agents reach: answers in the dialects of their SDKs and the model's name, each in the agent's own session."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import re
+from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any
 
@@ -22,10 +23,11 @@ from ..api.http import (
     json_answer,
 )
 from ..api.refusals import RequestRefused
-from .chat import ChatRequest, completion, event, read_chat_request, stream_events
+from .chat import ChatRequest, read_chat_request
+from .dialects import CHAT, DIALECTS
+from .dialects.base import Dialect
 from .options import LIFT
-from .recorder import Recorder, chat_answer
-from .servers import ServerRefused
+from .recorder import Recorder
 from .sessions import UNDELIVERED, Session, Sessions
 from .turns import Turn
 
@@ -34,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 SESSION_PATH = re.compile(r"/session/([\w-]+)(/v1/.+)")
 STREAM_HEADERS: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-KEEP_ALIVE = b": the answer is being sampled\n\n"
 NOT_FOUND = {"error": {"message": "Not Found", "type": "NotFoundError", "param": None, "code": 404}}
 """The answer to everything that is not there, sessions of others among it."""
 
@@ -42,7 +43,7 @@ NOT_FOUND = {"error": {"message": "Not Found", "type": "NotFoundError", "param":
 class AgentApp:
     """The ASGI application that agents talk to.
 
-    `/session/ID/v1/chat/completions` and `/session/ID/v1/models`; the same without `/session/ID` where the id comes as the
+    `/session/ID` with the path of a dialect, or with `/v1/models`; the same without `/session/ID` where the id comes as the
     API key.
 
     Args:
@@ -56,6 +57,7 @@ class AgentApp:
         self.sessions = sessions
         self.recorder = recorder
         self.options = recorder.options
+        self._dialects = {("POST", dialect.path): dialect for dialect in DIALECTS}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -74,12 +76,13 @@ class AgentApp:
         Raises:
             ClientGone: The client broke the connection before its request was whole.
         """
+        session, path = self._session_of(request)
+        dialect = self._dialects.get((request.method, path))
         try:
-            session, path = self._session_of(request)
             if session is None or request.is_from_another_site:
                 await json_answer(NOT_FOUND, 404).send(request)
-            elif (request.method, path) == ("POST", "/v1/chat/completions"):
-                await self._chat(request, session)
+            elif dialect is not None:
+                await self._ask(request, session, dialect)
             elif (request.method, path) == ("GET", "/v1/models"):
                 models = [{"id": server.model, "object": "model"} for server in self.recorder.servers.servers[:1]]
                 await json_answer({"object": "list", "data": models}).send(request)
@@ -88,7 +91,7 @@ class AgentApp:
         except RequestRefused as exc:
             self.recorder.counts.num_refused += 1
             logger.warning("event=request_refused status=%d error=%r", exc.status_code, str(exc))
-            await refusal(exc).send(request)
+            await refusal(exc, dialect or CHAT).send(request)
 
     def _session_of(self, request: Request) -> tuple[Session | None, str]:
         found = SESSION_PATH.fullmatch(request.path)
@@ -98,10 +101,20 @@ class AgentApp:
         scheme, _, key = request.header("authorization").partition(" ")
         return self.sessions.find(key.strip()) if scheme.lower() == "bearer" else None, request.path
 
-    async def _chat(self, request: Request, session: Session) -> None:
+    async def _read(
+        self, request: Request, session: Session, dialect: Dialect
+    ) -> tuple[bytes, dict[str, Any], ChatRequest]:
+        """The body of a request, what it says, and the chat request that it becomes."""
         request.content_length(self.options.max_body_bytes)
         body = await request.body(self.options.max_body_bytes)
-        asked = read_chat_request(_parsed(body), self.options.temperature, self.options.grammar == LIFT)
+        values = _parsed(body)
+        asked = read_chat_request(
+            dialect.read(values, session), self.options.temperature, self.options.grammar == LIFT
+        )
+        return body, values, asked
+
+    async def _ask(self, request: Request, session: Session, dialect: Dialect) -> None:
+        body, values, asked = await self._read(request, session, dialect)
         digest = blake2b(body, digest_size=16).digest()
         request.watch_client()
         if request.header("x-stainless-retry-count") not in ("", "0"):
@@ -111,11 +124,11 @@ class AgentApp:
                 self.recorder.counts.num_replayed += 1
                 if turn.why_masked == UNDELIVERED:
                     turn.why_masked = ""
-                return await self._send(request, asked, turn)
+                return await self._send(request, dialect, values, turn)
         with self.sessions.in_flight(session):
             sampling = asyncio.create_task(self.recorder.answer(session, asked, digest))
             try:
-                has_begun = await self._wait(request, sampling, asked.is_streamed)
+                has_begun = await self._wait(request, sampling, dialect.keep_alive if values.get("stream") else b"")
                 if not sampling.done():
                     self.recorder.counts.num_cancelled += 1
                     return
@@ -125,65 +138,62 @@ class AgentApp:
                 with contextlib.suppress(asyncio.CancelledError, RequestRefused):
                     await sampling
         if has_begun and sampling.exception() is not None:
-            await self._end_with(request, sampling.exception())
+            await self._end_with(request, dialect, sampling.exception())
         else:
-            await self._send(request, asked, sampling.result())
+            await self._send(request, dialect, values, sampling.result())
 
-    async def _wait(self, request: Request, sampling: asyncio.Task[Turn], is_streamed: bool) -> bool:
-        """Wait until the answer is there or the client has gone; return whether a stream was begun for it."""
+    async def _wait(self, request: Request, sampling: asyncio.Task[Turn], keep_alive: bytes) -> bool:
+        """Wait until the answer is there or the client has gone; return whether a stream was begun for it, which is where there
+        is a sign of life to send.
+        """
         has_begun = False
         while not sampling.done() and await request.is_client_there():
             await request.wait_for(sampling, self.options.keep_alive_s)
-            if is_streamed and not sampling.done() and not request.has_client_gone:
+            if keep_alive and not sampling.done() and not request.has_client_gone:
                 if not has_begun:
                     await request.begin_answer(200, STREAM_HEADERS)
                 has_begun = True
-                await request.send_part(KEEP_ALIVE)
+                await request.send_part(keep_alive)
         return has_begun
 
-    async def _send(self, request: Request, asked: ChatRequest, turn: Turn) -> None:
-        answer_id = f"chatcmpl-{turn.request_digest.hex()}"
-        answer = chat_answer(turn)
+    async def _send(self, request: Request, dialect: Dialect, values: dict[str, Any], turn: Turn) -> None:
         if not turn.why_masked and not await request.is_client_there():
             turn.why_masked = UNDELIVERED
-        if not asked.is_streamed:
-            await json_answer(completion(asked, answer_id, answer)).send(request)
+        if not values.get("stream"):
+            await json_answer(dialect.answer(values, turn)).send(request)
             return
         if not request.has_begun_to_answer:
             await request.begin_answer(200, STREAM_HEADERS)
-        for part in stream_events(asked, answer_id, answer):
-            await request.send_part(part)
-        await request.send_part(b"", is_last=True)
+        await self._send_parts(request, dialect.events(values, turn))
 
-    async def _end_with(self, request: Request, exc: BaseException | None) -> None:
+    async def _end_with(self, request: Request, dialect: Dialect, exc: BaseException | None) -> None:
         """End a stream that had begun before the request was refused."""
         assert isinstance(exc, RequestRefused), exc
         self.recorder.counts.num_refused += 1
-        await request.send_part(event(_error(exc)))
-        await request.send_part(b"data: [DONE]\n\n", is_last=True)
+        await self._send_parts(request, dialect.error_events(exc))
+
+    async def _send_parts(self, request: Request, parts: Iterator[bytes]) -> None:
+        for part in parts:
+            await request.send_part(part)
+        await request.send_part(b"", is_last=True)
 
 
-def refusal(exc: RequestRefused) -> Answer:
-    """What an agent's client is told of a refusal, in OpenAI's form; a server's own words as they are."""
+def refusal(exc: RequestRefused, dialect: Dialect = CHAT) -> Answer:
+    """What a client is told of a refusal, in the form of its dialect."""
     headers = [] if exc.retry_after_s is None else [(b"retry-after", str(exc.retry_after_s).encode())]
     if exc.retry_after_s is None:
         # The SDKs of OpenAI and Anthropic would send a request three times that can never succeed.
         headers.append((b"x-should-retry", b"false"))
-    if isinstance(exc, ServerRefused) and exc.status_code < 500 and exc.body[:1] == b"{":
-        return Answer(exc.body, exc.status_code, headers=headers)
-    return json_answer(_error(exc), exc.status_code, headers)
+    return json_answer(dialect.error(exc), exc.status_code, headers)
 
 
-def _error(exc: RequestRefused) -> dict[str, Any]:
-    kind = "rate_limit_error" if exc.status_code == 429 else "invalid_request_error"
-    message = {"message": str(exc), "type": kind, "param": exc.field or None, "code": exc.status_code}
-    return {"error": message}
-
-
-def _parsed(body: bytes) -> Any:
+def _parsed(body: bytes) -> dict[str, Any]:
     try:
-        return msgspec.json.decode(body)
+        return msgspec.json.decode(body, type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError) as exc:
         raise RequestRefused(
-            f"The body is no JSON: {exc}.", "It is a chat request.", "Send what the OpenAI SDK sends.", status_code=400
+            f"The body is no JSON object: {exc}.",
+            "It is what an agent asks for.",
+            "Send what the SDK sends.",
+            status_code=400,
         ) from exc

@@ -1,10 +1,10 @@
-"""OpenAI chat completions: which request becomes plain sampling and which cannot, and the forms of an answer."""
+"""The chat request that a request of any dialect becomes: which is plain sampling, which cannot be, and what is told of the
+answer.
+"""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,12 @@ PASSED = frozenset(
 HANDLED = frozenset({"model", "stream", "stream_options", "n"})
 """What the gateway itself answers to."""
 
-NO_OPTIONS = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+NO_OPTIONS = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "cache_control", "inference_geo", "speed"),
+        *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "diagnostics", "user_profile_id"),
+    }
+)
 """What says nothing of the answer; it is dropped and not counted."""
 
 REFUSED = {
@@ -49,6 +54,9 @@ REFUSED = {
     "chat_template": "A conversation that is rendered by two templates is no sequence.",
     "functions": "They are the old form of tools.",
     "function_call": "It is the old form of `tool_choice`.",
+    "background": "An answer is recorded when its client is there.",
+    "container": "Tools of a provider run there, and not here.",
+    "mcp_servers": "Tools of a provider run there, and not here.",
 }
 """Fields that are refused where they say anything, and why."""
 
@@ -56,27 +64,40 @@ REFUSED_FIX = "Leave it out of the agent's model settings."
 
 
 @dataclass(frozen=True)
+class Translation:
+    """A request as its dialect says it in the words of chat completions, not checked yet.
+
+    Args:
+        values (`dict`):
+            What a client of chat completions would send for it. What is not the dialect's own stands in it as it came.
+        changed (`Sequence[str]`, *optional*):
+            Names of what the agent asked for, and what chat completions cannot say.
+        kept_from (`int`, *optional*):
+            Index of the first message that another request takes over that names this answer as the one before; None if
+            none may.
+    """
+
+    values: dict[str, Any]
+    changed: Sequence[str] = ()
+    kept_from: int | None = None
+
+
+@dataclass(frozen=True)
 class ChatRequest:
     """A request of an agent, checked.
 
     Args:
-        model (`str`):
-            As the agent names it, for the answer.
         body (`dict`):
             What is sent to the server, without the model's name.
-        is_streamed (`bool`):
-            Whether the agent reads the answer as a stream.
-        streams_usage (`bool`):
-            Whether the stream ends with the number of tokens.
         changed (`tuple[str, ...]`):
             Names of what the agent asked for and does not get.
+        kept_from (`int`, *optional*):
+            As in [`Translation`].
     """
 
-    model: str
     body: dict[str, Any]
-    is_streamed: bool
-    streams_usage: bool
     changed: tuple[str, ...]
+    kept_from: int | None = None
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -85,19 +106,16 @@ class ChatRequest:
         return messages
 
 
-def read_chat_request(values: Any, temperature: float, lifts_grammars: bool = False) -> ChatRequest:
+def read_chat_request(translation: Translation, temperature: float, lifts_grammars: bool = False) -> ChatRequest:
     """Check a request and make its sampling plain.
 
-    `values` is the parsed JSON; `temperature` that of the policy. With `lifts_grammars` a tool that must be called is one
-    that may be called, and a format is not enforced.
+    `temperature` is that of the policy. With `lifts_grammars` a tool that must be called is one that may be called, and a
+    format is not enforced.
 
     Raises:
         RequestRefused: It is no chat request, or asks for what cannot be trained.
     """
-    if not isinstance(values, dict):
-        raise _refused(
-            f"The body is a {type(values).__name__}.", "It is a JSON object.", "Send what the OpenAI SDK sends."
-        )
+    values = translation.values
     _check_messages(values.get("messages"))
     for name, why in REFUSED.items():
         if values.get(name):
@@ -109,26 +127,20 @@ def read_chat_request(values: Any, temperature: float, lifts_grammars: bool = Fa
             "Set n to 1 and send the request several times.",
         )
     body = {name: value for name, value in values.items() if name in PASSED and value is not None}
-    changed = [
-        name
-        for name, value in values.items()
-        if value is not None and name not in PASSED | HANDLED | NO_OPTIONS | NEUTRAL.keys() | REFUSED.keys()
-    ]
+    changed = [*translation.changed, *(name for name, value in values.items() if _is_dropped(name, value))]
     neutral = {**NEUTRAL, "temperature": temperature}
     changed += [name for name, value in neutral.items() if values.get(name) not in (None, value)]
-    if body.get("response_format", {}).get("type", "text") == "text":
-        body.pop("response_format", None)
+    if body.get("response_format") == {"type": "text"}:
+        del body["response_format"]
     changed += _plain_tools(body)
     if lifts_grammars:
         changed += _lift_grammars(body)
-    options = values.get("stream_options")
-    return ChatRequest(
-        model=str(values.get("model") or ""),
-        body={**body, **neutral},
-        is_streamed=bool(values.get("stream")),
-        streams_usage=isinstance(options, dict) and bool(options.get("include_usage")),
-        changed=tuple(sorted(set(changed))),
-    )
+    return ChatRequest({**body, **neutral}, tuple(sorted(set(changed))), translation.kept_from)
+
+
+def _is_dropped(name: str, value: Any) -> bool:
+    """Whether a field asks for something that nothing here answers to."""
+    return value is not None and name not in PASSED | HANDLED | NO_OPTIONS | NEUTRAL.keys() | REFUSED.keys()
 
 
 def _plain_tools(body: dict[str, Any]) -> list[str]:
@@ -186,63 +198,7 @@ def _refused(what: str, why: str, fix: str) -> RequestRefused:
     return RequestRefused(what, why, fix, status_code=400)
 
 
-def completion(request: ChatRequest, answer_id: str, answer: ChatAnswer) -> dict[str, Any]:
-    """The answer to a request that is not streamed."""
-    choice = {"index": 0, "message": answer.message, "finish_reason": answer.finish_reason, "logprobs": None}
-    head = {"id": answer_id, "object": "chat.completion", "created": int(time.time()), "model": request.model}
-    return {**head, "choices": [choice], "usage": answer.usage}
-
-
-def stream_events(request: ChatRequest, answer_id: str, answer: ChatAnswer) -> Iterator[bytes]:
-    """The same answer as server-sent events: the message, its end, the usage if it was asked for."""
-    head = {"id": answer_id, "object": "chat.completion.chunk", "created": int(time.time()), "model": request.model}
-    delta = dict(answer.message)
-    if delta.get("tool_calls"):
-        delta["tool_calls"] = [{**call, "index": index} for index, call in enumerate(delta["tool_calls"])]
-    for part, finish_reason in ((delta, None), ({}, answer.finish_reason)):
-        choice = {"index": 0, "delta": part, "finish_reason": finish_reason, "logprobs": None}
-        yield event({**head, "choices": [choice]})
-    if request.streams_usage:
-        yield event({**head, "choices": [], "usage": answer.usage})
-    yield b"data: [DONE]\n\n"
-
-
-def event(values: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(values, separators=(",", ":")).encode() + b"\n\n"
-
-
-@dataclass(frozen=True)
-class ChatAnswer:
-    """What a client is told of a turn.
-
-    Args:
-        message (`dict`):
-            The assistant's message.
-        finish_reason (`str`):
-            `"stop"`, `"length"` or `"tool_calls"`.
-        num_prompt_tokens (`int`):
-            Tokens that were sampled from.
-        num_sampled_tokens (`int`):
-            Tokens that were sampled.
-    """
-
-    message: dict[str, Any]
-    finish_reason: str
-    num_prompt_tokens: int
-    num_sampled_tokens: int
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """In OpenAI's form."""
-        return {
-            "prompt_tokens": self.num_prompt_tokens,
-            "completion_tokens": self.num_sampled_tokens,
-            "total_tokens": self.num_prompt_tokens + self.num_sampled_tokens,
-        }
-
-
-def shown_message(message: dict[str, Any], stop_string: str | None, new_id: str) -> dict[str, Any]:
+def shown_message(message: dict[str, Any], stop_string: str | None, turn_id: str) -> dict[str, Any]:
     """The assistant's message for the client, made from what the server's parsers read out of the tokens.
 
     Text ends before the stop string that ended the sampling, as OpenAI's does; the parsers see tokens, which go on to its
@@ -258,7 +214,7 @@ def shown_message(message: dict[str, Any], stop_string: str | None, new_id: str)
     if calls:
         shown["content"] = content or None
         shown["tool_calls"] = [
-            {"id": f"call_{new_id}_{index}", "type": "function", "function": dict(call["function"])}
+            {"id": f"call_{turn_id}_{index}", "type": "function", "function": dict(call["function"])}
             for index, call in enumerate(calls)
         ]
     return shown

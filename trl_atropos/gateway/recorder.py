@@ -11,14 +11,13 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import secrets
 from array import array
 from typing import Any
 
 from ..api.refusals import RequestRefused
 from ..network import POLICY_VERSION_HEADER
 from ..serving.generate_endpoint import FINAL_ONLY, distribution_changes
-from .chat import REFUSED_FIX, ChatAnswer, ChatRequest, shown_message
+from .chat import REFUSED_FIX, ChatRequest, shown_message
 from .counts import GatewayCounts
 from .options import MASK, TEMPLATE, GatewayOptions
 from .servers import (
@@ -42,6 +41,7 @@ from .turns import (
     digest_of,
     echoes,
     end_of_reply,
+    new_id,
     says,
     turns_asking_a_prefix,
 )
@@ -96,7 +96,8 @@ class Recorder:
         end_token = sampled[-1] if is_complete else None
         if end_token is not None:
             await self._learn_end_token(session.affinity, end_token)
-        message = await self._parse(session.affinity, request, ids, sampled, end_token, stop_string)
+        turn_id = new_id()
+        message = await self._parse(session.affinity, request, ids, sampled, end_token, stop_string, turn_id)
         finish_reason = choice["finish_reason"]
         num_closed = len(rendered) - (num_generation_tokens or 0)
         turn = Turn(
@@ -115,6 +116,9 @@ class Recorder:
             end_token=end_token,
             is_open=num_generation_tokens is not None and stop_string is None,
             why_masked=why_masked,
+            stop_string=stop_string,
+            kept_from=request.kept_from,
+            id=turn_id,
         )
         if session.is_open:
             session.add(turn)
@@ -136,7 +140,7 @@ class Recorder:
         raise _refused(
             f"The server would sample with {', '.join(changes)}.",
             "Tokens that a grammar or a list forbids have another probability than the policy gives them.",
-            f"{REFUSED_FIX} A grammar comes from a forced `tool_choice` or a `response_format`; --grammar mask samples such "
+            f"{REFUSED_FIX} A grammar comes from a tool that must be called or a schema of the answer; --grammar mask samples such "
             "turns without training them, and --grammar lift samples them without it.",
         )
 
@@ -205,17 +209,17 @@ class Recorder:
         sampled: array[int],
         end_token: int | None,
         stop_string: str | None,
+        turn_id: str,
     ) -> dict[str, Any]:
         """The message that the server's parsers read out of the sampled tokens, without the one that ended them."""
         shown = sampled.tolist() if end_token is None else sampled[:-1].tolist()
-        new_id = secrets.token_hex(8)
         if not shown:
-            return shown_message({"content": ""}, None, new_id)
+            return shown_message({"content": ""}, None, turn_id)
         choice = {"index": 0, "finish_reason": "stop", "token_ids": shown}
-        response = {"request_id": new_id, "choices": [choice], "prompt_token_ids": ids}
+        response = {"request_id": turn_id, "choices": [choice], "prompt_token_ids": ids}
         body = {"stream": False, "generate_response": response, "chat_request": request.body}
         parsed = await self.servers.post(affinity, DERENDER, body)
-        return shown_message(parsed.values["choices"][0]["message"], stop_string, new_id)
+        return shown_message(parsed.values["choices"][0]["message"], stop_string, turn_id)
 
     async def _find_num_generation_tokens(
         self, affinity: Affinity, request: ChatRequest, rendered: array[int]
@@ -283,12 +287,6 @@ class Recorder:
     async def _text_of(self, affinity: Affinity, ids: list[int]) -> str:
         answer = await self.servers.post(affinity, DETOKENIZE, {"tokens": ids})
         return str(answer.values["prompt"])
-
-
-def chat_answer(turn: Turn) -> ChatAnswer:
-    """What the client is told of a turn."""
-    num_prompt_tokens = sum(earlier.num_tokens for earlier in turn.path()) - len(turn.sampled)
-    return ChatAnswer(turn.message, turn.finish_reason, num_prompt_tokens, len(turn.sampled))
 
 
 def _num_common(first: list[int], second: list[int]) -> int:

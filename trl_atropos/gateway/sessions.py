@@ -69,6 +69,10 @@ class Session:
         """The newest turn that answered the same request."""
         return next((turn for turn in reversed(self.turns) if turn.request_digest == request_digest), None)
 
+    def turn_of_id(self, turn_id: str) -> Turn | None:
+        """The turn that clients know by this id."""
+        return next((turn for turn in self.turns if turn.id == turn_id), None)
+
     def mask_abandoned(self) -> None:
         """Mask the turns whose request came again, and went on from the other answer: their client never used them."""
         continued = {turn.request_digest for turn in self.turns if turn.children}

@@ -10,6 +10,7 @@ Shape letters: T tokens of a prompt as the server renders it.
 from __future__ import annotations
 
 import json
+import secrets
 from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,15 @@ from hashlib import blake2b
 from typing import Any
 
 
+ID_BYTES = 8
+
 TOKEN, LOGPROB = "i", "f"
 """Four bytes a token and four a logprob, which is what servers compute: `float` of either is exactly what they sent."""
+
+
+def new_id() -> str:
+    """A name that no other turn has."""
+    return secrets.token_hex(ID_BYTES)
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,12 @@ class Turn:
             Whether another turn can continue it: what a stop string cut is not what was sampled.
         why_masked (`str`):
             Why it is not trained, in a word; empty where it is.
+        stop_string (`str`, *optional*):
+            The stop string that cut it.
+        kept_from (`int`, *optional*):
+            Index of the first message that a request takes over which names this turn as the one before; None if none may.
+        id (`str`):
+            By which clients name it and the calls of tools in it.
     """
 
     parent: Turn | None
@@ -88,12 +102,27 @@ class Turn:
     end_token: int | None = None
     is_open: bool = True
     why_masked: str = ""
+    stop_string: str | None = None
+    kept_from: int | None = None
+    id: str = field(default_factory=new_id)
     children: list[Turn] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that came with this turn: its part of the prompt and what was sampled."""
         return len(self.added) + len(self.sampled)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens that it was sampled from."""
+        return sum(turn.num_tokens for turn in self.path()) - len(self.sampled)
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages of the request and the answer, also where a later turn has taken the messages over."""
+        holder = self
+        while holder.children:
+            holder = holder.children[-1]
+        return [*holder.messages[: self.num_messages], self.message]
 
     def path(self) -> list[Turn]:
         """The turns from the first one of this conversation to this one."""

@@ -16,13 +16,17 @@ from token_server import TokenServer
 
 from trl_atropos.api.refusals import RequestRefused
 from trl_atropos.errors import PreflightError
-from trl_atropos.gateway.chat import NEUTRAL, read_chat_request
+from trl_atropos.gateway.chat import NEUTRAL, ChatRequest, Translation, read_chat_request
 from trl_atropos.gateway.gateway import Gateway, GatewaySession
 from trl_atropos.gateway.sessions import UNDELIVERED, Session
 from trl_atropos.gateway.turns import Turn
 
 
 MESSAGES = [user("tell")]
+
+
+def asked_for(values: dict[str, Any], temperature: float, lifts_grammars: bool = False) -> ChatRequest:
+    return read_chat_request(Translation(values), temperature, lifts_grammars)
 
 
 class TestSampling:
@@ -40,48 +44,48 @@ class TestSampling:
     )
     def test_what_changes_the_distribution_is_refused_by_name(self, name: str):
         with pytest.raises(RequestRefused, match=f"`{name}`"):
-            read_chat_request({"messages": MESSAGES, name: [3]}, 1.0)
+            asked_for({"messages": MESSAGES, name: [3]}, 1.0)
 
     @pytest.mark.parametrize("name", ["continue_final_message", "prediction", "chat_template", "functions"])
     def test_what_is_not_the_agents_to_say_is_refused_by_name(self, name: str):
         with pytest.raises(RequestRefused, match=f"`{name}`"):
-            read_chat_request({"messages": MESSAGES, name: "x"}, 1.0)
+            asked_for({"messages": MESSAGES, name: "x"}, 1.0)
 
     def test_several_answers_at_once_are_refused(self):
         with pytest.raises(RequestRefused, match="n=3"):
-            read_chat_request({"messages": MESSAGES, "n": 3}, 1.0)
+            asked_for({"messages": MESSAGES, "n": 3}, 1.0)
 
     def test_the_rest_is_made_neutral_and_counted(self):
         asked = {"temperature": 0, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "frequency_penalty": 1, "seed": 3}
-        request = read_chat_request({"messages": MESSAGES, "user": "me", "unheard_of": 1, **asked}, 0.7)
+        request = asked_for({"messages": MESSAGES, "user": "me", "unheard_of": 1, **asked}, 0.7)
         assert request.body == {"messages": MESSAGES, **NEUTRAL, "temperature": 0.7}
         assert request.changed == tuple(sorted([*asked, "unheard_of"]))
 
     def test_what_is_neutral_already_is_not_counted(self):
         values = {"messages": MESSAGES, "temperature": 1, "top_p": 1.0, "logit_bias": {}, "n": 1, "logprobs": None}
-        assert read_chat_request(values, 1.0).changed == ()
+        assert asked_for(values, 1.0).changed == ()
 
     def test_what_switches_a_grammar_on_is_taken_out_of_tools(self):
-        request = read_chat_request({"messages": MESSAGES, "tools": [ADD], "parallel_tool_calls": False}, 1.0)
+        request = asked_for({"messages": MESSAGES, "tools": [ADD], "parallel_tool_calls": False}, 1.0)
         assert "strict" not in request.body["tools"][0]["function"]
         assert "parallel_tool_calls" not in request.body
         assert request.changed == ("parallel_tool_calls", "tools.strict")
 
     def test_a_text_format_is_none_and_an_empty_list_of_tools_too(self):
         values = {"messages": MESSAGES, "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto"}
-        assert read_chat_request(values, 1.0).body.keys() == {"messages", *NEUTRAL}
+        assert asked_for(values, 1.0).body.keys() == {"messages", *NEUTRAL}
 
     @pytest.mark.parametrize(
-        "values", [[], {}, {"messages": []}, {"messages": ["a"]}, {"messages": MESSAGES, "tools": [{"type": "web"}]}]
+        "values", [{}, {"messages": []}, {"messages": ["a"]}, {"messages": MESSAGES, "tools": [{"type": "web"}]}]
     )
     def test_what_is_no_chat_request_is_refused(self, values: Any):
         with pytest.raises(RequestRefused):
-            read_chat_request(values, 1.0)
+            asked_for(values, 1.0)
 
     def test_images_are_refused(self):
         message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}
         with pytest.raises(RequestRefused, match="Only text is trained"):
-            read_chat_request({"messages": [message]}, 1.0)
+            asked_for({"messages": [message]}, 1.0)
 
     def test_a_grammar_can_be_lifted(self):
         values = {
@@ -90,11 +94,11 @@ class TestSampling:
             "tool_choice": "required",
             "response_format": {"type": "json_object"},
         }
-        request = read_chat_request(values, 1.0, lifts_grammars=True)
+        request = asked_for(values, 1.0, lifts_grammars=True)
         assert request.body["tool_choice"] == "auto"
         assert "response_format" not in request.body
         assert request.changed == ("response_format", "tool_choice", "tools.strict")
-        assert read_chat_request(values, 1.0).body["tool_choice"] == "required"
+        assert asked_for(values, 1.0).body["tool_choice"] == "required"
 
     def test_a_grammar_is_refused_where_it_shall_not_be_masked(self):
         async def agent(session: GatewaySession) -> None:

@@ -13,7 +13,7 @@ from gateway_agents import ADD, renderings
 from jinja2 import TemplateError
 from token_server import MARKERS, Refused, TokenServer
 
-from trl_atropos.gateway.chat import read_chat_request
+from trl_atropos.gateway.chat import Translation, read_chat_request
 from trl_atropos.gateway.counts import GatewayCounts
 from trl_atropos.gateway.groups import rollouts_of
 from trl_atropos.gateway.options import GatewayOptions
@@ -85,7 +85,7 @@ async def converse(
         reply = call(rng) if has_tools and action < 0.4 else words(rng) + ("\0" if action > 0.9 else "")
         server.replies = [markers.format(reply) if not reply.startswith("<tool_call>") else reply]
         values = {"messages": messages, **({"tools": [ADD]} if has_tools else {})}
-        turn = await recorder.answer(session, read_chat_request(values, 1.0), b"")
+        turn = await recorder.answer(session, read_chat_request(Translation(values), 1.0), b"")
         rendered = renderings(server)[-1]
         server.requests.clear()
         prompt = turn.token_ids()[: -len(turn.sampled)].tolist()

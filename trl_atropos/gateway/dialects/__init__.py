@@ -1,0 +1,12 @@
+"""The dialects in which agents can ask: one file each, and what they share."""
+
+from __future__ import annotations
+
+from .base import Dialect
+from .completions import ChatCompletions
+
+
+CHAT = ChatCompletions()
+
+DIALECTS: tuple[Dialect, ...] = (CHAT,)
+"""All of them. A route of agents is one of theirs, or the list of models."""

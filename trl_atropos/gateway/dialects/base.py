@@ -1,0 +1,103 @@
+"""What a dialect is: how clients of one kind ask and are answered. What they ask for has the same meaning in all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from ...api.refusals import RequestRefused
+from ..chat import Translation
+from ..servers import ServerRefused
+from ..sessions import Session
+from ..turns import Turn
+
+
+Fields = TypeVar("Fields", bound=msgspec.Struct)
+
+
+class Dialect(Protocol):
+    """The forms of requests and answers of one kind of client.
+
+    Every dialect has `model` and `stream` in its requests. What `read` returns goes through the same rules and the same
+    recorder as a chat completion, so that a conversation is recorded in the same way in whatever words it is held.
+
+    Attributes:
+        path (`str`):
+            Of its route, behind that of the session.
+        keep_alive (`bytes`):
+            A sign of life on a stream that has not begun to answer.
+    """
+
+    path: str
+    keep_alive: bytes
+
+    def read(self, values: dict[str, Any], session: Session) -> Translation:
+        """Say a request in the words of chat completions.
+
+        Raises:
+            RequestRefused: It has what those cannot say, or is no request of this dialect.
+        """
+        ...
+
+    def answer(self, values: dict[str, Any], turn: Turn) -> dict[str, Any]:
+        """The answer to the request `values`, whole."""
+        ...
+
+    def events(self, values: dict[str, Any], turn: Turn) -> Iterator[bytes]:
+        """The same answer as server-sent events."""
+        ...
+
+    def error(self, exc: RequestRefused) -> dict[str, Any]:
+        """What the client is told of a refusal."""
+        ...
+
+    def error_events(self, exc: RequestRefused) -> Iterator[bytes]:
+        """The same on a stream that had begun."""
+        ...
+
+
+def event(values: dict[str, Any], name: str = "") -> bytes:
+    """One server-sent event."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(values, separators=(',', ':'))}\n\n".encode()
+
+
+def read_fields(values: dict[str, Any], kind: type[Fields]) -> Fields:
+    """The fields that a dialect says in its own way, checked.
+
+    Raises:
+        RequestRefused: One has another form, or holds what is not text. It is named by its path.
+    """
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as exc:
+        raise RequestRefused(
+            f"The request cannot be taken: {exc}.",
+            "Only text, thoughts, and calls of the agent's own tools are sampled and trained. Tools of a provider run there, and "
+            "not here.",
+            "Send what the SDK sends, and leave out what has no text.",
+            status_code=400,
+        ) from exc
+
+
+def server_error(exc: RequestRefused) -> dict[str, Any] | None:
+    """What a server answered to a request that it refused; None where it is not the server's word that counts."""
+    if not isinstance(exc, ServerRefused) or exc.status_code >= 500:
+        return None
+    try:
+        values = msgspec.json.decode(exc.body)
+    except msgspec.DecodeError:
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def openai_error(exc: RequestRefused) -> dict[str, Any]:
+    """A refusal in OpenAI's form; a server's own words as they are."""
+    own = server_error(exc)
+    if own is not None:
+        return own
+    kind = "rate_limit_error" if exc.status_code == 429 else "invalid_request_error"
+    return {"error": {"message": str(exc), "type": kind, "param": exc.field or None, "code": exc.status_code}}

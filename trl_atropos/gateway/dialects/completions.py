@@ -1,0 +1,69 @@
+"""OpenAI chat completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from ...api.refusals import RequestRefused
+from ..chat import Translation
+from ..sessions import Session
+from ..turns import Turn
+from .base import event, openai_error
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+class ChatCompletions:
+    """See [`Dialect`]. The other dialects are translated into this one."""
+
+    path = "/v1/chat/completions"
+    keep_alive = b": the answer is being sampled\n\n"
+
+    def read(self, values: dict[str, Any], session: Session) -> Translation:
+        """Take a request as it is."""
+        return Translation(values)
+
+    def answer(self, values: dict[str, Any], turn: Turn) -> dict[str, Any]:
+        """A completion with one choice."""
+        choice = {"index": 0, "message": turn.message, "finish_reason": turn.finish_reason, "logprobs": None}
+        return {**_head(values, turn, "chat.completion"), "choices": [choice], "usage": _usage(turn)}
+
+    def events(self, values: dict[str, Any], turn: Turn) -> Iterator[bytes]:
+        """The message, its end, the usage if it was asked for."""
+        head = _head(values, turn, "chat.completion.chunk")
+        delta = dict(turn.message)
+        if delta.get("tool_calls"):
+            delta["tool_calls"] = [{**call, "index": index} for index, call in enumerate(delta["tool_calls"])]
+        for part, finish_reason in ((delta, None), ({}, turn.finish_reason)):
+            choice = {"index": 0, "delta": part, "finish_reason": finish_reason, "logprobs": None}
+            yield event({**head, "choices": [choice]})
+        options = values.get("stream_options")
+        if isinstance(options, dict) and options.get("include_usage"):
+            yield event({**head, "choices": [], "usage": _usage(turn)})
+        yield DONE
+
+    def error(self, exc: RequestRefused) -> dict[str, Any]:
+        """OpenAI's form."""
+        return openai_error(exc)
+
+    def error_events(self, exc: RequestRefused) -> Iterator[bytes]:
+        """The error in the place of a chunk."""
+        yield event(openai_error(exc))
+        yield DONE
+
+
+def _head(values: dict[str, Any], turn: Turn, kind: str) -> dict[str, Any]:
+    model = str(values.get("model") or "")
+    return {"id": f"chatcmpl-{turn.id}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def _usage(turn: Turn) -> dict[str, int]:
+    num_prompt, num_sampled = turn.num_prompt_tokens, len(turn.sampled)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_sampled,
+        "total_tokens": num_prompt + num_sampled,
+    }
