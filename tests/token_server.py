@@ -174,11 +174,14 @@ class TokenServer:
         ids = self.rendered(body)
         if len(ids) >= MAX_MODEL_LEN:
             raise Refused(f"This model's maximum context length is {MAX_MODEL_LEN} tokens")
+        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        if limit and limit > MAX_MODEL_LEN:
+            raise Refused(f"max_tokens={limit} cannot be greater than max_model_len={MAX_MODEL_LEN}")
         parameters = {name: body.get(name) for name in DISTRIBUTION}
         grammar = body.get("tool_choice") not in (None, "auto", "none") or body.get("response_format")
         parameters |= {
             "n": 1,
-            "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens") or MAX_MODEL_LEN - len(ids),
+            "max_tokens": min(limit or MAX_MODEL_LEN, MAX_MODEL_LEN - len(ids)),
             "stop": [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop") or [],
             "structured_outputs": {"json": {}} if grammar else None,
         }

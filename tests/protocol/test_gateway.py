@@ -79,6 +79,7 @@ def test_a_group_of_sessions_becomes_a_batch_of_a_trainer(api_url: str):
         async with controlled(server, api_url) as control:
             sessions = [await control.post("/session", 201, group="task 1") for _ in range(2)]
             for number, session in enumerate(sessions):
+                assert session["anthropic_base_url"] == f"{control.address}/session/{session['session_id']}"
                 messages = [user("tell")]
                 for _ in range(2):
                     await ask(session["base_url"], messages)

@@ -24,7 +24,7 @@ from ..api.http import (
 )
 from ..api.refusals import RequestRefused
 from .chat import ChatRequest, read_chat_request
-from .dialects import CHAT, DIALECTS
+from .dialects import CHAT, DIALECTS, MESSAGES
 from .dialects.base import Dialect
 from .options import LIFT
 from .recorder import Recorder
@@ -35,6 +35,7 @@ from .turns import Turn
 logger = logging.getLogger(__name__)
 
 SESSION_PATH = re.compile(r"/session/([\w-]+)(/v1/.+)")
+COUNT_PATH = f"{MESSAGES.path}/count_tokens"
 STREAM_HEADERS: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 NOT_FOUND = {"error": {"message": "Not Found", "type": "NotFoundError", "param": None, "code": 404}}
 """The answer to everything that is not there, sessions of others among it."""
@@ -83,6 +84,8 @@ class AgentApp:
                 await json_answer(NOT_FOUND, 404).send(request)
             elif dialect is not None:
                 await self._ask(request, session, dialect)
+            elif (request.method, path) == ("POST", COUNT_PATH):
+                await self._count(request, session)
             elif (request.method, path) == ("GET", "/v1/models"):
                 models = [{"id": server.model, "object": "model"} for server in self.recorder.servers.servers[:1]]
                 await json_answer({"object": "list", "data": models}).send(request)
@@ -91,7 +94,7 @@ class AgentApp:
         except RequestRefused as exc:
             self.recorder.counts.num_refused += 1
             logger.warning("event=request_refused status=%d error=%r", exc.status_code, str(exc))
-            await refusal(exc, dialect or CHAT).send(request)
+            await refusal(exc, MESSAGES if path == COUNT_PATH else dialect or CHAT).send(request)
 
     def _session_of(self, request: Request) -> tuple[Session | None, str]:
         found = SESSION_PATH.fullmatch(request.path)
@@ -99,7 +102,9 @@ class AgentApp:
             return self.sessions.find(found[1]), found[2]
         # Where an agent's URL is fixed, its key says which session it is.
         scheme, _, key = request.header("authorization").partition(" ")
-        return self.sessions.find(key.strip()) if scheme.lower() == "bearer" else None, request.path
+        if scheme.lower() != "bearer":
+            key = request.header("x-api-key")
+        return self.sessions.find(key.strip()), request.path
 
     async def _read(
         self, request: Request, session: Session, dialect: Dialect
@@ -112,6 +117,13 @@ class AgentApp:
             dialect.read(values, session), self.options.temperature, self.options.grammar == LIFT
         )
         return body, values, asked
+
+    async def _count(self, request: Request, session: Session) -> None:
+        """Tell how many tokens a request of Anthropic's dialect would be sampled from."""
+        _, _, asked = await self._read(request, session, MESSAGES)
+        with self.sessions.in_flight(session):
+            num_tokens = await self.recorder.num_prompt_tokens(session, asked)
+        await json_answer({"input_tokens": num_tokens}).send(request)
 
     async def _ask(self, request: Request, session: Session, dialect: Dialect) -> None:
         body, values, asked = await self._read(request, session, dialect)

@@ -119,9 +119,9 @@ def read_chat_request(translation: Translation, temperature: float, lifts_gramma
     _check_messages(values.get("messages"))
     for name, why in REFUSED.items():
         if values.get(name):
-            raise _refused(f"The request has `{name}`.", why, REFUSED_FIX)
+            raise refused(f"The request has `{name}`.", why, REFUSED_FIX)
     if values.get("n") not in (None, 1):
-        raise _refused(
+        raise refused(
             f"The request asks for n={values['n']!r} answers.",
             "A conversation goes on with one of them, and which one is not known.",
             "Set n to 1 and send the request several times.",
@@ -154,7 +154,7 @@ def _plain_tools(body: dict[str, Any]) -> list[str]:
     if not isinstance(tools, list) or not all(
         isinstance(tool, dict) and isinstance(tool.get("function"), dict) for tool in tools
     ):
-        raise _refused(
+        raise refused(
             "`tools` has an entry without a function.",
             "Tools of a provider run there, and not here.",
             'Send tools of the form {"type": "function", "function": {...}}.',
@@ -178,7 +178,7 @@ def _lift_grammars(body: dict[str, Any]) -> list[str]:
 
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise _refused(
+        raise refused(
             "`messages` is no list of messages.", "It is the conversation.", "Send at least one message of a user."
         )
     for index, message in enumerate(messages):
@@ -187,14 +187,15 @@ def _check_messages(messages: Any) -> None:
         for part in parts:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             if kind not in ("text", "refusal"):
-                raise _refused(
+                raise refused(
                     f"Message {index} has a part of type {kind!r}.",
                     "Only text is trained: without its images the rollout has other probabilities.",
                     "Give the agent text alone.",
                 )
 
 
-def _refused(what: str, why: str, fix: str) -> RequestRefused:
+def refused(what: str, why: str, fix: str) -> RequestRefused:
+    """What an agent is told that asks for what it cannot get (400)."""
     return RequestRefused(what, why, fix, status_code=400)
 
 

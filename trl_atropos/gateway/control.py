@@ -60,8 +60,8 @@ class TaskGroup:
 class ControlApp:
     """An ASGI application: the control routes with their key, and what agents reach.
 
-    - `POST /session {"group": str}` gives `{"session_id": str, "base_url": str}`. The sessions of a group attempt the same
-      task; `group_size` of them, finished, are posted.
+    - `POST /session {"group": str}` gives `{"session_id": str, "base_url": str, "anthropic_base_url": str}`. The sessions of
+      a group attempt the same task; `group_size` of them, finished, are posted.
     - `POST /session/ID/reward {"reward": float}` sets the reward; a later one takes its place.
     - `POST /session/ID/finish {"reward": float}` ends the session; the reward can have been set before.
     - `POST /session/ID/discard` gives it up.
@@ -149,7 +149,8 @@ class ControlApp:
         # As the caller reaches the gateway, which may listen on all addresses or stand behind a tunnel.
         host = request.header("host")
         shown = GatewaySession(session, f"http://{host}" if host else self.gateway.address)
-        return json_answer({"session_id": session.id, "base_url": shown.base_url}, 201)
+        urls = {"base_url": shown.base_url, "anthropic_base_url": shown.anthropic_base_url}
+        return json_answer({"session_id": session.id, **urls}, 201)
 
     def _forget_idle(self) -> None:
         """Give up groups that nobody goes on with: their sessions are in memory."""

@@ -56,8 +56,9 @@ class AgentEnv(BaseEnv):
         tasks (`Sequence`):
             What is attempted, in this order, and again from the beginning. Each is something that JSON can hold.
         command (`Sequence[str]`, *optional*):
-            Runs the agent. It finds the task as JSON on its standard input, the base URL in `OPENAI_BASE_URL` and a key in
-            `OPENAI_API_KEY`; what it writes to its standard output is the outcome.
+            Runs the agent. It finds the task as JSON on its standard input, and the base URL and a key where the SDKs of
+            OpenAI and Anthropic look for them: `OPENAI_BASE_URL`, `OPENAI_API_KEY`, `ANTHROPIC_BASE_URL`, `ANTHROPIC_API_KEY`.
+            What it writes to its standard output is the outcome.
         gateway_options ([`GatewayOptions`]):
             What agents may do.
     """
@@ -86,7 +87,8 @@ class AgentEnv(BaseEnv):
     async def run_agent(self, task: Any, base_url: str) -> Any:
         """Attempt a task with the model at this base URL; return what `compute_reward` needs.
 
-        Runs `command`, unless a subclass does it itself.
+        Runs `command`, unless a subclass does it itself. `base_url` is that of an OpenAI client; an Anthropic client takes it
+        without its `/v1`.
 
         Raises:
             EpisodeError: The command failed.
@@ -98,7 +100,13 @@ class AgentEnv(BaseEnv):
                 "Set `command`, or write `async def run_agent(self, task, base_url)`.",
             )
         # The last part of the URL's path but `/v1` is the secret of the session: a key as good as any.
-        variables = {**os.environ, "OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": base_url.split("/")[-2]}
+        without_v1 = base_url.removesuffix("/v1")
+        key = without_v1.rpartition("/")[2]
+        variables = {
+            **os.environ,
+            **{"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": key},
+            **{"ANTHROPIC_BASE_URL": without_v1, "ANTHROPIC_API_KEY": key},
+        }
         pipe = asyncio.subprocess.PIPE
         try:
             process = await asyncio.create_subprocess_exec(

@@ -50,6 +50,8 @@ class GatewaySession:
         self.recorded = session
         self.base_url = f"{address}/session/{session.id}/v1"
         """What the agent gets as the base URL of an OpenAI client. Whoever knows it is the agent."""
+        self.anthropic_base_url = f"{address}/session/{session.id}"
+        """The same for an Anthropic client, which adds `/v1` itself."""
 
     @property
     def id(self) -> str:
@@ -83,7 +85,7 @@ class Gateway:
                 session.reward = compute_reward(answer)
             rollouts = session.finished().rollouts
 
-    Agents reach `chat/completions` and `models` of their own session and nothing else of the servers.
+    Agents reach answers in the dialects of their SDKs and the name of the model, and nothing else of the servers.
 
     Args:
         servers (`Sequence[str]`):

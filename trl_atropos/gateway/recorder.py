@@ -17,7 +17,7 @@ from typing import Any
 from ..api.refusals import RequestRefused
 from ..network import POLICY_VERSION_HEADER
 from ..serving.generate_endpoint import FINAL_ONLY, distribution_changes
-from .chat import REFUSED_FIX, ChatRequest, shown_message
+from .chat import REFUSED_FIX, ChatRequest, refused, shown_message
 from .counts import GatewayCounts
 from .options import MASK, TEMPLATE, GatewayOptions
 from .servers import (
@@ -82,7 +82,7 @@ class Recorder:
         Raises:
             RequestRefused: The request asks for what cannot be trained or does not fit, or no server answers it.
         """
-        rendered_answer = await self.servers.post(session.affinity, RENDER, request.body)
+        rendered_answer = await self.servers.post(session.affinity, RENDER, self._fitting(request.body))
         rendered = array(TOKEN, rendered_answer.values["token_ids"])
         why_masked = self._why_masked(rendered_answer.values)
         num_generation_tokens = await self._find_num_generation_tokens(session.affinity, request, rendered)
@@ -126,10 +126,28 @@ class Recorder:
             self.counts.changed.update(request.changed)
         return turn
 
+    async def num_prompt_tokens(self, session: Session, request: ChatRequest) -> int:
+        """Tokens that a request would be sampled from.
+
+        Raises:
+            RequestRefused: It does not fit, or no server answers.
+        """
+        rendered = await self._rendered(session.affinity, self._fitting(request.body))
+        return len(_sequence(await self._continue(session, request, array(TOKEN, rendered))))
+
+    def _fitting(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A request that asks for no more tokens than the servers take at all: agents ask for what the models take that they
+        were written for.
+        """
+        limits = {
+            name: body[name] for name in ("max_tokens", "max_completion_tokens") if isinstance(body.get(name), int)
+        }
+        return {**body, **{name: min(limit, self.servers.max_model_len) for name, limit in limits.items()}}
+
     def _why_masked(self, rendered: dict[str, Any]) -> str:
         """Why what is sampled with these parameters is not trained; empty where it is."""
         if rendered.get("features"):
-            raise _refused(
+            raise refused(
                 "The server found images in the request.", "Only text is trained.", "Give the agent text alone."
             )
         changes = distribution_changes(rendered["sampling_params"])
@@ -137,7 +155,7 @@ class Recorder:
             return ""
         if changes == ("structured_outputs",) and self.options.grammar == MASK:
             return GRAMMAR
-        raise _refused(
+        raise refused(
             f"The server would sample with {', '.join(changes)}.",
             "Tokens that a grammar or a list forbids have another probability than the policy gives them.",
             f"{REFUSED_FIX} A grammar comes from a tool that must be called or a schema of the answer; --grammar mask samples such "
@@ -184,7 +202,7 @@ class Recorder:
         limit = min(self.servers.max_model_len, self.max_rollout_tokens)
         free = limit - num_prompt_tokens
         if free < 1:
-            raise _refused(
+            raise refused(
                 f"The conversation has {num_prompt_tokens} tokens, and this model's maximum context length is "
                 f"{limit} tokens.",
                 "Prompt and answers together count.",
@@ -326,7 +344,3 @@ def _policy_version(answer: ServerAnswer, choice: dict[str, Any]) -> int | None:
     if not versions or not all(version.isdecimal() for version in versions):
         return None
     return min(map(int, versions))
-
-
-def _refused(what: str, why: str, fix: str) -> RequestRefused:
-    return RequestRefused(what, why, fix, status_code=400)

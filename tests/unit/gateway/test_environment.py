@@ -19,6 +19,7 @@ AGENT = """
 import json, os, sys, urllib.request
 task = json.load(sys.stdin)
 assert os.environ["OPENAI_API_KEY"] in os.environ["OPENAI_BASE_URL"]
+assert os.environ["ANTHROPIC_BASE_URL"].endswith("/session/" + os.environ["ANTHROPIC_API_KEY"])
 body = json.dumps({"model": "m", "messages": [{"role": "user", "content": task["ask"]}]}).encode()
 url = os.environ["OPENAI_BASE_URL"] + "/chat/completions"
 answer = json.load(urllib.request.urlopen(urllib.request.Request(url, body)))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from .base import Dialect
 from .completions import ChatCompletions
+from .messages import AnthropicMessages
 
 
 CHAT = ChatCompletions()
+MESSAGES = AnthropicMessages()
 
-DIALECTS: tuple[Dialect, ...] = (CHAT,)
+DIALECTS: tuple[Dialect, ...] = (CHAT, MESSAGES)
 """All of them. A route of agents is one of theirs, or the list of models."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from ...api.refusals import RequestRefused
-from ..chat import Translation
+from ..chat import Translation, refused
 from ..servers import ServerRefused
 from ..sessions import Session
 from ..turns import Turn
@@ -74,12 +74,11 @@ def read_fields(values: dict[str, Any], kind: type[Fields]) -> Fields:
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as exc:
-        raise RequestRefused(
+        raise refused(
             f"The request cannot be taken: {exc}.",
             "Only text, thoughts, and calls of the agent's own tools are sampled and trained. Tools of a provider run there, and "
             "not here.",
             "Send what the SDK sends, and leave out what has no text.",
-            status_code=400,
         ) from exc
 
 
