@@ -1,4 +1,4 @@
-"""Agents of the OpenAI SDK, and a gateway in front of a server with scripted replies."""
+"""Agents of the SDKs of OpenAI and Anthropic, and a gateway in front of a server with scripted replies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 from token_server import TokenServer
 
@@ -39,6 +40,137 @@ async def ask(base_url: str, messages: list[dict[str, Any]], **options: Any) -> 
         answer = await openai.chat.completions.create(model="gpt-4o", messages=messages, **options)
     messages.append(answer.choices[0].message.model_dump(exclude_none=True))
     return answer.choices[0]
+
+
+class Clients:
+    """One client of each SDK, for all agents of a test: it takes long to make one."""
+
+    def __init__(self) -> None:
+        self.openai = AsyncOpenAI(api_key="x", max_retries=0)
+        self.anthropic = AsyncAnthropic(api_key="x", max_retries=0)
+
+    async def __aenter__(self) -> Clients:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.openai.close()
+        await self.anthropic.close()
+
+
+class ChatAgent:
+    """Holds a conversation in chat completions, as the other agents do in their dialects.
+
+    `ask` gets one answer, streamed or not, and puts it at the end of the conversation; `tell` says something, after an answer
+    to every call of a tool in the last one; `rewrite` puts other words in the place of the last answer.
+    """
+
+    def __init__(self, session: GatewaySession, clients: Clients, system: str, has_tools: bool):
+        self.session = session
+        self.openai = clients.openai.with_options(base_url=session.base_url)
+        self.anthropic = clients.anthropic.with_options(base_url=session.anthropic_base_url)
+        self.system = system
+        self.has_tools = has_tools
+        self.calls: list[str] = []
+        self.start()
+
+    def start(self) -> None:
+        self.messages: list[Any] = [{"role": "system", "content": self.system}]
+
+    def tell(self, text: str, of_tools: str = "") -> None:
+        self.messages += [{"role": "tool", "tool_call_id": call, "content": of_tools} for call in self.calls]
+        if text:
+            self.messages.append(user(text))
+
+    def rewrite(self, text: str) -> None:
+        self.messages[-1] = {"role": "assistant", "content": text}
+
+    async def ask(self, is_streamed: bool = False, max_tokens: int = 400, stop: list[str] | None = None) -> None:
+        asked: Any = {"model": "m", "messages": self.messages, "max_tokens": max_tokens, "stop": stop or []}
+        if self.has_tools:
+            asked["tools"] = [ADD]
+        if is_streamed:
+            chunks = [chunk async for chunk in await self.openai.chat.completions.create(**asked, stream=True)]
+            message = chunks[0].choices[0].delta
+        else:
+            message = (await self.openai.chat.completions.create(**asked)).choices[0].message
+        self.messages.append({"role": "assistant", **message.model_dump(exclude_none=True)})
+        self.calls = [call.id for call in message.tool_calls or []]
+
+
+class MessagesAgent(ChatAgent):
+    """In Anthropic's messages."""
+
+    def start(self) -> None:
+        self.messages = []
+
+    def tell(self, text: str, of_tools: str = "") -> None:
+        results = [{"type": "tool_result", "tool_use_id": call, "content": of_tools} for call in self.calls]
+        self.messages.append(
+            {"role": "user", "content": [*results, *([{"type": "text", "text": text}] if text else [])]}
+        )
+
+    async def ask(self, is_streamed: bool = False, max_tokens: int = 400, stop: list[str] | None = None) -> None:
+        asked: Any = {"model": "m", "messages": self.messages, "max_tokens": max_tokens, "stop_sequences": stop or []}
+        if self.has_tools:
+            function = ADD["function"]
+            tool = {"name": "add", "description": function["description"], "input_schema": function["parameters"]}
+            asked["tools"] = [tool]
+        if is_streamed:
+            async with self.anthropic.messages.stream(**asked, system=self.system) as stream:
+                answer = await stream.get_final_message()
+        else:
+            answer = await self.anthropic.messages.create(**asked, system=self.system)
+        self.messages.append({"role": "assistant", "content": answer.content})
+        self.calls = [block.id for block in answer.content if block.type == "tool_use"]
+
+
+class ResponsesAgent(ChatAgent):
+    """In the items of OpenAI's Responses."""
+
+    def start(self) -> None:
+        self.messages = []
+        self.num_of_answer = 0
+        self.previous: str | None = None
+
+    def tell(self, text: str, of_tools: str = "") -> None:
+        outputs = [{"type": "function_call_output", "call_id": call, "output": of_tools} for call in self.calls]
+        self.messages += [*outputs, *([user(text)] if text else [])]
+
+    def rewrite(self, text: str) -> None:
+        self.messages[-self.num_of_answer :] = [{"role": "assistant", "content": text}]
+
+    async def ask(self, is_streamed: bool = False, max_tokens: int = 400, stop: list[str] | None = None) -> None:
+        asked: Any = {
+            "model": "m",
+            "input": self.messages,
+            "max_output_tokens": max_tokens,
+            "instructions": self.system,
+        }
+        # The server's own addition.
+        asked |= {"previous_response_id": self.previous, "extra_body": {"stop": stop or []}}
+        if self.has_tools:
+            asked["tools"] = [{"type": "function", **ADD["function"]}]
+        if is_streamed:
+            events = [event async for event in await self.openai.responses.create(**asked, stream=True)]
+            answer = events[-1].response
+        else:
+            answer = await self.openai.responses.create(**asked)
+        self.go_on(answer)
+        self.calls = [item.call_id for item in answer.output if item.type == "function_call"]
+
+    def go_on(self, answer: Any) -> None:
+        self.messages += answer.output
+        self.num_of_answer = len(answer.output)
+
+
+class KeptResponsesAgent(ResponsesAgent):
+    """In Responses that each name the one before."""
+
+    def go_on(self, answer: Any) -> None:
+        self.messages, self.previous = [], answer.id
+
+
+AGENTS = (ChatAgent, MessagesAgent, ResponsesAgent, KeptResponsesAgent)
 
 
 @asynccontextmanager

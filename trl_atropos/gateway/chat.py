@@ -55,6 +55,8 @@ REFUSED = {
     "functions": "They are the old form of tools.",
     "function_call": "It is the old form of `tool_choice`.",
     "background": "An answer is recorded when its client is there.",
+    "conversation": "Conversations are kept for `previous_response_id` alone.",
+    "prompt": "A prompt that a provider keeps is not here.",
     "container": "Tools of a provider run there, and not here.",
     "mcp_servers": "Tools of a provider run there, and not here.",
 }

@@ -333,7 +333,9 @@ class TestWhoMayAsk:
             )
             paths = [own + path for path in (*control, "/v1/completions", "/inference/v1/generate", "")]
             paths += [gateway.address + path for path in (*control, "/generate", "/health", "/openapi.json", "/docs")]
-            paths += [f"{wrong}/v1/chat/completions", f"{wrong}/v1/models", f"{own}/v1/../../../pause"]
+            answered = ("chat/completions", "messages", "messages/count_tokens", "responses", "models")
+            paths += [f"{base}/v1/{path}" for path in answered for base in (wrong, gateway.address)]
+            paths += [f"{own}/v1/messages/batches", f"{own}/v1/responses/resp_1", f"{own}/v1/../../../pause"]
             async with aiohttp.ClientSession() as http:
                 answers = []
                 for path in paths:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -82,21 +82,28 @@ def read_fields(values: dict[str, Any], kind: type[Fields]) -> Fields:
         ) from exc
 
 
+def content_of(texts: Sequence[str]) -> str | list[dict[str, str]]:
+    """The content of a message out of texts. One alone is a string, which templates take that take no parts."""
+    full = [text for text in texts if text]
+    return [{"type": "text", "text": text} for text in full] if len(full) > 1 else "".join(full)
+
+
 def server_error(exc: RequestRefused) -> dict[str, Any] | None:
-    """What a server answered to a request that it refused; None where it is not the server's word that counts."""
+    """The error with which a server refused a request; None where it is not the server's word that counts."""
     if not isinstance(exc, ServerRefused) or exc.status_code >= 500:
         return None
     try:
         values = msgspec.json.decode(exc.body)
     except msgspec.DecodeError:
         return None
-    return values if isinstance(values, dict) else None
+    error = values.get("error") if isinstance(values, dict) else None
+    return error if isinstance(error, dict) else None
 
 
 def openai_error(exc: RequestRefused) -> dict[str, Any]:
     """A refusal in OpenAI's form; a server's own words as they are."""
     own = server_error(exc)
     if own is not None:
-        return own
+        return {"error": own}
     kind = "rate_limit_error" if exc.status_code == 429 else "invalid_request_error"
     return {"error": {"message": str(exc), "type": kind, "param": exc.field or None, "code": exc.status_code}}

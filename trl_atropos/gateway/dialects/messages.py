@@ -12,7 +12,7 @@ from ...api.refusals import RequestRefused
 from ..chat import Translation, refused
 from ..sessions import Session
 from ..turns import Turn
-from .base import event, read_fields, server_error
+from .base import content_of, event, read_fields, server_error
 
 
 BILLING_HEADER = "x-anthropic-billing-header"
@@ -187,10 +187,9 @@ class AnthropicMessages:
 
     def error(self, exc: RequestRefused) -> dict[str, Any]:
         """Anthropic's form, with the server's own words where they count."""
-        own = (server_error(exc) or {}).get("error")
-        message = own.get("message") if isinstance(own, dict) else None
+        message = (server_error(exc) or {}).get("message", str(exc))
         kind = ERRORS.get(exc.status_code, "invalid_request_error" if exc.status_code < 500 else "api_error")
-        return {"type": "error", "error": {"type": kind, "message": message or str(exc)}}
+        return {"type": "error", "error": {"type": kind, "message": message}}
 
     def error_events(self, exc: RequestRefused) -> Iterator[bytes]:
         """One event."""
@@ -210,19 +209,13 @@ def _said(message: User | Assistant | System) -> Iterator[dict[str, Any]]:
     else:
         yield from (_result(block) for block in blocks if isinstance(block, ToolResult))
         if texts:
-            yield {"role": "user", "content": _content(texts)}
-
-
-def _content(texts: list[str]) -> str | list[dict[str, str]]:
-    """Texts as parts. One alone is a string, as the server's own route has it."""
-    full = [text for text in texts if text]
-    return [{"type": "text", "text": text} for text in full] if len(full) > 1 else "".join(full)
+            yield {"role": "user", "content": content_of(texts)}
 
 
 def _reply(blocks: Sequence[object], texts: list[str]) -> dict[str, Any]:
     calls = [_call(block) for block in blocks if isinstance(block, ToolUse)]
     thoughts = "".join(block.thinking for block in blocks if isinstance(block, Thinking))
-    said: dict[str, Any] = {"role": "assistant", "content": _content(texts)}
+    said: dict[str, Any] = {"role": "assistant", "content": content_of(texts)}
     if thoughts:
         said["reasoning"] = thoughts
     if calls:
