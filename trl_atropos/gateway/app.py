@@ -101,10 +101,9 @@ class AgentApp:
         if found:
             return self.sessions.find(found[1]), found[2]
         # Where an agent's URL is fixed, its key says which session it is.
-        scheme, _, key = request.header("authorization").partition(" ")
-        if scheme.lower() != "bearer":
-            key = request.header("x-api-key")
-        return self.sessions.find(key.strip()), request.path
+        scheme, _, bearer = request.header("authorization").partition(" ")
+        keys = [bearer.strip() if scheme.lower() == "bearer" else "", request.header("x-api-key")]
+        return next(filter(None, map(self.sessions.find, keys)), None), request.path
 
     async def _read(
         self, request: Request, session: Session, dialect: Dialect

@@ -23,13 +23,14 @@ PASSED = frozenset(
 )
 """What reaches the server. Everything else is dropped and counted by name: it cannot change what is sampled."""
 
-HANDLED = frozenset({"model", "stream", "stream_options", "n"})
+HANDLED = frozenset({"model", "stream", "stream_options", "n", "parallel_tool_calls"})
 """What the gateway itself answers to."""
 
 NO_OPTIONS = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier", "cache_control", "inference_geo", "speed"),
         *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "diagnostics", "user_profile_id"),
+        "client_metadata",
     }
 )
 """What says nothing of the answer; it is dropped and not counted."""
@@ -132,6 +133,8 @@ def read_chat_request(translation: Translation, temperature: float, lifts_gramma
     changed = [*translation.changed, *(name for name, value in values.items() if _is_dropped(name, value))]
     neutral = {**NEUTRAL, "temperature": temperature}
     changed += [name for name, value in neutral.items() if values.get(name) not in (None, value)]
+    if values.get("parallel_tool_calls") is False:
+        changed.append("parallel_tool_calls")
     if body.get("response_format") == {"type": "text"}:
         del body["response_format"]
     changed += _plain_tools(body)

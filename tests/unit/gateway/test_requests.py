@@ -63,6 +63,7 @@ class TestSampling:
 
     def test_what_is_neutral_already_is_not_counted(self):
         values = {"messages": MESSAGES, "temperature": 1, "top_p": 1.0, "logit_bias": {}, "n": 1, "logprobs": None}
+        values |= {"parallel_tool_calls": True, "background": False}
         assert asked_for(values, 1.0).changed == ()
 
     def test_what_switches_a_grammar_on_is_taken_out_of_tools(self):

@@ -201,6 +201,22 @@ class TestAnswers:
         assert gateway.counts.changed.keys() == names
 
 
+def test_tools_of_a_namespace_have_its_name_before_their_own():
+    async def agent(session: GatewaySession) -> None:
+        items: list[Any] = [user("tell")]
+        tools: Any = [{"type": "namespace", "name": "numbers", "description": "Sums.", "tools": [TOOL]}, TOOL]
+        response = await ask(session, items, tools=tools)
+        first, second = response.output
+        assert (first.namespace, first.name, second.namespace, second.name) == ("numbers", "add", None, "add")
+        items += [output(first, "3"), output(second, "4")]
+        await ask(session, items, tools=tools)
+
+    server, _, gateway = recorded(agent, [CALL.replace("add", "numbers__add") + CALL, "yes"])
+    (_, body), *_ = server.requests
+    assert [tool["function"]["name"] for tool in body["tools"]] == ["numbers__add", "add"]
+    assert gateway.counts.num_spliced == 1
+
+
 class TestPreviousResponses:
     def test_a_conversation_goes_on_by_the_name_of_the_response_before(self):
         async def agent(session: GatewaySession) -> None:

@@ -67,7 +67,7 @@ class FunctionCall(msgspec.Struct, tag="function_call"):
     call_id: str
     name: str
     arguments: str
-    namespace: None = None
+    namespace: str | None = None
 
 
 class FunctionCallOutput(msgspec.Struct, tag="function_call_output"):
@@ -87,14 +87,20 @@ Said = Message | Reasoning | FunctionCall
 Item = Said | FunctionCallOutput | ItemReference
 
 
-class Tool(msgspec.Struct):
+class Tool(msgspec.Struct, tag="function"):
     """A tool of the agent."""
 
-    type: Literal["function"]
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+
+
+class Namespace(msgspec.Struct, tag="namespace"):
+    """Tools under one name."""
+
+    name: str
+    tools: list[Tool]
 
 
 class ToolChoice(msgspec.Struct):
@@ -126,7 +132,7 @@ class Fields(msgspec.Struct):
     previous_response_id: str | None = None
     store: bool | None = None
     max_output_tokens: int | None = None
-    tools: list[Tool] | None = None
+    tools: list[Tool | Namespace] | None = None
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
@@ -149,7 +155,7 @@ class Responses:
         chat = {
             "messages": [*instructions, *_conversation_before(asked.previous_response_id, session), *said],
             "max_tokens": asked.max_output_tokens,
-            "tools": [_tool(tool) for tool in asked.tools or []],
+            "tools": [said for tool in asked.tools or [] for said in _tools(tool)],
             "tool_choice": _tool_choice(asked.tool_choice),
             "reasoning_effort": reasoning.effort,
             "response_format": _response_format(text.format),
@@ -168,7 +174,7 @@ class Responses:
             **_head(values, turn),
             "status": _status(turn),
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
-            "output": _items(turn),
+            "output": _items(turn, values),
             "usage": {
                 "input_tokens": num_prompt,
                 "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -194,7 +200,7 @@ class Responses:
         }
         yield made("created", response=begun)
         yield made("in_progress", response=begun)
-        for index, item in enumerate(_items(turn)):
+        for index, item in enumerate(_items(turn, values)):
             yield made("output_item.added", output_index=index, item=_as_begun(item))
             for kind, fields in _growth(item):
                 yield made(kind, item_id=item["id"], output_index=index, **fields)
@@ -256,7 +262,7 @@ def _said(items: Iterable[Item], session: Session) -> list[dict[str, Any]]:
 def _referred(reference: ItemReference, session: Session) -> Said:
     _, _, name = reference.id.partition("_")
     turn = session.turn_of_id(name.partition("_")[0])
-    items = _items(turn) if turn is not None and turn.kept_from is not None else []
+    items = _items(turn, {}) if turn is not None and turn.kept_from is not None else []
     found = next((item for item in items if item["id"] == reference.id), None)
     if found is None:
         raise _not_found("item_reference", reference.id)
@@ -270,7 +276,7 @@ def _part(item: Said) -> tuple[str, Any]:
         return "reasoning", "".join(part.text for part in item.content or item.summary)
     if isinstance(item, Message):
         return "content", _content(item.content)
-    function = {"name": item.name, "arguments": item.arguments}
+    function = {"name": _flat(item.namespace, item.name), "arguments": item.arguments}
     return "tool_calls", [{"id": item.call_id, "type": "function", "function": function}]
 
 
@@ -289,10 +295,29 @@ def _content(content: str | list[InputText] | list[InputText | OutputText]) -> s
     return content if isinstance(content, str) else content_of([part.text for part in content])
 
 
-def _tool(tool: Tool) -> dict[str, Any]:
-    names = ("name", "description", "parameters", "strict")
-    values = {name: getattr(tool, name) for name in names}
-    return {"type": "function", "function": {name: value for name, value in values.items() if value is not None}}
+def _flat(namespace: str | None, name: str) -> str:
+    """A tool's name where there are no namespaces, as the server's own route has it."""
+    return name if namespace is None else f"{namespace}__{name}"
+
+
+def _tools(tool: Tool | Namespace, namespace: str | None = None) -> Iterator[dict[str, Any]]:
+    if isinstance(tool, Namespace):
+        for inner in tool.tools:
+            yield from _tools(inner, tool.name)
+        return
+    values = {name: getattr(tool, name) for name in ("description", "parameters", "strict")}
+    said = {name: value for name, value in values.items() if value is not None}
+    yield {"type": "function", "function": {"name": _flat(namespace, tool.name), **said}}
+
+
+def _own_names(values: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Namespace and name of the tools of a request, by their flat names."""
+    spaces = [tool for tool in values.get("tools") or [] if tool["type"] == "namespace"]
+    return {
+        _flat(space["name"], tool["name"]): {"namespace": space["name"], "name": tool["name"]}
+        for space in spaces
+        for tool in space["tools"]
+    }
 
 
 def _tool_choice(choice: str | ToolChoice | None) -> Any:
@@ -332,8 +357,8 @@ def _status(turn: Turn) -> str:
     return "incomplete" if turn.finish_reason == "length" else "completed"
 
 
-def _items(turn: Turn) -> list[dict[str, Any]]:
-    """The answer in items. There is a message where no tool is called, so that one comes back."""
+def _items(turn: Turn, values: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answer to a request in items. There is a message where no tool is called, so that one comes back."""
     message = turn.message
     calls = message.get("tool_calls") or []
     items: list[dict[str, Any]] = []
@@ -343,9 +368,10 @@ def _items(turn: Turn) -> list[dict[str, Any]]:
     if message["content"] or not calls:
         said = {"type": "output_text", "text": message["content"] or "", **NO_EXTRAS}
         items.append({"id": f"msg_{turn.id}", "type": "message", "role": "assistant", "content": [said]})
+    own_names = _own_names(values)
     for index, call in enumerate(calls):
         head = {"id": f"fc_{turn.id}_{index}", "type": "function_call", "call_id": call["id"]}
-        items.append({**head, **call["function"]})
+        items.append({**head, **call["function"], **own_names.get(call["function"]["name"], {})})
     return [{**item, "status": _status(turn)} for item in items]
 
 
