@@ -83,6 +83,8 @@ class TokenServer:
             What arrived.
         version (`str`):
             Label of the weights.
+        owned_by (`str`):
+            What kind of server it says that it is.
     """
 
     def __init__(self, chat_template: str = CHATML, end: str = "<|im_end|>", parses_thoughts: bool = False):
@@ -92,6 +94,7 @@ class TokenServer:
         self.replies: list[str | Callable[[], str]] = []
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.version = "3"
+        self.owned_by = "vllm"
         self.headers: dict[str, str] = {}
         self._http: ThreadingHTTPServer | None = None
 
@@ -240,7 +243,8 @@ def _handler(server: TokenServer) -> type[BaseHTTPRequestHandler]:
         disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
-            models = {"data": [{"id": "policy", "max_model_len": MAX_MODEL_LEN, "parent": None}]}
+            model = {"id": "policy", "max_model_len": MAX_MODEL_LEN, "parent": None, "owned_by": server.owned_by}
+            models = {"data": [model]}
             answers: dict[str, Any] = {"/health": {}, "/v1/models": models}
             self.send(200 if self.path in answers else 404, answers.get(self.path, {"detail": "Not Found"}))
 

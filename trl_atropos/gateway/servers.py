@@ -267,6 +267,12 @@ class InferenceServers:
                 "A gateway samples through vLLM's routes for tokens.",
                 "Correct --servers: they name servers that were started with trl vllm-serve.",
             ) from exc
+        if model.get("owned_by") == "sglang":
+            raise PreflightError(
+                f"The server at {server.url} is an SGLang server.",
+                "A gateway renders, samples and parses through vLLM's routes for tokens, which SGLang does not have.",
+                "Start one with `trl vllm-serve`, or let environments ask the SGLang server without a gateway.",
+            )
         status, text = await self._get(server, "/openapi.json")
         # Without documents the first request tells.
         missing = [path for path in ROUTES if path.encode() not in text] if status == 200 else []
