@@ -5,17 +5,19 @@ was sampled, and all of it.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
 import torch
 from fork_server import ForkedProcess
-from gateway_agents import ask, client, user
+from gateway_agents import AGENTS, ChatAgent, Clients, MessagesAgent, ResponsesAgent, ask, client, user
 from live_api import ApiProcess
 from publishing import load
 from recorder import recording
@@ -24,6 +26,7 @@ from servers import add_chat_template, save_tiny_model, serve
 from trl_atropos import Gateway
 from trl_atropos.envs.ecosystems import ECOSYSTEMS
 from trl_atropos.gateway.gateway import GatewaySession
+from trl_atropos.gateway.groups import SessionRollout
 
 
 GROUP_SIZE = 4
@@ -67,7 +70,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def vllm_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log_path = tmp_path_factory.mktemp("served") / "vllm.log"
-    options = ("--enforce_eager", "True", "--dtype", "float32", "--max_model_len", str(MAX_TOKENS))
+    options = [*("--enforce_eager", "True", "--dtype", "float32", "--max_model_len", str(MAX_TOKENS))]
+    options += ["--enable-auto-tool-choice", "--tool-call-parser", "asked_for"]
+    options += ["--tool-parser-plugin", str(Path(__file__).with_name("tool_parser.py"))]
     with serve(model, *options, log_path=log_path) as url:
         yield url
 
@@ -189,6 +194,11 @@ def test_what_a_gateway_records_is_what_the_server_rendered_and_sampled(model, v
     assert [rollout.policy_version for rollout in rollouts] == [11, 12]
     num_trained = sum(label != -100 for rollout in rollouts for label in rollout.masks)
     assert num_trained == sum(len(turn.sampled) for turn in turns)
+    check_logprobs(model, rollouts)
+
+
+def check_logprobs(model: Path, rollouts: list[SessionRollout]) -> None:
+    """Compare what was recorded with what the model gives the same tokens, teacher forced."""
     policy = load(model).to(torch.float32).eval()
     for rollout in rollouts:
         with torch.no_grad():
@@ -197,6 +207,62 @@ def test_what_a_gateway_records_is_what_the_server_rendered_and_sampled(model, v
             if token != -100:
                 error = rollout.inference_logprobs[position] - computed[position - 1, token].item()
                 assert abs(error) < MAX_TURN_LOGPROB_ERROR
+
+
+OWN_ROUTES = {
+    ChatAgent: ("/v1/chat/completions/render", "messages"),
+    MessagesAgent: ("/v1/messages/render", "messages"),
+    ResponsesAgent: ("/v1/responses/render", "input"),
+}
+"""How the server itself renders a dialect, and its name for the conversation."""
+
+
+@pytest.mark.parametrize("kind", AGENTS)
+def test_a_conversation_with_a_call_in_any_dialect_is_what_the_server_rendered_and_sampled(model, vllm_url, kind):
+    async def converse(session: GatewaySession, clients: Clients) -> list[list[Any]]:
+        agent = kind(session, clients, "Be good.", has_tools=True)
+        asked = []
+        for is_streamed, text in ((False, "Call."), (True, ""), (False, "And then?")):
+            agent.tell(text, of_tools="Three.")
+            # As JSON: agents keep objects of their SDK.
+            asked.append(
+                json.loads(json.dumps(agent.messages, default=lambda part: part.model_dump(exclude_none=True)))
+            )
+            await agent.ask(is_streamed, max_tokens=40)
+            if len(asked) == 1 and not agent.calls:
+                # It ended before it said anything.
+                return []
+        return asked
+
+    async def run() -> tuple[GatewaySession, list[list[Any]]]:
+        async with Gateway([f"{vllm_url}/v1"]) as gateway, Clients() as clients:
+            for _ in range(20):
+                async with gateway.session() as session:
+                    session.reward = 1.0
+                    asked = await converse(session, clients)
+                if asked:
+                    return session, asked
+            raise AssertionError("the model never said anything")
+
+    session, asked = asyncio.run(run())
+    first, second, third = turns = session.recorded.turns
+    assert [turn.parent for turn in turns] == [None, first, second]
+    assert first.message["tool_calls"][0]["function"]["name"] == "add"
+    (rollout,) = session.finished().rollouts
+    assert rollout.tokens == [*third.token_ids()]
+    assert [label for label in rollout.masks if label != -100] == [*first.sampled, *second.sampled, *third.sampled]
+    check_logprobs(model, [rollout])
+    if kind in OWN_ROUTES:
+        route, name = OWN_ROUTES[kind]
+        system = {MessagesAgent: {"system": "Be good."}, ResponsesAgent: {"instructions": "Be good."}}.get(kind, {})
+        for turn, conversation in zip(turns, asked, strict=True):
+            body = {"model": str(model), "max_tokens": 40, name: conversation, **system}
+            answer = requests.post(vllm_url + route, json=body, timeout=60)
+            rendered = answer.json()["token_ids"]
+            # The server's own but for the replies, which it renders from their text.
+            assert rendered[: len(first.added)] == first.added.tolist()
+            assert rendered[-len(turn.added) :] == turn.added.tolist()
+            assert rendered.count(EOS) == turn.token_ids()[: -len(turn.sampled)].count(EOS)
 
 
 def test_an_agent_as_an_environment_posts_what_was_sampled(model, vllm_url, tmp_path):

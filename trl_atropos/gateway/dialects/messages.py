@@ -22,7 +22,7 @@ UNPARSED = "INVALID_JSON"
 """Anthropic's name for arguments that are no JSON object, in an object that has nothing else."""
 
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "stop": "end_turn"}
+STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 ERRORS = {
     401: "authentication_error",
     403: "permission_error",
@@ -266,7 +266,7 @@ def _usage(turn: Turn, num_sampled: int) -> dict[str, int]:
 def _stopped(turn: Turn) -> dict[str, str | None]:
     if turn.finish_reason == "stop" and turn.stop_string is not None:
         return {"stop_reason": "stop_sequence", "stop_sequence": turn.stop_string}
-    return {"stop_reason": STOP_REASONS[turn.finish_reason], "stop_sequence": None}
+    return {"stop_reason": STOP_REASONS.get(turn.finish_reason, "end_turn"), "stop_sequence": None}
 
 
 def _blocks(turn: Turn) -> list[dict[str, Any]]:
