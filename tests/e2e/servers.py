@@ -53,6 +53,7 @@ def add_chat_template(model_dir: Path) -> Path:
     """Give the tokenizer a template in which every turn ends with an end-of-sequence token, as in most."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}"
         "{% for message in messages %}{{ message['role'][0] }}:{{ message['content'] or '' }}"
         "{% for call in message['tool_calls'] or [] %}{{ call['function'] | tojson }}{% endfor %}<eos>{% endfor %}"
         "{% if add_generation_prompt %}a:{% endif %}"

@@ -17,7 +17,7 @@ import pytest
 import requests
 import torch
 from fork_server import ForkedProcess
-from gateway_agents import AGENTS, ChatAgent, Clients, MessagesAgent, ResponsesAgent, ask, client, user
+from gateway_agents import ADD, AGENTS, ChatAgent, Clients, MessagesAgent, ResponsesAgent, ask, client, user
 from live_api import ApiProcess
 from publishing import load
 from recorder import recording
@@ -209,12 +209,23 @@ def check_logprobs(model: Path, rollouts: list[SessionRollout]) -> None:
                 assert abs(error) < MAX_TURN_LOGPROB_ERROR
 
 
+FUNCTION = {name: value for name, value in ADD["function"].items() if name != "strict"}
+# What is said beside the conversation, and the name of that.
 OWN_ROUTES = {
-    ChatAgent: ("/v1/chat/completions/render", "messages"),
-    MessagesAgent: ("/v1/messages/render", "messages"),
-    ResponsesAgent: ("/v1/responses/render", "input"),
+    ChatAgent: ("/v1/chat/completions/render", "messages", {"tools": [{"type": "function", "function": FUNCTION}]}),
+    MessagesAgent: (
+        *("/v1/messages/render", "messages"),
+        {
+            "system": "Be good.",
+            "tools": [{key.replace("parameters", "input_schema"): value for key, value in FUNCTION.items()}],
+        },
+    ),
+    ResponsesAgent: (
+        *("/v1/responses/render", "input"),
+        {"instructions": "Be good.", "tools": [{"type": "function", "strict": None, **FUNCTION}]},
+    ),
 }
-"""How the server itself renders a dialect, and its name for the conversation."""
+"""The routes by which the server itself renders a dialect. Strict tools are none behind a gateway."""
 
 
 @pytest.mark.parametrize("kind", AGENTS)
@@ -253,10 +264,9 @@ def test_a_conversation_with_a_call_in_any_dialect_is_what_the_server_rendered_a
     assert [label for label in rollout.masks if label != -100] == [*first.sampled, *second.sampled, *third.sampled]
     check_logprobs(model, [rollout])
     if kind in OWN_ROUTES:
-        route, name = OWN_ROUTES[kind]
-        system = {MessagesAgent: {"system": "Be good."}, ResponsesAgent: {"instructions": "Be good."}}.get(kind, {})
+        route, name, others = OWN_ROUTES[kind]
         for turn, conversation in zip(turns, asked, strict=True):
-            body = {"model": str(model), "max_tokens": 40, name: conversation, **system}
+            body = {"model": str(model), "max_tokens": 40, name: conversation, **others}
             answer = requests.post(vllm_url + route, json=body, timeout=60)
             rendered = answer.json()["token_ids"]
             # The server's own but for the replies, which it renders from their text.
