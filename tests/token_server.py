@@ -74,6 +74,8 @@ class TokenServer:
             The special token that ends a reply.
         parses_thoughts (`bool`, *optional*):
             Whether text between `<think>` and `</think>` is shown as `reasoning`.
+        max_model_len (`int`, *optional*):
+            Tokens that prompt and reply may have together.
 
     Attributes:
         replies (`list[str | Callable]`):
@@ -87,10 +89,17 @@ class TokenServer:
             What kind of server it says that it is.
     """
 
-    def __init__(self, chat_template: str = CHATML, end: str = "<|im_end|>", parses_thoughts: bool = False):
+    def __init__(
+        self,
+        chat_template: str = CHATML,
+        end: str = "<|im_end|>",
+        parses_thoughts: bool = False,
+        max_model_len: int = MAX_MODEL_LEN,
+    ):
         self.tokenizer = merging_tokenizer(chat_template, end)
         self.end = self.tokenizer.convert_tokens_to_ids(end)
         self.parses_thoughts = parses_thoughts
+        self.max_model_len = max_model_len
         self.replies: list[str | Callable[[], str]] = []
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.version = "3"
@@ -152,6 +161,7 @@ class TokenServer:
             "/v1/chat/completions/derender": self._derender,
             "/v1/completions/derender": self._derender_text,
             "/detokenize": lambda body: {"prompt": self.text(body["tokens"])},
+            "/generate": self._generate_for_environments,
         }
         return handlers[path](body)
 
@@ -175,16 +185,16 @@ class TokenServer:
 
     def _render(self, body: dict[str, Any]) -> dict[str, Any]:
         ids = self.rendered(body)
-        if len(ids) >= MAX_MODEL_LEN:
-            raise Refused(f"This model's maximum context length is {MAX_MODEL_LEN} tokens")
+        if len(ids) >= self.max_model_len:
+            raise Refused(f"This model's maximum context length is {self.max_model_len} tokens")
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
-        if limit and limit > MAX_MODEL_LEN:
-            raise Refused(f"max_tokens={limit} cannot be greater than max_model_len={MAX_MODEL_LEN}")
+        if limit and limit > self.max_model_len:
+            raise Refused(f"max_tokens={limit} cannot be greater than max_model_len={self.max_model_len}")
         parameters = {name: body.get(name) for name in DISTRIBUTION}
         grammar = body.get("tool_choice") not in (None, "auto", "none") or body.get("response_format")
         parameters |= {
             "n": 1,
-            "max_tokens": min(limit or MAX_MODEL_LEN, MAX_MODEL_LEN - len(ids)),
+            "max_tokens": min(limit or self.max_model_len, self.max_model_len - len(ids)),
             "stop": [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop") or [],
             "structured_outputs": {"json": {}} if grammar else None,
         }
@@ -215,6 +225,13 @@ class TokenServer:
         }
         return {"request_id": "r", "choices": [choice]}
 
+    def _generate_for_environments(self, body: dict[str, Any]) -> dict[str, Any]:
+        if "prompt" not in body:
+            raise Refused("prompt is missing")
+        reply = self.replies.pop(0)
+        ids = self.sampled_ids(reply() if callable(reply) else reply)
+        return {"logprobs": [[[{str(token): -(token % 64) / 64}] for token in ids]], "finish_reasons": ["stop"]}
+
     def _derender(self, body: dict[str, Any]) -> dict[str, Any]:
         (choice,) = body["generate_response"]["choices"]
         text = self.text(choice["token_ids"])
@@ -243,7 +260,12 @@ def _handler(server: TokenServer) -> type[BaseHTTPRequestHandler]:
         disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
-            model = {"id": "policy", "max_model_len": MAX_MODEL_LEN, "parent": None, "owned_by": server.owned_by}
+            model = {
+                "id": "policy",
+                "max_model_len": server.max_model_len,
+                "parent": None,
+                "owned_by": server.owned_by,
+            }
             models = {"data": [model]}
             answers: dict[str, Any] = {"/health": {}, "/v1/models": models}
             self.send(200 if self.path in answers else 404, answers.get(self.path, {"detail": "Not Found"}))

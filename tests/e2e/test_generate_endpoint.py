@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from servers import VOCAB_SIZE, save_tiny_model, serve
 from transformers import AutoConfig
 
 from trl_atropos.errors import PreflightError, WeightSyncError
+from trl_atropos.gateway.gateway import Gateway
 from trl_atropos.trainer.preflight import inspect_server
 from trl_atropos.weight_sync.client import AtroposVLLMClient
 
@@ -106,6 +108,16 @@ def test_api_key_guards_our_routes(url: str) -> None:
     assert AtroposVLLMClient(url, api_key=KEY).find_calls(["0" * 32]) == [None]
     with pytest.raises(WeightSyncError, match="--vllm_api_key"):
         AtroposVLLMClient(url, api_key="wrong")
+
+
+def test_a_gateway_answers_an_environment_as_its_server_does(url: str) -> None:
+    options = {"n": 2, "max_tokens": 9, "seed": 3, "ignore_eos": True}
+
+    async def through_a_gateway() -> requests.Response:
+        async with Gateway([url], api_key=KEY, environment_key="environment") as gateway:
+            return await asyncio.to_thread(generate, gateway.address, "environment", **options)
+
+    assert asyncio.run(through_a_gateway()).json() == generate(url, **options).json()
 
 
 def test_other_routes_are_untouched(url: str) -> None:

@@ -19,6 +19,7 @@ from types import FrameType
 import uvicorn
 
 from ..errors import PreflightError
+from ..network import listening_socket
 from .app import TrajectoryApp
 from .options import ApiOptions
 
@@ -69,8 +70,7 @@ def listen(options: ApiOptions) -> socket.socket:
         PreflightError: The address cannot be had.
     """
     try:
-        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-        return socket.create_server((options.host, options.port), family=family, backlog=BACKLOG)
+        return listening_socket(options.host, options.port, backlog=BACKLOG)
     except OSError as exc:
         raise PreflightError(
             f"The API cannot listen on {options.host}:{options.port}: {exc}.",

@@ -44,6 +44,12 @@ def add_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         help="file with the key of the control routes; without it a key is made and printed once",
     )
     parser.add_argument(
+        "--environment_key_file",
+        type=Path,
+        help="file with the key of environments that generate through the gateway and record for themselves; without it "
+        "nobody does",
+    )
+    parser.add_argument(
         "--scale_rewards",
         choices=["group", "none"],
         default="group",
@@ -84,7 +90,8 @@ async def _serve(args: argparse.Namespace, options: GatewayOptions, key: str) ->
     from ..gateway.groups import GroupMaker
     from ..gateway.posting import GroupPoster
 
-    gateway = Gateway(args.servers, options, os.environ.get("VLLM_API_KEY"), args.host, args.port)
+    environment_key = None if args.environment_key_file is None else read_key(args.environment_key_file)
+    gateway = Gateway(args.servers, options, os.environ.get("VLLM_API_KEY"), args.host, args.port, environment_key)
     poster = GroupPoster(args.api_url, gateway.counts)
     maker = GroupMaker(args.group_size, options.temperature, args.scale_rewards == "group")
     gateway.served = ControlApp(gateway, poster, maker, key)

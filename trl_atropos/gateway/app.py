@@ -27,6 +27,7 @@ from .chat import ChatRequest, read_chat_request
 from .dialects import CHAT, DIALECTS, MESSAGES
 from .dialects.base import Dialect
 from .options import LIFT
+from .passing import PassThrough
 from .recorder import Recorder
 from .sessions import UNDELIVERED, Session, Sessions
 from .turns import Turn
@@ -52,11 +53,14 @@ class AgentApp:
             The open sessions.
         recorder ([`Recorder`]):
             Answers requests.
+        environments ([`PassThrough`], *optional*):
+            Answers requests of environments, which show a key of theirs.
     """
 
-    def __init__(self, sessions: Sessions, recorder: Recorder):
+    def __init__(self, sessions: Sessions, recorder: Recorder, environments: PassThrough | None = None):
         self.sessions = sessions
         self.recorder = recorder
+        self.environments = environments
         self.options = recorder.options
         self._dialects = {("POST", dialect.path): dialect for dialect in DIALECTS}
 
@@ -80,8 +84,11 @@ class AgentApp:
         session, path = self._session_of(request)
         dialect = self._dialects.get((request.method, path))
         try:
-            if session is None or request.is_from_another_site:
+            if request.is_from_another_site:
                 await json_answer(NOT_FOUND, 404).send(request)
+            elif session is None:
+                if not await self._is_passed(request):
+                    await json_answer(NOT_FOUND, 404).send(request)
             elif dialect is not None:
                 await self._ask(request, session, dialect)
             elif (request.method, path) == ("POST", COUNT_PATH):
@@ -95,6 +102,11 @@ class AgentApp:
             self.recorder.counts.num_refused += 1
             logger.warning("event=request_refused status=%d error=%r", exc.status_code, str(exc))
             await refusal(exc, MESSAGES if path == COUNT_PATH else dialect or CHAT).send(request)
+
+    async def _is_passed(self, request: Request) -> bool:
+        """Whether a request is one of an environment, and answered."""
+        environments = self.environments
+        return environments is not None and environments.is_asked(request) and await environments.answer(request)
 
     def _session_of(self, request: Request) -> tuple[Session | None, str]:
         found = SESSION_PATH.fullmatch(request.path)

@@ -14,11 +14,13 @@ import uvicorn
 
 from ..api.refusals import RequestRefused
 from ..errors import EpisodeError, PreflightError
+from ..network import listening_socket
 from ..serving.asgi import ASGIApp
 from .app import AgentApp
 from .counts import GatewayCounts
 from .groups import FinishedSession, rollouts_of
 from .options import GatewayOptions
+from .passing import PassThrough
 from .recorder import Recorder
 from .servers import InferenceServers
 from .sessions import Session, Sessions
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 SWEEP_INTERVAL_S = 1.0
 START_INTERVAL_S = 0.005
 CLOSE_TIMEOUT_S = 5
+BACKLOG = 2048
 
 KEEP_CONNECTION_S = 75
 """So long a connection of an agent may idle, between calls of its tools: longer than clients keep one, so that none is closed
@@ -98,6 +101,9 @@ class Gateway:
             Where agents reach it.
         port (`int`, *optional*, defaults to `0`):
             0 is any free one.
+        environment_key (`str`, *optional*):
+            Who shows it as an API key may generate on the servers without a session: environments that record for
+            themselves. Without it nobody may.
     """
 
     def __init__(
@@ -107,13 +113,17 @@ class Gateway:
         api_key: str | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
+        environment_key: str | None = None,
     ):
         self.options = options or GatewayOptions()
         self.counts = GatewayCounts()
         self.servers = InferenceServers(servers, api_key, self.options.server_wait_s)
         self.sessions = Sessions(self.options, self.counts)
         self.recorder = Recorder(self.servers, self.options, self.counts)
-        self.app = AgentApp(self.sessions, self.recorder)
+        self.environments = (
+            None if environment_key is None else PassThrough(self.servers, environment_key, self.options, self.counts)
+        )
+        self.app = AgentApp(self.sessions, self.recorder, self.environments)
         self.served: ASGIApp = self.app
         """What listens: the routes of agents, unless control routes are put around them before it starts."""
         self.host, self.port = host, port
@@ -129,7 +139,8 @@ class Gateway:
             PreflightError: A server cannot be used, or the address is taken.
         """
         listener = _listen(self.host, self.port)
-        self.address = "http://{}:{}".format(*listener.getsockname()[:2])
+        host, port = listener.getsockname()[:2]
+        self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         try:
             await self.servers.start()
         except PreflightError:
@@ -254,7 +265,7 @@ def checked_reward(value: Any) -> float:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), backlog=2048)
+        return listening_socket(host, port, backlog=BACKLOG)
     except OSError as exc:
         raise PreflightError(
             f"The gateway cannot listen on {host}:{port}: {exc.strerror or exc}.",

@@ -95,6 +95,16 @@ class Affinity:
 
 
 @dataclass(frozen=True)
+class ServerReply:
+    """An HTTP answer, the server that gave it, and its headers by their names in lower case."""
+
+    status: int
+    text: bytes
+    server: InferenceServer
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True)
 class ServerAnswer:
     """The JSON object of an answer, the server that gave it, and the headers in lower case."""
 
@@ -162,49 +172,60 @@ class InferenceServers:
     async def post(self, affinity: Affinity, path: str, body: dict[str, Any]) -> ServerAnswer:
         """Send a request to the server of a session, or to another one that is there.
 
-        `body` gets the name of the model. A request without an answer is sent again: nobody has seen what it may have led
-        to.
+        `body` gets the name of the model.
 
         Raises:
             ServerRefused: A server answered with an error of the client, or several times with one of its own.
+            RequestRefused: No server was there in time (503).
+        """
+        reply = await self.exchange(affinity, "POST", path, body)
+        if reply.status >= 300:
+            raise _refusal(reply.server, path, reply.status, reply.text)
+        return ServerAnswer(msgspec.json.decode(reply.text), reply.server, reply.headers)
+
+    async def exchange(self, affinity: Affinity, method: str, path: str, body: bytes | dict[str, Any]) -> ServerReply:
+        """Ask the server of `affinity`, or another one that is there, whatever it answers.
+
+        A request without an answer is sent again: nobody has seen what it may have led to. So is, a few times, one that a
+        server answered with an error of its own. A `body` that is an object gets the name of the server's model.
+
+        Raises:
             RequestRefused: No server was there in time (503).
         """
         deadline = time.monotonic() + self.wait_s
         num_failures = 0
         while True:
             server = await self._server_of(affinity, deadline)
-            answer = await self._send(server, path, body)
-            if isinstance(answer, ServerAnswer):
-                return answer
+            reply = await self._send(server, method, path, body)
+            if reply is not None and reply.status < 500:
+                return reply
             self.num_resent += 1
-            if answer is not None:
+            if reply is not None:
+                # Also what vLLM answers whose engine has died.
+                self._note_absent(server, reply.status)
                 num_failures += 1
                 if num_failures == MAX_FAILURES:
-                    raise answer
+                    return reply
 
     async def _send(
-        self, server: InferenceServer, path: str, body: dict[str, Any]
-    ) -> ServerAnswer | ServerRefused | None:
-        """Send a request once: its answer, the server's own error, or None where the connection broke."""
+        self, server: InferenceServer, method: str, path: str, body: bytes | dict[str, Any]
+    ) -> ServerReply | None:
+        """Send a request once; None where the connection broke."""
         assert self._http is not None, "start() comes first"
-        data = msgspec.json.encode({**body, "model": server.model})
+        data = body if isinstance(body, bytes) else msgspec.json.encode({**body, "model": server.model})
         server.num_in_flight += 1
         try:
-            async with self._http.post(server.url + path, data=data, headers=self._headers) as response:
+            async with self._http.request(
+                method, server.url + path, data=data or None, headers=self._headers
+            ) as response:
                 text = await response.read()
         except CONNECTION_FAILURES as exc:
             self._note_absent(server, exc)
             return None
         finally:
             server.num_in_flight -= 1
-        if response.status >= 500:
-            # Also what vLLM answers whose engine has died.
-            self._note_absent(server, response.status)
-            return _refusal(server, path, response.status, text)
-        if response.status >= 300:
-            raise _refusal(server, path, response.status, text)
         headers = {name.lower(): value for name, value in response.headers.items()}
-        return ServerAnswer(msgspec.json.decode(text), server, headers)
+        return ServerReply(response.status, text, server, headers)
 
     async def _server_of(self, affinity: Affinity, deadline: float) -> InferenceServer:
         while True:

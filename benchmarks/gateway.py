@@ -1,0 +1,273 @@
+"""What a gateway adds to generation: `trl-atropos gateway` in front of a stand-in server, and the stand-in alone.
+
+    python benchmarks/gateway.py [--num_sessions 64] [--num_turns 4] [--history_tokens 32000] [--generation_s 15]
+
+Prints one JSON line a case and one with what is held against `LIMITS`. Gateway, server and clients are processes of their own on the same
+cores.
+
+`passing`: an environment's `/generate` with prompts of 512 tokens and answers of 128, straight and through the gateway: one client that asks
+one request after another of a server that answers at once, and 64 that ask a server that samples for a second.
+
+`sessions`: agents that begin with a message of `--history_tokens` tokens and go on for `--num_turns` turns, all at once, each from another
+moment of the first `--generation_s` seconds. The stand-in knows its answers by heart and sleeps so long in each generation; what a client
+waited beyond that is what was added, the stand-in's own reading and writing with it. `bytes_per_token` is what the gateway's memory grew by,
+over all tokens that it holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import psutil
+import uvicorn
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from token_server import TokenServer  # noqa: E402
+
+from trl_atropos.gateway.servers import DERENDER_TEXT, DETOKENIZE, GENERATE, ROUTES  # noqa: E402
+from trl_atropos.network import listening_socket  # noqa: E402
+
+
+HOST = "127.0.0.1"
+KEY = "benchmark"
+LETTERS = "bcdfgjkmpqvwxyz"
+"""That no merge of the stand-in's tokenizer joins."""
+
+NUM_PROMPT_TOKENS = 512
+NUM_ANSWER_TOKENS = 128
+NUM_SEQUENTIAL = 300
+NUM_CLIENTS = 64
+NUM_OF_A_CLIENT = 8
+SAMPLING_S = 1.0
+REPLY = LETTERS * 8
+LIMITS = {
+    "passing_added_p50_ms": 2.0,
+    "passing_rate_share": 0.97,
+    "turn_added_p50_ms": 15.0,
+    "turn_added_p95_ms": 50.0,
+    "bytes_per_token": 40.0,
+}
+
+
+class Server:
+    """The stand-in as an ASGI application. Equal requests have equal answers, which are made once."""
+
+    def __init__(self, generation_s: float, max_model_len: int):
+        self.tokens = TokenServer(max_model_len=max_model_len)
+        self.generation_s = generation_s
+        self.sampling_s = 0.0
+        content = [[{str(number % 500): -1.25}] for number in range(NUM_ANSWER_TOKENS)]
+        self.passed = json.dumps({"logprobs": [content], "finish_reasons": ["stop"]}).encode()
+        model = {"id": "policy", "max_model_len": max_model_len, "parent": None, "owned_by": "vllm"}
+        self.models = json.dumps({"data": [model]}).encode()
+        self.known: dict[bytes, bytes] = {}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer."""
+        parts, has_more = [], True
+        while has_more:
+            message = await receive()
+            parts.append(message.get("body", b""))
+            has_more = message.get("more_body", False)
+        answer = await self._answer(scope["path"], b"".join(parts))
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(answer)).encode())]
+        await send({"type": "http.response.start", "status": 200 if answer else 404, "headers": headers})
+        await send({"type": "http.response.body", "body": answer})
+
+    async def _answer(self, path: str, body: bytes) -> bytes:
+        if path == "/v1/models":
+            return self.models
+        if path == "/generate":
+            await asyncio.sleep(self.sampling_s)
+            return self.passed
+        if path == "/sampling":
+            self.sampling_s = float(body)
+            return b"{}"
+        if path not in (*ROUTES, DERENDER_TEXT, DETOKENIZE):
+            return b""
+        key = path.encode() + hashlib.blake2b(body).digest()
+        if key not in self.known:
+            self.tokens.replies = [REPLY]
+            self.known[key] = msgspec.json.encode(self.tokens.answer(path, msgspec.json.decode(body)))
+        if path == GENERATE:
+            await asyncio.sleep(self.generation_s)
+        return self.known[key]
+
+
+def serve(generation_s: float, max_model_len: int, ports: Connection) -> None:
+    """Run the stand-in until the process is ended, and tell its port."""
+    listener = listening_socket(HOST, 0, backlog=1024)
+    ports.send(listener.getsockname()[1])
+    config = uvicorn.Config(Server(generation_s, max_model_len), log_config=None, access_log=False, lifespan="off")
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+@contextmanager
+def running_server(generation_s: float, max_model_len: int) -> Iterator[str]:
+    """The URL of a stand-in."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(generation_s, max_model_len, theirs), daemon=True)
+    process.start()
+    try:
+        yield f"http://{HOST}:{ours.recv()}"
+    finally:
+        process.kill()
+        process.join()
+
+
+@contextmanager
+def running_gateway(server_url: str, directory: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """The URL of a gateway, and its process."""
+    key_file = directory / "key"
+    key_file.write_text(KEY)
+    command = [
+        *(sys.executable, "-m", "trl_atropos.cli.main", "gateway", "--servers", server_url, "--api_url", server_url),
+        *("--port", "0", "--key_file", str(key_file), "--environment_key_file", str(key_file)),
+        *("--group_size", "4096"),
+    ]
+    with (directory / "gateway.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError((directory / "gateway.log").read_text())
+        yield line.split()[2], psutil.Process(process.pid)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+def percentile_ms(values: Sequence[float], share: float) -> float:
+    """A percentile of seconds, in milliseconds."""
+    return round(1000 * sorted(values)[min(int(share * len(values)), len(values) - 1)], 2)
+
+
+async def passed(http: aiohttp.ClientSession, url: str, prompt: list[int]) -> float:
+    """Seconds of one request of an environment."""
+    body = {"prompt": {"prompt_token_ids": prompt}, "max_tokens": NUM_ANSWER_TOKENS}
+    start = time.perf_counter()
+    async with http.post(f"{url}/generate", json=body, headers={"Authorization": f"Bearer {KEY}"}) as response:
+        content = await response.read()
+    if response.status != 200:
+        raise RuntimeError(f"/generate answered {response.status}: {content[:300]!r}")
+    return time.perf_counter() - start
+
+
+async def measure_passing(server_url: str, gateway_url: str) -> dict[str, float]:
+    """Straight and through the gateway, in turn."""
+    rng = random.Random(0)
+    one_by_one: dict[str, list[float]] = {server_url: [], gateway_url: []}
+    seconds: dict[str, float] = {}
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+        for _ in range(NUM_SEQUENTIAL):
+            prompt = [rng.randrange(150_000) for _ in range(NUM_PROMPT_TOKENS)]
+            for url, times in one_by_one.items():
+                times.append(await passed(http, url, prompt))
+        await (await http.post(f"{server_url}/sampling", data=str(SAMPLING_S))).read()
+
+        async def client(url: str) -> None:
+            for _ in range(NUM_OF_A_CLIENT):
+                await passed(http, url, [rng.randrange(150_000) for _ in range(NUM_PROMPT_TOKENS)])
+
+        for url in (server_url, gateway_url):
+            start = time.perf_counter()
+            await asyncio.gather(*(client(url) for _ in range(NUM_CLIENTS)))
+            seconds[url] = time.perf_counter() - start
+    p50_ms = {url: percentile_ms(times, 0.5) for url, times in one_by_one.items()}
+    return {
+        "straight_p50_ms": p50_ms[server_url],
+        "through_p50_ms": p50_ms[gateway_url],
+        "passing_added_p50_ms": round(p50_ms[gateway_url] - p50_ms[server_url], 2),
+        "passing_rate_share": round(seconds[server_url] / seconds[gateway_url], 3),
+    }
+
+
+async def measure_sessions(gateway_url: str, process: psutil.Process, args: argparse.Namespace) -> dict[str, float]:
+    """Agents that talk at once."""
+    first = "".join(random.Random(0).choices(LETTERS, k=args.history_tokens))
+    waited: list[float] = []
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+
+        async def agent(group: str, delay_s: float) -> None:
+            headers = {"Authorization": f"Bearer {KEY}"}
+            async with http.post(f"{gateway_url}/session", json={"group": group}, headers=headers) as response:
+                base_url = (await response.json())["base_url"]
+            await asyncio.sleep(delay_s)
+            messages = [{"role": "user", "content": first}]
+            for _ in range(args.num_turns):
+                start = time.perf_counter()
+                async with http.post(f"{base_url}/chat/completions", json={"messages": messages}) as response:
+                    answer = await response.json()
+                    if response.status != 200:
+                        raise RuntimeError(f"An agent was answered {response.status}: {answer}")
+                waited.append(time.perf_counter() - start - args.generation_s)
+                messages += [answer["choices"][0]["message"], {"role": "user", "content": "go on"}]
+
+        # The stand-in learns its answers.
+        await agent("first", 0.0)
+        waited.clear()
+        rss = process.memory_info().rss
+        steps = [number * args.generation_s / args.num_sessions for number in range(args.num_sessions)]
+        await asyncio.gather(*(agent("measured", step) for step in steps))
+        grown = process.memory_info().rss - rss
+        async with http.get(f"{gateway_url}/status", headers={"Authorization": f"Bearer {KEY}"}) as response:
+            status = await response.json()
+    num_tokens = args.num_sessions * (args.history_tokens + args.num_turns * len(REPLY))
+    return {
+        "num_sessions": args.num_sessions,
+        "num_turns": status["num_turns"],
+        "spliced_share": status["spliced_share"],
+        "turn_added_p50_ms": percentile_ms(waited, 0.5),
+        "turn_added_p95_ms": percentile_ms(waited, 0.95),
+        "bytes_per_token": round(grown / num_tokens, 1),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_sessions", type=int, default=64)
+    parser.add_argument("--num_turns", type=int, default=4)
+    parser.add_argument("--history_tokens", type=int, default=32_000)
+    parser.add_argument("--generation_s", type=float, default=15.0)
+    args = parser.parse_args()
+    measured: dict[str, float] = {}
+    max_model_len = 2 * args.history_tokens + 4096
+    with (
+        tempfile.TemporaryDirectory() as name,
+        running_server(args.generation_s, max_model_len) as server_url,
+        running_gateway(server_url, Path(name)) as (gateway_url, process),
+    ):
+        for case in (measure_passing(server_url, gateway_url), measure_sessions(gateway_url, process, args)):
+            values = asyncio.run(case)
+            print(json.dumps(values), flush=True)
+            measured |= values
+    held = {name: {"measured": measured[name], "limit": limit} for name, limit in LIMITS.items()}
+    print(json.dumps({"num_cpus": os.cpu_count(), **held}))
+
+
+if __name__ == "__main__":
+    main()
