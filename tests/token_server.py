@@ -21,6 +21,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from trl_atropos.serving.generate_endpoint import NEUTRAL_SAMPLING_PARAMS
+
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] or '' }}"
@@ -198,7 +200,13 @@ class TokenServer:
             "stop": [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop") or [],
             "structured_outputs": {"json": {}} if grammar else None,
         }
-        return {"token_ids": ids, "sampling_params": parameters}
+        # As vLLM's parameters, which leave out their defaults.
+        said = {
+            name: value
+            for name, value in parameters.items()
+            if value is not None and value != NEUTRAL_SAMPLING_PARAMS.get(name)
+        }
+        return {"token_ids": ids, "sampling_params": said}
 
     def _generate(self, body: dict[str, Any]) -> dict[str, Any]:
         reply = self.replies.pop(0)

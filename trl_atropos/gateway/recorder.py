@@ -16,7 +16,7 @@ from typing import Any
 
 from ..api.refusals import RequestRefused
 from ..network import POLICY_VERSION_HEADER
-from ..serving.generate_endpoint import FINAL_ONLY, distribution_changes
+from ..serving.generate_endpoint import FINAL_ONLY, NEUTRAL_SAMPLING_PARAMS, distribution_changes
 from .chat import REFUSED_FIX, ChatRequest, refused, shown_message
 from .counts import GatewayCounts
 from .options import MASK, TEMPLATE, GatewayOptions
@@ -184,7 +184,8 @@ class Recorder:
 
     def _body(self, rendered: dict[str, Any], ids: list[int]) -> dict[str, Any]:
         """The request for what comes behind these ids, with the parameters that the server made of the chat request."""
-        parameters = rendered["sampling_params"]
+        # A server leaves out what is the default of its sampling parameters: also the limit of an agent that asks for 16 tokens.
+        parameters = {**NEUTRAL_SAMPLING_PARAMS, **rendered["sampling_params"]}
         parameters |= {
             "logprobs": 0,
             "output_kind": FINAL_ONLY,

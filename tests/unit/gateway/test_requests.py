@@ -72,6 +72,17 @@ class TestSampling:
         assert "parallel_tool_calls" not in request.body
         assert request.changed == ("parallel_tool_calls", "tools.strict")
 
+    def test_a_limit_that_is_the_servers_default_is_kept(self):
+        """The server leaves 16 out of the parameters that it shows."""
+        with TokenServer() as server:
+            server.replies = ["a" * 30]
+
+            async def agent(session: GatewaySession) -> None:
+                choice = await ask(session.base_url, [*MESSAGES], max_tokens=16)
+                assert (choice.finish_reason, choice.message.content) == ("length", "a" * 16)
+
+            in_session(server, agent)
+
     def test_a_text_format_is_none_and_an_empty_list_of_tools_too(self):
         values = {"messages": MESSAGES, "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto"}
         assert asked_for(values, 1.0).body.keys() == {"messages", *NEUTRAL}
