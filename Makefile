@@ -5,6 +5,7 @@ PYTHON ?= $(or $(shell for name in python3.11 python3.12 python3.13; do \
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SGLANG_VENV := $(VENV)-sglang
+VERL_VENV := $(VENV)-verl
 # Ecosystems that the pinned packages leave out.
 BESIDE := $(foreach name,verifiers gem reasoning-core,$(VENV)-$(name)/.installed)
 SMOLLM2 := .models/SmolLM2-135M-Instruct
@@ -16,7 +17,7 @@ ARGS ?=
 export ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart replay sglang test test-environments check types unit docs bench lock clean
+.PHONY: help install quickstart replay sglang test test-environments test-verl check types unit docs bench lock clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -61,6 +62,13 @@ sglang: $(SGLANG_VENV)/.installed ## Make .venv-sglang and run the tests of infe
 
 $(SGLANG_VENV)/.installed: requirements/sglang.txt packaging/install_beside.sh $(INSTALLED)
 	@packaging/install_beside.sh "$(VENV)" "$(SGLANG_VENV)" requirements/sglang.txt
+	@touch $@
+
+test-verl: $(VERL_VENV)/.installed ## Make .venv-verl and run the tests of verl's trainer.
+	TRL_ATROPOS_VERL_PYTHON="$(abspath $(VERL_VENV))/bin/python" $(BIN)/pytest -q tests/verl $$ARGS
+
+$(VERL_VENV)/.installed: requirements/verl.txt packaging/install_apart.sh $(INSTALLED)
+	@packaging/install_apart.sh "$(VENV)" "$(VERL_VENV)" requirements/verl.txt
 	@touch $@
 
 test-environments: $(INSTALLED) $(BESIDE) ## Train one step on each of a dozen environments of all ecosystems.

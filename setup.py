@@ -72,7 +72,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["trl_atropos", "trl_atropos.*"]),
-    package_data={"trl_atropos": ["py.typed"], "trl_atropos.report": ["*.j2"]},
+    package_data={"trl_atropos": ["py.typed"], "trl_atropos.report": ["*.j2"], "trl_atropos.verl": ["config/*.yaml"]},
     install_requires=[line for name, line in requirements.items() if name not in OPTIONAL],
     extras_require=extras,
     entry_points={

@@ -38,6 +38,7 @@ IMPORTS_OF = {
     "api": set(),
     "envs": set(),
     "gateway": {"api.http", "api.refusals", "serving.asgi", "serving.generate_endpoint"},
+    "verl": {"wire", "policy", "loss", "weight_sync", "data", "trainer"},
     "cli": {"wire", "weight_sync", "checks", "report", "trainer", "api", "envs", "gateway"},
 }
 """Package -> the packages, or single modules, that it may import. docs/architecture.md shows the same table."""
@@ -80,6 +81,7 @@ LIBRARIES_OF = {
     },
     "gateway": {"aiohttp", "atroposlib", "msgspec", "pydantic", "uvicorn"},
     "data": {"torch"},
+    "verl": {"torch", "verl", "hydra", "omegaconf"},
     "report": {
         *("torch", "transformers", "trl", "huggingface_hub", "jinja2", "markupsafe", "matplotlib", "pandas"),
         *("prometheus_client", "rich", "yaml"),
@@ -279,6 +281,11 @@ def test_vllm_is_imported_in_few_places_and_not_before_it_is_needed():
     # vLLM itself imports the engine files, inside its worker; every other file must load without vLLM.
     eager = {imported.importer for imported in places if not (imported.is_lazy or imported.is_for_annotations)}
     assert eager == ENGINE_FILES
+
+
+def test_verl_is_imported_by_its_own_package_only():
+    importers = {imported.importer for imported in IMPORTS if imported.top == "verl" and not imported.is_ours}
+    assert importers == {f"verl.{name}" for name in ("atropos_sft_trainer", "cpu", "train")}
 
 
 def test_nothing_imports_the_worker_side_of_a_transport():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from ..data.options import check_source
@@ -17,7 +18,7 @@ from ..errors import PreflightError, VLLMServerUnreachable, WeightSyncTimeout
 from ..policy.load import vocab_size_of
 from ..types import ServedCall
 from ..weight_sync.adapter_publisher import AdapterPublisher
-from ..weight_sync.base import WeightTransport
+from ..weight_sync.base import WeightSource, WeightTransport
 from ..weight_sync.connecting import connect_server
 from ..weight_sync.inference_server import InferenceServer
 from ..weight_sync.probe import LogprobProbe
@@ -26,6 +27,7 @@ from ..weight_sync.server_group import ServerGroup
 from ..weight_sync.server_link import ServerLink
 from ..weight_sync.transports.backends import GLOO_BACKEND, SHARED_MEMORY_BACKEND, find_backend
 from ..weight_sync.transports.choose import make_transport
+from ..weight_sync.weights.source import PolicyWeights
 from ..wire.client import AtroposClient, Registration
 from .atropos_config import AtroposConfig
 from .preflight import ServerFacts, inspect_run, inspect_server, trainer_side
@@ -112,8 +114,15 @@ def open_connection(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
     transport: WeightTransport | None = None,
+    *,
+    make_source: Callable[[nn.Module, torch.dtype], WeightSource] = PolicyWeights,
+    probe: LogprobProbe | None = None,
 ) -> Connection:
-    """Reach the servers on rank 0 as [`connect`] does, and check that they fit the run; a collective call."""
+    """Reach the servers on rank 0 as [`connect`] does, and check that they fit the run; a collective call.
+
+    `make_source` is that of [`~weight_sync.publisher.PolicyPublisher`], and `probe` scores the sequences that prove a
+    publish, where plain forward passes of the model do not.
+    """
     servers: Servers | None = None
 
     def connect_main_process() -> ServerFacts:
@@ -122,14 +131,15 @@ def open_connection(
         return servers.facts
 
     facts = run_on_main_process(connect_main_process)
-    probe = LogprobProbe(tokenizer, vocab_size_of(model))
+    model_probe = probe or LogprobProbe(tokenizer, vocab_size_of(model))
     publisher = PolicyPublisher(
         args,
         facts.dtype,
         None if servers is None else servers.group,
         None if servers is None else servers.adapters,
-        make_probe=lambda model: probe,
+        make_probe=lambda model: model_probe,
         on_main=run_on_main_process,
+        make_source=make_source,
     )
     return Connection(publisher, facts, servers)
 

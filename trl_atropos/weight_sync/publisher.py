@@ -103,7 +103,8 @@ class PolicyPublisher:
 
     The servers, which serve in `dtype`, and the publisher of adapters for the modes `adapter` and `auto` are given on
     rank 0 only; the other ranks have None. `make_probe` gives the sequences that prove the publish of a model; without
-    it, versions and checksums do. `on_main` is needed on several ranks.
+    it, versions and checksums do. `on_main` is needed on several ranks. `make_source` makes of a model, and of the servers'
+    dtype, what is sent.
 
     `policy_version` is the number of the policy that was published last, or is on its way in the background, and 0, the
     starting checkpoint, before the first publish.
@@ -118,6 +119,7 @@ class PolicyPublisher:
         *,
         make_probe: Callable[[nn.Module], LogprobProbe] | None = None,
         on_main: OnMain = call,
+        make_source: Callable[[nn.Module, torch.dtype], WeightSource] = PolicyWeights,
     ):
         self.policy_version = 0
         self._options = options
@@ -126,6 +128,7 @@ class PolicyPublisher:
         self._adapters = adapters
         self._make_probe = make_probe
         self._on_main = on_main
+        self._make_source = make_source
         # "full", "merged" or "adapter", found out at the first publish.
         self._mode: str | None = None
         self._reference: Callable[[], ProbeReference] | None = None
@@ -202,7 +205,9 @@ class PolicyPublisher:
     ) -> Callable[[], PublishReport]:
         assert isinstance(model, PeftModel), "checked at the first publish"
         adapter = take_adapter(model, self._dtype)
-        reference = None if self._make_probe is None else self._make_reference(model, self._make_probe(model))
+        reference = None
+        if self._make_probe is not None:
+            reference = self._make_reference(model, self._make_probe(model), is_collective=is_sharded(model))
         if not keeps_model:
             reference = self._computed(reference)
         return lambda: self._require_adapters().deliver(adapter, version, reference)
@@ -242,10 +247,12 @@ class PolicyPublisher:
         """Stage a policy while the servers serve the previous one: a model, pairs of name and tensor, or a `WeightSource`."""
         self._reference = None
         if isinstance(policy, nn.Module):
-            self._plan_and_stage(PolicyWeights(policy, self._dtype), version)
+            source = self._make_source(policy, self._dtype)
+            self._plan_and_stage(source, version)
             if self._make_probe is not None:
                 # After the staging, which knows whether a server was restarted.
-                self._reference = self._make_reference(policy, self._make_probe(policy))
+                probe = self._make_probe(policy)
+                self._reference = self._make_reference(policy, probe, is_collective=source.is_collective)
         elif isinstance(policy, Iterable):
             self._plan_and_stage(NamedTensors(policy, self._dtype), version)
         else:
@@ -312,12 +319,14 @@ class PolicyPublisher:
 
         self._on_main(check)
 
-    def _make_reference(self, model: nn.Module, probe: LogprobProbe) -> Callable[[], ProbeReference] | None:
+    def _make_reference(
+        self, model: nn.Module, probe: LogprobProbe, *, is_collective: bool
+    ) -> Callable[[], ProbeReference] | None:
         """Return the function that computes the answers that servers must give. For a sharded model that is a
         collective, which is done here if it is needed.
         """
         dtype = self._dtype
-        if not is_sharded(model):
+        if not is_collective:
             return lambda: probe.reference(model, dtype)
         if not self._on_main(lambda: self._require_servers().needs_probe):
             return None
