@@ -118,6 +118,12 @@ def atropos_config(config: Mapping[str, Any], *, num_ranks: int, device: str) ->
             "verl's SFT trainer has no second model that could be the reference.",
             "Let the environment send them and set +atropos.ref_logprobs=require, or leave beta at 0.",
         )
+    if translated.setdefault("weight_sync_mode", "merged") not in ("full", "merged"):
+        raise PreflightError(
+            f"weight_sync_mode is {translated['weight_sync_mode']}.",
+            "verl's engine gives whole weights, with LoRA merged.",
+            "Leave +atropos.weight_sync_mode out.",
+        )
     save_freq = trainer["save_freq"]
     return AtroposConfig(
         **translated,

@@ -83,7 +83,7 @@ def make_rows(
     def column(values: Tensor) -> Tensor:
         whole = values.new_zeros(sum(lengths))
         whole[flat] = values
-        return _nested(whole.split(lengths))
+        return _nested(torch.split(whole, lengths))
 
     trained = torch.ones(flat.numel(), dtype=torch.int64)
     loss_mask = torch.zeros(sum(lengths), dtype=torch.int64)
@@ -92,7 +92,7 @@ def make_rows(
     columns = {
         "input_ids": _nested(input_ids),
         "position_ids": _nested([torch.arange(length) for length in lengths]),
-        "loss_mask": _nested(loss_mask.split(lengths)),
+        "loss_mask": _nested(torch.split(loss_mask, lengths)),
         "is_trained": column(trained),
         "advantages": column(step["advantages"]),
         "token_weights": column(step["token_weights"]),

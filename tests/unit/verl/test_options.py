@@ -113,6 +113,7 @@ def test_an_option_that_would_do_nothing_is_refused(name, fix, tmp_path):
         ({"use_advantage_weighting": True, "atropos": {"loss_type": "grpo"}}, "says `loss_type` twice"),
         ({"use_advantage_weighting": False}, "plain supervised fine-tuning"),
         ({"atropos": {"beta": 0.1}}, "no second model"),
+        ({"atropos": {"weight_sync_mode": "adapter"}}, "weight_sync_mode is adapter"),
     ],
 )
 def test_contradictions_are_refused(change, message, tmp_path):
