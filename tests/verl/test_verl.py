@@ -44,9 +44,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 # How verl cuts the rows of a rank.
 CUTS = {
-    "micro-batches of 4": ["data.micro_batch_size_per_gpu=4"],
     "micro-batches of 2": ["data.micro_batch_size_per_gpu=2"],
-    "one micro-batch": ["data.micro_batch_size_per_gpu=8"],
+    "micro-batches of 8": ["data.micro_batch_size_per_gpu=8"],
     "by tokens": ["data.use_dynamic_bsz=true", "data.max_token_len_per_gpu=24"],
 }
 CUT = ("seed", "grpo")
