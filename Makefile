@@ -68,7 +68,8 @@ test-verl: $(VERL_VENV)/.installed ## Make .venv-verl and run the tests of verl'
 	TRL_ATROPOS_VERL_PYTHON="$(abspath $(VERL_VENV))/bin/python" $(BIN)/pytest -q tests/verl $$ARGS
 
 $(VERL_VENV)/.installed: requirements/verl.txt packaging/install_apart.sh $(INSTALLED)
-	@packaging/install_apart.sh "$(VENV)" "$(VERL_VENV)" requirements/verl.txt
+	@VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=trl_atropos.verl.cpu \
+		packaging/install_apart.sh "$(VENV)" "$(VERL_VENV)" requirements/verl.txt trl_atropos.verl.train
 	@touch $@
 
 test-environments: $(INSTALLED) $(BESIDE) ## Train one step on each of a dozen environments of all ecosystems.
