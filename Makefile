@@ -68,7 +68,7 @@ test-verl: $(VERL_VENV)/.installed ## Make .venv-verl and run the tests of verl'
 	TRL_ATROPOS_VERL_PYTHON="$(abspath $(VERL_VENV))/bin/python" $(BIN)/pytest -q tests/verl $$ARGS
 
 $(VERL_VENV)/.installed: requirements/verl.txt packaging/install_apart.sh $(INSTALLED)
-	@VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=trl_atropos.verl.cpu \
+	@VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=trl_atropos.verl.cpu VERL_LOGGING_LEVEL=WARN \
 		packaging/install_apart.sh "$(VENV)" "$(VERL_VENV)" requirements/verl.txt trl_atropos.verl.train
 	@touch $@
 
