@@ -171,6 +171,12 @@ def _check_names(named: Mapping[str, Any], seed: Mapping[str, Any]) -> None:
     known = {field.name for part in (DataOptions, StepOptions, WeightSyncOptions) for field in fields(part)}
     places = {**SET_ELSEWHERE, **{name: f"{name}, at the top," for name in seed}}
     for name in named:
+        if name == "vllm_api_key":
+            raise PreflightError(
+                "The section `atropos` has `vllm_api_key`.",
+                "verl prints its configuration and gives it to trackers.",
+                "Set VLLM_API_KEY in the environment instead.",
+            )
         if name in places:
             raise PreflightError(
                 f"The section `atropos` has `{name}`.",

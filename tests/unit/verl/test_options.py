@@ -95,6 +95,7 @@ def test_a_key_of_verl_that_cannot_act_is_refused_by_name(key, tmp_path):
     [
         *((name, key) for name, key in SET_ELSEWHERE.items()),
         *((name, "train with AtroposTrainer") for name in NOT_HERE),
+        ("vllm_api_key", "VLLM_API_KEY in the environment"),
         ("learning_rate", "docs/verl.md says where the others are"),
         ("loss_typ", "loss_type"),
     ],
