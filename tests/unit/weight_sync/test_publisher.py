@@ -26,10 +26,12 @@ from trl_atropos.weight_sync import failures
 from trl_atropos.weight_sync import publisher as publisher_module
 from trl_atropos.weight_sync.client import AtroposVLLMClient
 from trl_atropos.weight_sync.probe import LogprobProbe
+from trl_atropos.weight_sync.publisher import PolicyPublisher
 from trl_atropos.weight_sync.report import PHASES
 from trl_atropos.weight_sync.server_group import ServerGroup
 from trl_atropos.weight_sync.transports.shm import SharedMemoryTransport
 from trl_atropos.weight_sync.transports.shm_segment import SEGMENT_DIR
+from trl_atropos.weight_sync.weights.named_tensors import NamedTensors
 
 
 DEADLINE_S = 2.0
@@ -115,6 +117,25 @@ class TestOrder:
         assert metrics["perf/weight_sync_bytes"] == report.num_bytes
         assert (metrics["perf/weight_sync_retries"], metrics["perf/weight_sync_failures"]) == (0, 0)
         assert 0.0 <= metrics["weight_sync/swallowed_fraction"] < 0.5
+
+    def test_what_is_sent_of_a_model_can_be_made_by_the_trainer_and_is_proven(self, publishing, server):
+        # A trainer with an engine of its own, which knows best what its tensors are.
+        def make_source(model: torch.nn.Module, dtype: torch.dtype) -> NamedTensors:
+            made.append(model)
+            return NamedTensors(((name, tensor.detach()) for name, tensor in model.named_parameters()), dtype)
+
+        made: list[torch.nn.Module] = []
+        publisher = PolicyPublisher(
+            publishing.options,
+            torch.bfloat16,
+            publishing.servers,
+            make_probe=lambda model: publishing.probe,
+            make_source=make_source,
+        )
+        model = policy(seed=2)
+        assert publisher.publish(model, 1).probe is not None
+        assert made == [model]
+        assert serves(server, model)
 
     def test_everything_is_staged_before_the_pause(self, publishing, server):
         routes_while_staging = []
