@@ -46,7 +46,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 CUTS = {
     "micro-batches of 2": ["data.micro_batch_size_per_gpu=2"],
     "micro-batches of 8": ["data.micro_batch_size_per_gpu=8"],
-    "by tokens": ["data.use_dynamic_bsz=true", "data.max_token_len_per_gpu=24"],
+    "packed by tokens": [
+        *("model.use_remove_padding=true", "data.use_dynamic_bsz=true", "data.max_token_len_per_gpu=24"),
+    ],
 }
 CUT = ("seed", "grpo")
 
