@@ -81,7 +81,7 @@ LIBRARIES_OF = {
     },
     "gateway": {"aiohttp", "atroposlib", "msgspec", "pydantic", "uvicorn"},
     "data": {"torch"},
-    "verl": {"torch", "verl", "hydra", "omegaconf"},
+    "verl": {"torch", "transformers", "verl", "hydra", "omegaconf"},
     "report": {
         *("torch", "transformers", "trl", "huggingface_hub", "jinja2", "markupsafe", "matplotlib", "pandas"),
         *("prometheus_client", "rich", "yaml"),

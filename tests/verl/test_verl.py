@@ -16,6 +16,7 @@ from launching import case, launch, needs_verl
 from tiny_models import byte_tokenizer, tiny_llama
 
 from trl_atropos import AtroposConfig, AtroposTrainer
+from trl_atropos.cli.launch.summary import read_training_log
 
 
 pytestmark = needs_verl
@@ -177,6 +178,12 @@ def test_steps_are_those_of_atropos_trainer(name: str, inputs: Inputs, one_rank:
 def test_any_cut_gives_the_same_step(name: str, cut: str, num_ranks: int, request: pytest.FixtureRequest):
     results = request.getfixturevalue("one_rank" if num_ranks == 1 else "two_ranks")
     assert_same_steps(results[f"{name}, {cut}"], request.getfixturevalue("one_rank")[name]["steps"])
+
+
+def test_the_log_is_where_a_launch_reads_it(one_rank: dict[str, Any], inputs: Inputs):
+    entries = read_training_log(inputs.directory / "runs" / "grpo")
+    assert [entry["step"] for entry in entries] == [1, 2]
+    assert [entry["loss"] for entry in entries] == [step["loss"] for step in one_rank["grpo"]["steps"]]
 
 
 def test_a_rank_without_rollouts_takes_part(one_rank: dict[str, Any], two_ranks: dict[str, Any], inputs: Inputs):

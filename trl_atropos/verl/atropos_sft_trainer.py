@@ -9,10 +9,13 @@ import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .installed import check_verl
 
@@ -34,6 +37,7 @@ from ..loss.weighted_sft import weighted_sft_loss_of_model
 from ..policy.load import eos_token_ids, padding_id
 from ..trainer.run_data import RunData
 from ..trainer.servers import Connection, open_connection
+from ..trainer.step_clock import StepClock
 from ..types import Rollout
 from ..weight_sync.publisher import WeightSync
 from ..wire.parse import WireLimits
@@ -90,13 +94,15 @@ class AtroposSFTTrainer(SFTTrainer):
         # Of the run that fit() makes.
         self._connection: Connection | None = None
         self._data: RunData | None = None
+        self._clock = StepClock()
+        self._log_history: list[dict[str, float]] = []
         self._global_step = 0
         super().__init__(config=config)
 
     # Life of a run
 
     def fit(self) -> None:
-        """Train.
+        """Train. The metrics of the steps are also in `trainer_state.json` afterwards, as transformers writes it.
 
         Raises:
             [`TrlAtroposError`]: before the first step if API, server, data and model do not fit together; later if the data
@@ -107,6 +113,7 @@ class AtroposSFTTrainer(SFTTrainer):
             if self._is_live:
                 self._connect().publisher.begin_run(self.train_dataloader.state.get("policy_version", 0))
                 self._publish_step()
+            self._clock.start(self._global_step)
             super().fit()
             if self._global_step < self.total_training_steps:
                 logger.warning(
@@ -114,6 +121,7 @@ class AtroposSFTTrainer(SFTTrainer):
                     "refused, see quarantine.jsonl. No last checkpoint was written."
                 )
         finally:
+            self._save_log()
             if self._data is not None:
                 self._data.close()
             if self._connection is not None:
@@ -271,6 +279,7 @@ class AtroposSFTTrainer(SFTTrainer):
         assert self._data is not None, "a step comes from the data"
         self._data.mark_trained(step)
         self._metrics.update(self._data.pop_metrics())
+        self._metrics.update(self._clock.read(step))
         for collected in (self._metrics, self.loss_fn.metrics):
             metrics |= collected.reduce(
                 self.engine.get_data_parallel_group(), torch.distributed.get_world_size() > 1, get_device_name()
@@ -278,6 +287,16 @@ class AtroposSFTTrainer(SFTTrainer):
         metrics |= self._data.stream.total_metrics()
         if self._is_live:
             metrics["policy_version"] = self.policy_version
+        self._log_history.append(
+            {"step": step, **{key: value for key, value in metrics.items() if isinstance(value, int | float)}}
+        )
+
+    def _save_log(self) -> None:
+        if self.rank == 0 and self._log_history:
+            output_dir = Path(self.args.output_dir)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            state = TrainerState(global_step=self._global_step, log_history=self._log_history)
+            state.save_to_json(str(output_dir / TRAINER_STATE_NAME))
 
     # Losses
 
