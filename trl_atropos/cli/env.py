@@ -15,11 +15,13 @@ from typing import Any
 
 from ..envs.ecosystems import ECOSYSTEMS, find_ecosystem, is_ecosystem_name, open_source
 from ..errors import PreflightError
-from .env_delivery import watch_environments
+from .env_delivery import Delivery, watch_environments
 from .env_shims import SHIMS, select_shims
 from .env_shims.shim import Shim
 from .progress import say
 
+
+logger = logging.getLogger(__name__)
 
 DISTRIBUTIONS = {
     "bs4": "beautifulsoup4",
@@ -153,13 +155,21 @@ def _run_file(path: Path, arguments: Sequence[str], without: Sequence[str]) -> i
             "Pass the path of an environment file: trl-atropos env FILE.py serve ...",
         )
     _log_to_standard_error()
-    _prepare(shims)
+    deliveries = _prepare(shims)
     sys.argv = [str(path), *arguments]
     sys.path.insert(0, str(path.resolve().parent))
     try:
-        return _until_interrupted(lambda: runpy.run_path(str(path), run_name="__main__"))
+        status = _until_interrupted(lambda: runpy.run_path(str(path), run_name="__main__"))
     except ModuleNotFoundError as exc:
         raise _missing_module(path, exc) from exc
+    if status == 0 and not deliveries:
+        # `cli()` ends the process by itself, so that nothing was started here.
+        logger.warning(
+            "%s ended and made no environment, so that no group will come: it does not call the cli() of its class. "
+            "Call it at the end of a file of your own that imports this one.",
+            path,
+        )
+    return status
 
 
 def _log_to_standard_error() -> None:
@@ -167,16 +177,17 @@ def _log_to_standard_error() -> None:
     logging.getLogger("trl_atropos").setLevel(logging.INFO)
 
 
-def _prepare(shims: Sequence[Shim]) -> None:
-    """Make this process one of an environment."""
+def _prepare(shims: Sequence[Shim]) -> list[Delivery]:
+    """Make this process one of an environment; return what is noted of those that it makes, as soon as it does."""
     say("Loading atroposlib and transformers")
     _require_atroposlib()
     for shim in shims:
         shim.install()
-    watch_environments()
+    deliveries = watch_environments()
     # As without us: the environment, and the processes that it starts, end at once.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+    return deliveries
 
 
 def _until_interrupted(program: Callable[[], object]) -> int:

@@ -155,21 +155,28 @@ class Delivery:
         return f"{said}."
 
 
-def watch_environments() -> None:
-    """Watch each environment that this process makes, from its start to its end. Call it once, after the shims."""
+def watch_environments() -> list[Delivery]:
+    """Watch each environment that this process makes, from its start to its end. Call it once, after the shims.
+
+    Returns:
+        `list[Delivery]`: what is noted of them; each is added when it is made.
+    """
     from atroposlib.envs.base import BaseEnv
 
     original = BaseEnv.__init__
+    deliveries: list[Delivery] = []
 
     @functools.wraps(original)
     def init(env: Any, *args: Any, **kwargs: Any) -> None:
         original(env, *args, **kwargs)
         delivery = Delivery(env)
+        deliveries.append(delivery)
         _note_calls(env, delivery)
         for name in ("env_manager", "process_manager"):
             setattr(env, name, _reporting(getattr(env, name), delivery))
 
     BaseEnv.__init__ = init
+    return deliveries
 
 
 def _note_calls(env: Any, delivery: Delivery) -> None:

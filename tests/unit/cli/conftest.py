@@ -24,6 +24,7 @@ def undone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (base, "merge_dicts"),
         (base.BaseEnv, "__init__"),
         (base.BaseEnv, "cli"),
+        (base.BaseEnv, "handle_send_to_api"),
         (ServerManager, "managed_server"),
         (runpy, "run_path"),
     ):

@@ -77,6 +77,45 @@ NO_KEY = (
 TellEnv.cli()
 """
 )
+IN_SIGNATURE = (
+    HEAD.replace(
+        "class TellEnv(BaseEnv):",
+        """class OwnConfig(BaseEnvConfig):
+    level: int
+
+
+class TellEnv(BaseEnv):
+    def __init__(self, config: OwnConfig, server_configs, slurm=True, testing=False):
+        super().__init__(config, server_configs, slurm, testing)
+""",
+    )
+    + """
+TellEnv.cli()
+"""
+)
+NO_CLI = HEAD
+ONE_A_ROLLOUT = (
+    HEAD.replace(
+        "async def env_manager",
+        """async def env_manager(self):
+        async def post(session, url, payload, **_):
+            print("TOLD", json.dumps({"advantages": payload["advantages"]}))
+
+        self._send_scored_data_to_api = lambda group: post(None, None, group)
+        group = {"tokens": [[1, 2, 3]], "masks": [[-100, 2, 3]], "scores": [1], "advantages": [1]}
+        await self.handle_send_to_api(group, None)
+
+    async def unused""",
+    ).replace("process_manager = env_manager", "")
+    + f"""
+    @classmethod
+    def config_init(cls):
+        config = BaseEnvConfig(group_size=1, ensure_scores_are_not_same=False, max_token_length=99)
+        return config, {ONE}
+
+TellEnv.cli()
+"""
+)
 OLD_NAME = (
     HEAD
     + """
@@ -156,6 +195,32 @@ def test_an_own_configuration_needs_no_shim(told):
     # The file does not set `env_config_cls`; Atropos takes the class of what `config_init` returns.
     given = told(OWN_CONFIG, "--env.level", "7")
     assert (given["config"], given["level"]) == ("OwnConfig", 7)
+
+
+@pytest.mark.parametrize("command", ["serve", "process"])
+def test_the_configuration_of_the_signature_is_the_one_of_the_command_line(told, acted, command):
+    given = told(IN_SIGNATURE, "--openai.base_url", BASE_URL, "--env.level", "7", command=command)
+    assert (given["config"], given["level"], given["urls"]) == ("OwnConfig", 7, [BASE_URL])
+    assert "shim env_config_cls" in acted()
+
+
+def test_without_its_shim_the_options_of_the_signature_are_refused(told):
+    assert told(IN_SIGNATURE, "--env.level", "7", without="env_config_cls")["code"] == 2
+
+
+def test_one_advantage_a_rollout_counts_for_each_of_its_tokens(told, acted):
+    assert told(ONE_A_ROLLOUT)["advantages"] == [[1.0, 1.0, 1.0]]
+    assert "shim advantages" in acted()
+
+
+def test_without_its_shim_one_advantage_a_rollout_is_sent(told):
+    assert told(ONE_A_ROLLOUT, without="advantages")["advantages"] == [1]
+
+
+def test_a_file_that_never_starts_its_environment_is_told_so(told, caplog):
+    assert told(NO_CLI) == {"code": 0}
+    assert "made no environment" in caplog.text
+    assert "cli()" in caplog.text
 
 
 def test_the_key_of_the_variable_is_the_servers(told, acted, monkeypatch):

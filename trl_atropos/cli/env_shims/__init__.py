@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ...errors import PreflightError, did_you_mean
+from .groups import RolloutAdvantages
 from .packages import RelativeImport
 from .servers import ServerType
-from .settings import ApiKey, OneServer, OpenaiConfig, ServerList, Wandb, WandbName
+from .settings import ApiKey, EnvConfigClass, OneServer, OpenaiConfig, ServerList, Wandb, WandbName
 from .shim import Shim
 from .tokenizers import ReturnDict, ServerTokenizer
 
@@ -26,7 +27,9 @@ SHIMS: tuple[type[Shim], ...] = (
     ServerTokenizer,
     ServerType,
     OpenaiConfig,
+    EnvConfigClass,
     RelativeImport,
+    RolloutAdvantages,
 )
 """All shims, in the order in which they are installed."""
 

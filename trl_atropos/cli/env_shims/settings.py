@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 from .shim import Shim
 
@@ -80,6 +80,44 @@ class OneServer(Shim):
             return original(env_cls)
 
         base.BaseEnv.cli = classmethod(cli)
+
+
+class EnvConfigClass(Shim):
+    """An environment's own options, where it names their class nowhere but in the signature of its constructor."""
+
+    name = "env_config_cls"
+    why = "A class without config_init and env_config_cls takes none of its own --env options, and has no place for them."
+    upstream = "atroposlib/envs/base.py: BaseEnv.config_init; environments/dataset_environment/dataset_env.py"
+
+    def install(self) -> None:
+        """Take the annotation of `config` where neither `config_init` nor `env_config_cls` says anything."""
+        from atroposlib.envs import base
+
+        original = base.BaseEnv.cli.__func__
+
+        def cli(env_cls: Any) -> Any:
+            inherits = env_cls.config_init.__func__ is base.BaseEnv.config_init.__func__
+            found = _annotated_config(env_cls)
+            if inherits and env_cls.env_config_cls is base.BaseEnvConfig and found is not base.BaseEnvConfig:
+                self.acts(f"--env takes the options of {found.__name__}, the config of {env_cls.__name__}.__init__")
+                env_cls.env_config_cls = found
+                # Without a check: what has no default comes from the command line.
+                env_cls.config_init = classmethod(lambda _: (found.model_construct(), base.ServerBaseline()))
+            return original(env_cls)
+
+        base.BaseEnv.cli = classmethod(cli)
+
+
+def _annotated_config(env_cls: Any) -> Any:
+    """The class of the parameter `config` of a constructor, or the one that all environments share."""
+    from atroposlib.envs.base import BaseEnvConfig
+
+    try:
+        found = get_type_hints(env_cls.__init__).get("config")
+    except NameError:
+        # An annotation that names something which is imported for type checkers only.
+        return BaseEnvConfig
+    return found if isinstance(found, type) and issubclass(found, BaseEnvConfig) else BaseEnvConfig
 
 
 class OpenaiConfig(Shim):
