@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
+import tenacity
 from atropos_api import make_registration
 from atroposlib.envs import base
 from tiny_models import byte_tokenizer
@@ -230,3 +231,16 @@ def test_a_whole_run_says_who_is_waited_for_and_stops_when_groups_come(api, make
 
 def test_the_first_report_comes_within_half_a_minute():
     assert env_delivery.REPORT_INTERVAL_S < 30
+
+
+def test_what_a_retry_gave_up_on_is_what_is_said(make, caplog):
+    # Requests are repeated inside of what is repeated as a whole, and both give up.
+    @tenacity.retry(stop=tenacity.stop_after_attempt(2))
+    def inner() -> None:
+        raise ConnectionError("the server went away")
+
+    with pytest.raises(tenacity.RetryError) as raised:
+        tenacity.Retrying(stop=tenacity.stop_after_attempt(2))(inner)
+    env, delivery = make(raised.value)
+    handle(env, 2)
+    assert delivery.reasons()[0] == "2 groups were lost by ConnectionError: the server went away"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import logging
 import runpy
@@ -220,6 +221,12 @@ def _missing_module(path: Path, exc: ModuleNotFoundError) -> PreflightError:
                 f"{top} lies in {parent}, which is not on Python's path.",
                 f"Run it with PYTHONPATH={parent}.",
             )
+    if name != top and importlib.util.find_spec(top) is not None:
+        return PreflightError(
+            f"{path} imports {name}, which the installed {top} does not have.",
+            "It was written for another version of it.",
+            f"Look for the version of {top} that has it; a requirements.txt beside the file may name it.",
+        )
     return PreflightError(
         f"{path} imports {name}, which is not installed.",
         "An environment may need packages of its own; a requirements.txt beside it lists them.",

@@ -51,9 +51,10 @@ class Delivery:
 
     def note_exception(self, where: str, exc: BaseException) -> None:
         """Count an exception that Atropos logs in one line and swallows. The first of its kind is shown whole."""
-        # tenacity: what it gave up on, not that it did.
-        last = getattr(exc, "last_attempt", None)
-        cause = (last.exception() if last is not None else None) or exc
+        cause = exc
+        # tenacity: what it gave up on, not that it did, also where one retry is inside of another.
+        while (last := getattr(cause, "last_attempt", None)) is not None and last.exception() is not None:
+            cause = last.exception()
         kind = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
         if not any(known.partition(":")[0] == type(cause).__name__ for known in self.exceptions):
             logger.warning("%s failed; Atropos drops the group and goes on. Shown once:", where, exc_info=cause)
@@ -66,6 +67,9 @@ class Delivery:
         for group in groups if isinstance(groups, list) else [groups]:
             if group is None:
                 self.num_no_group += 1
+                continue
+            if not isinstance(group, dict):
+                # Trajectories that nobody scored: sending them raises, which is noted there.
                 continue
             rollouts = group.get("tokens") or []
             expected = (group.get("group_overrides") or {}).get("group_size", config.group_size)

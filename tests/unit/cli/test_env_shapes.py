@@ -116,6 +116,23 @@ ONE_A_ROLLOUT = (
 TellEnv.cli()
 """
 )
+UNSCORED = ONE_A_ROLLOUT[: ONE_A_ROLLOUT.index("        async def post")] + (
+    """        async def post(group):
+            print("TOLD", json.dumps({"scores": group["scores"]}))
+
+        self._send_scored_data_to_api = post
+        self.running_items["id"] = {"item": 1}
+        await self.handle_env("id")
+
+    async def collect_trajectories(self, item):
+        return [("question", "right"), ("question", "wrong")], []
+
+    async def score(self, trajectories):
+        scores = [float(answer == "right") for _, answer in trajectories]
+        return {"tokens": [[1, 2]] * 2, "masks": [[-100, 2]] * 2, "scores": scores}
+"""
+    + ONE_A_ROLLOUT[ONE_A_ROLLOUT.index("\n    @classmethod") :].replace("group_size=1", "group_size=2")
+)
 OLD_NAME = (
     HEAD
     + """
@@ -215,6 +232,34 @@ def test_one_advantage_a_rollout_counts_for_each_of_its_tokens(told, acted):
 
 def test_without_its_shim_one_advantage_a_rollout_is_sent(told):
     assert told(ONE_A_ROLLOUT, without="advantages")["advantages"] == [1]
+
+
+def test_trajectories_that_nobody_scored_are_scored(told, acted):
+    assert told(UNSCORED)["scores"] == [1.0, 0.0]
+    assert "shim score" in acted()
+
+
+def test_trajectories_with_a_backlog_are_scored_too(told):
+    with_backlog = UNSCORED.replace(
+        "    async def score",
+        "    async def postprocess_histories(self, found):\n        return found, []\n\n    async def score",
+    )
+    assert told(with_backlog)["scores"] == [1.0, 0.0]
+
+
+def test_without_its_shim_nothing_is_sent(told, caplog):
+    assert told(UNSCORED, without="score") == {"code": 0}
+    # And it is said why.
+    assert "handle_send_to_api failed" in caplog.text
+
+
+def test_a_group_that_is_scored_is_left_alone(told, acted):
+    scored = UNSCORED.replace(
+        'return [("question", "right"), ("question", "wrong")], []',
+        'return await self.score([("question", "right"), ("question", "wrong")]), []',
+    )
+    assert told(scored)["scores"] == [1.0, 0.0]
+    assert "shim score" not in acted()
 
 
 def test_a_file_that_never_starts_its_environment_is_told_so(told, caplog):

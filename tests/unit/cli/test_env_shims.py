@@ -251,6 +251,14 @@ def test_a_module_of_the_files_own_repository_is_found_above_it(run, tmp_path, c
     assert f"Run it with PYTHONPATH={tmp_path}." in capsys.readouterr().err
 
 
+def test_a_module_of_another_version_of_a_package_is_said_to_be_one(run, tmp_path, capsys):
+    (tmp_path / "env.py").write_text("import atroposlib.envs.of_another_version\n")
+    assert run(str(tmp_path / "env.py"), "serve") == 1
+    error = capsys.readouterr().err
+    assert "atroposlib.envs.of_another_version, which the installed atroposlib does not have" in error
+    assert "pip install" not in error
+
+
 def test_without_atroposlib_the_command_says_what_to_install(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "env.py").write_text("")
     monkeypatch.setitem(sys.modules, "atroposlib.envs.base", None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ...errors import PreflightError, did_you_mean
-from .groups import RolloutAdvantages
+from .groups import RolloutAdvantages, Score
 from .packages import RelativeImport
 from .servers import ServerType
 from .settings import ApiKey, EnvConfigClass, OneServer, OpenaiConfig, ServerList, Wandb, WandbName
@@ -29,6 +29,7 @@ SHIMS: tuple[type[Shim], ...] = (
     OpenaiConfig,
     EnvConfigClass,
     RelativeImport,
+    Score,
     RolloutAdvantages,
 )
 """All shims, in the order in which they are installed."""

@@ -1,12 +1,52 @@
-"""A shim for what environments send."""
+"""Shims for what environments send."""
 
 from __future__ import annotations
 
 import functools
 import numbers
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from .shim import Shim
+
+
+class Score(Shim):
+    """The `score` of a file, called."""
+
+    name = "score"
+    why = "A file whose collect_trajectories returns what its score takes sends nothing: Atropos calls no score."
+    upstream = "atroposlib/envs/base.py: BaseEnv.handle_env; environments/infinimath/infinimath_env.py"
+
+    def install(self) -> None:
+        """Score trajectories that come from `postprocess_histories` as they are."""
+        from atroposlib.envs.base import BaseEnv
+
+        original = BaseEnv.__init__
+
+        @functools.wraps(original)
+        def init(env: Any, *args: Any, **kwargs: Any) -> None:
+            original(env, *args, **kwargs)
+            env.postprocess_histories = self._scoring(env, env.postprocess_histories)
+
+        BaseEnv.__init__ = init
+
+    def _scoring(self, env: Any, postprocess: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
+        @functools.wraps(postprocess)
+        async def postprocess_histories(trajectories: Any) -> Any:
+            found = await postprocess(trajectories)
+            if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], list):
+                # As `collect_trajectories` returns them, with a backlog.
+                found = found[0]
+            if not isinstance(found, list) or not found or not hasattr(env, "score"):
+                return found
+            if any(
+                trajectory is None or (isinstance(trajectory, dict) and "scores" in trajectory) for trajectory in found
+            ):
+                return found
+            self.acts(f"{type(env).__name__}.score scores what its collect_trajectories returned")
+            return await env.score(found)
+
+        return postprocess_histories
 
 
 class RolloutAdvantages(Shim):
