@@ -95,6 +95,7 @@ class Oracle:
 
     Attributes:
         num_answers (`int`): given so far.
+        temperatures (`set[float]`): at which logprobs were asked for.
     """
 
     def __init__(self, policy: Policy, answers: Answers, error_rate: float = 0.5):
@@ -102,11 +103,13 @@ class Oracle:
         self.answers = answers
         self.error_rate = error_rate
         self.num_answers = 0
+        self.temperatures: set[float] = set()
         self._random = random.Random(0)
         self._counts = {True: itertools.count(), False: itertools.count()}
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._http.daemon_threads = True
+        # What is being computed is waited for, not left behind.
+        self._http.daemon_threads = False
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def __enter__(self) -> Oracle:
@@ -141,6 +144,7 @@ class Oracle:
             sampled = [self.sample(tokenizer.decode(prompt_ids), max_tokens) for _ in range(num)]
             # Greedy sampling has no distribution; the trainer is told another temperature then.
             temperature = body.get("temperature") or 1.0
+            self.temperatures.add(temperature)
             logprobs = [self.policy.logprobs(prompt_ids, ids, temperature) for ids, _ in sampled]
             return {
                 "logprobs": [

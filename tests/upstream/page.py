@@ -20,7 +20,7 @@ environment, unmodified, with atroposlib 0.4.0 and transformers 5.19. Written by
     PYTHONPATH=$PWD:$PWD/tests .venv-upstream/bin/python tests/upstream/run.py CHECKOUT --table docs/upstream_environments.md
 
 which runs each file on data of our own with the schema of its data set, beside `trl-atropos api` and an *oracle*: a server that
-answers from the data set, every second time wrong, in tokens of SmolLM2-135M-Instruct with the logprobs that this model gives
+answers from the data set, wrong at a rate of one half, in tokens of SmolLM2-135M-Instruct with the logprobs that this model gives
 them. So it says that a file registers, samples, scores and sends, and that a step can be trained on what came; not that a model
 learns. The command is
 
@@ -32,7 +32,8 @@ trl-atropos env environments/FILE serve --env.rollout_server_url URL --env.token
 ```
 
 with the options of the file's row. "Data" names what was replaced: a directory of the same name with our own rows, where
-the command runs (see [environments.md](environments.md)). Packages are those of `requirements/upstream.txt`.
+the command runs (see [environments.md](environments.md)). Packages are those of `requirements/upstream.txt`. `ORACLE` is the
+URL of a judge.
 """
 
 
@@ -44,7 +45,8 @@ SECTIONS = (
     _section(
         "Trained on",
         "A group came, and a step was trained on it: its gradient was not zero. Of the logprobs that came with it the largest "
-        "difference from the trainer's own is given, in nats.",
+        "difference from the trainer's own is given, in nats, at the temperature with which the file samples: give the trainer "
+        "the same `--temperature`.",
         *("File", "Needs", "Options", "Shims that acted", "Rewards", "Logprobs"),
     ),
     _section(
@@ -98,7 +100,8 @@ def make_page(files: Mapping[str, bool], results: Mapping[str, Mapping[str, Any]
             continue
         difference = step.get("sampling/sampling_logp_difference/max")
         rewards = ", ".join(f"{reward:g}" for reward in result["rewards"])
-        page[TRAINED][file] = (*cells, rewards, "not sent" if difference is None else f"{difference:.0e}")
+        logprobs = "not sent" if difference is None else f"{difference:.0e} at {result['temperature']:g}"
+        page[TRAINED][file] = (*cells, rewards, logprobs)
     return page
 
 

@@ -14,7 +14,7 @@ TOOL_CALL = f"{THINK}<tool_call>\n$call\n</tool_call>"
 WRONG_TOOL_CALL = f"{THINK}<tool_call>\n$wrong\n</tool_call>"
 SUM = "The answer after adding both numbers is \\boxed{$answer} as you can see here."
 WRONG_SUM = "The answer after adding both numbers is \\boxed{$wrong} as you can see here."
-PATCH = f"{THINK}<<<<<<< SEARCH\na = 1\n=======\na = 2\n>>>>>>> REPLACE"
+PATCH = f"{THINK}### x.py\n<<<<<<< SEARCH\na = 1\n=======\na = 2\n>>>>>>> REPLACE"
 CARD = '```json\n{"componentType": "metricCard", "props": {"title": "Revenue", "value": "1", "description": "long enough"}}\n```'
 SCENARIO = (
     '{"Character": "King", "Prompt": "Hi?", "Left_Choice": "No", "Left_Piety": 1, "Left_Stability": 1, "Left_Power": 1, '
@@ -134,8 +134,8 @@ RECIPES: dict[str, Recipe] = {
         (PATCH,), (f"{THINK}nothing",), max_tokens=2000, needs="data: NousResearch/SWE-smith-oracle and another"
     ),
     "rlaif_server.py": Recipe(
-        ("Hello there, I say it, and more than once, too. [[A]]",),
-        ("Yo, that is all that I have to say about it today. [[B]]",),
+        ("Hello there, I say it, and more than once, too. \\boxed{A}",),
+        ("Yo, that is all that I have to say about it today. \\boxed{B}",),
         num_rollouts=2,
         needs="data: allenai/WildChat",
     ),
@@ -151,10 +151,13 @@ RECIPES: dict[str, Recipe] = {
         (f"{THINK}<answer>1</answer>",), (f"{THINK}<answer>0</answer>",), max_tokens=400, needs="NLTK's words"
     ),
     "dataset_environment/dataset_env.py": Recipe(
-        ("$answer",),
-        ("x",),
-        ("--config", "dataset_env.yaml"),
-        needs="data: any; a file with `env: {dataset_name: ..., prompt_field: ..., reward_funcs: [accuracy]}`",
+        ("The answer is \\boxed{$answer}",),
+        ("The answer is \\boxed{$wrong}",),
+        (
+            *("--env.dataset_name", "local/sums", "--env.prompt_field", "question", "--env.answer_field", "answer"),
+            *("--env.max_tokens", "48", "--config", "dataset_env.yaml"),
+        ),
+        needs="data: any; a file with `env: {reward_funcs: [accuracy]}`",
     ),
     "eval_environments/pairwise_judgement_environment.py": Recipe(
         ("<think>\nx\n</think>\n[[A]]",),
@@ -231,7 +234,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "game_environments/textworld_env/textworld_env.py": Recipe(
         (_move("execute_command", command="look", expected_outcome="x"),),
-        (_move("execute_command", command="inventory", expected_outcome="x"),),
+        ("I do not know what to do.",),
         max_tokens=1400,
         needs="textworld 1.7.0; the repository's root on PYTHONPATH",
         from_repository=True,
@@ -253,8 +256,8 @@ RECIPES: dict[str, Recipe] = {
         needs="scikit-learn; data: mmaisel1/nous-rl-hackathon-sigma",
     ),
     "community/cybersecurity_sigma/llm_judge_env.py": Recipe(
-        ("<think>x</think>\n\\boxed{1.0}",),
-        ("<think>x</think>\n\\boxed{0.0}",),
+        ("$say",),
+        ("$wrong",),
         max_tokens=400,
         needs="data: mmaisel1/nous-rl-hackathon-sigma",
     ),
@@ -272,7 +275,7 @@ RECIPES: dict[str, Recipe] = {
         needs="data: gsm8k",
     ),
     "community/humor_generation/humor_env.py": Recipe(
-        ("A joke that is a haiku. It counts.\nScore: 2",),
+        ("A joke that is a haiku. It counts.\nScore: 2", "A joke that is a sonnet. It counts less.\nScore: 1"),
         ("I do not know any.\nScore: 0",),
         max_tokens=400,
         needs="a file that is not in the repository: humor_dataset.jsonl",
@@ -283,11 +286,11 @@ RECIPES: dict[str, Recipe] = {
         (CARD,), (CARD.replace("metricCard", "card"),), max_tokens=400
     ),
     "community/philosophical_rlaif_env.py": Recipe(
-        ("<think>x</think> [[A]]",),
-        ("<think>x</think> [[B]]",),
+        ("<think>x</think> \\boxed{A}, and so oxed{A}",),
+        ("<think>x</think> \\boxed{B}, and so oxed{B}",),
         max_tokens=1900,
         num_rollouts=2,
-        needs="data: allenai/WildChat",
+        needs='data: allenai/WildChat. Its pattern of a verdict is r"\\boxed{(A/B)}", which a \\boxed{A} does not match',
     ),
     "community/punchline_vrcli/punchline_env.py": Recipe(
         (f"{THINK}Because of the moon.",),

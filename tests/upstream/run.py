@@ -236,7 +236,7 @@ def deliver(
                 if status is not None:
                     break
                 time.sleep(0.5)
-        num_answers = oracle.num_answers
+        num_answers, temperatures = oracle.num_answers, oracle.temperatures
     text = log_path.read_text(errors="replace")
     result = {
         "file": file,
@@ -255,6 +255,8 @@ def deliver(
         "num_trained_tokens": sum(mask != -100 for masks in group["masks"] for mask in masks),
         "max_length": max(map(len, group["tokens"])),
         "has_logprobs": bool(group.get("inference_logprobs")),
+        # Those of one that samples its answers at several are not trained at one.
+        "temperature": temperatures.pop() if len(temperatures) == 1 else 1.0,
     }
 
 
@@ -273,23 +275,23 @@ def what_it_said(text: str) -> list[str]:
     return [line for line in lines if re.search(r"[Ee]rror|not installed|exception", line)][-2:] or lines[-2:]
 
 
-def train(place: Workplace, policy: Policy, files: Sequence[str]) -> Iterator[dict[str, dict[str, Any]]]:
-    """One optimizer step on the group of each of these files; yield the metrics of each run, by file.
+def train(place: Workplace, policy: Policy, temperatures: Mapping[str, float]) -> Iterator[dict[str, dict[str, Any]]]:
+    """One optimizer step on the group of each file, at the temperature of its sampling; yield metrics of each run, by file.
 
-    A run trains groups of one size, so that each is a step.
+    A run trains groups of one size, so that each is a step, and of one temperature.
     """
-    groups = {file: json.loads(place.log(file, ".group.json").read_text()) for file in files}
-    by_size: dict[int, list[str]] = defaultdict(list)
+    groups = {file: json.loads(place.log(file, ".group.json").read_text()) for file in temperatures}
+    alike: dict[tuple[int, float], list[str]] = defaultdict(list)
     for file, group in groups.items():
-        by_size[len(group["tokens"])].append(file)
-    for size, all_members in by_size.items():
+        alike[len(group["tokens"]), temperatures[file]].append(file)
+    for (size, temperature), all_members in alike.items():
         for start in range(0, len(all_members), MAX_STEPS):
             members = all_members[start : start + MAX_STEPS]
-            yield train_run(place, policy, size, {file: groups[file] for file in members})
+            yield train_run(place, policy, size, temperature, {file: groups[file] for file in members})
 
 
 def train_run(
-    place: Workplace, policy: Policy, size: int, groups: Mapping[str, Mapping[str, Any]]
+    place: Workplace, policy: Policy, size: int, temperature: float, groups: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """Train a step on each of these groups of one size; return the metrics of each, or why it was refused."""
     files = list(groups)
@@ -306,6 +308,7 @@ def train_run(
         gradient_checkpointing=False,
         per_device_train_batch_size=size,
         max_length=MAX_LENGTH,
+        temperature=temperature,
         max_steps=len(files),
         # The policy stays that whose logprobs were sent, so that they can be compared in every step.
         learning_rate=1e-7,
@@ -388,7 +391,9 @@ def main() -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         # Exceptions of a thread are raised here.
         list(pool.map(run, to_run))
-    delivered = [file for file in files if results.get(file, {}).get("outcome") == "delivered"]
+    delivered = {
+        file: results[file]["temperature"] for file in files if results.get(file, {}).get("outcome") == "delivered"
+    }
     if not args.no_train:
         for steps in train(place, policy, delivered):
             for file, step in steps.items():

@@ -230,8 +230,8 @@ class Standins:
             }
             for i in range(8)
         ]
-        sums = "dataset_name: local/sums, prompt_field: question, answer_field: answer"
-        (self.root / "dataset_env.yaml").write_text(f"env: {{{sums}, max_tokens: 48, reward_funcs: [accuracy]}}\n")
+        # A list has no place on a command line of Atropos.
+        (self.root / "dataset_env.yaml").write_text("env: {reward_funcs: [accuracy]}\n")
         # Of its 114 formats one that an answer can have.
         (self.root / "answer_format.yaml").write_text("env: {supported_formats: [xml]}\n")
         _write_lines(self.root / "prompts.jsonl", [{"uid": str(i), "prompt": f"Say {i}."} for i in range(20)])
@@ -252,6 +252,12 @@ class Standins:
 
     def _rules(self) -> None:
         rules = [{"prompt": f"Write a sigma rule for event {a}.", "rule": SIGMA_RULE} for a, _ in self._pairs(40)]
+        self.facts["Write a sigma rule for event"] = {
+            "say": f"<think>x</think>\n\\boxed{{{SIGMA_RULE}}}",
+            "wrong": f"<think>x</think>\n\\boxed{{{SIGMA_RULE.replace('EventID: 1', 'EventID: 5')}}}",
+        }
+        # What the judge of such rules is asked.
+        self.facts["Answer with only one character"] = {"say": "1", "wrong": "0"}
         self._put("mmaisel1/nous-rl-hackathon-sigma", {"train": rules, "test": rules})
         lower = [
             {

@@ -50,13 +50,13 @@ def test_a_page_is_made_of_results():
     )
     step = {"grad_norm": 1.0, "sampling/sampling_logp_difference/max": 1.2e-6}
     results = {
-        trained: result("trained", rewards=[1.0, 0.0], step=step),
+        trained: result("trained", rewards=[1.0, 0.0], step=step, temperature=0.8),
         delivered: result("delivered", rewards=[1.0], step={"refused": "a | b"}),
         needs: result("nothing", said=["It said <that>."]),
         cannot: result("nothing", said=["an error in /somewhere/environments/x.py"]),
     }
     made = page.make_page({**dict.fromkeys(results, False), "eval_environments/x_eval.py": True}, results)
-    assert made[page.TRAINED][trained][1:] == ("`--env.group_size 4`", "wandb", "1, 0", "1e-06")
+    assert made[page.TRAINED][trained][1:] == ("`--env.group_size 4`", "wandb", "1, 0", "1e-06 at 0.8")
     assert made[page.DELIVERED][delivered][-1] == "a / b"
     assert made[page.NEEDS][needs] == (NEEDS_MORE[needs], "It said &lt;that>.")
     assert made[page.CANNOT][cannot][-1] == "an error in environments/x.py"

@@ -39,9 +39,7 @@ class Score(Shim):
                 found = found[0]
             if not isinstance(found, list) or not found or not hasattr(env, "score"):
                 return found
-            if any(
-                trajectory is None or (isinstance(trajectory, dict) and "scores" in trajectory) for trajectory in found
-            ):
+            if any(one is None or (isinstance(one, dict) and "scores" in one) for one in found):
                 return found
             self.acts(f"{type(env).__name__}.score scores what its collect_trajectories returned")
             return await env.score(found)
