@@ -17,7 +17,9 @@ What came of every file of [NousResearch/atropos](https://github.com/NousResearc
 environment, unmodified, with atroposlib 0.4.0 and transformers 5.19. Written by
 
     packaging/install_beside.sh .venv .venv-upstream requirements/upstream.txt
-    PYTHONPATH=$PWD:$PWD/tests .venv-upstream/bin/python tests/upstream/run.py CHECKOUT --table docs/upstream_environments.md
+    export PYTHONPATH=$PWD:$PWD/tests
+    .venv-upstream/bin/python tests/upstream/run.py CHECKOUT --probe
+    .venv-upstream/bin/python tests/upstream/run.py CHECKOUT --table docs/upstream_environments.md
 
 which runs each file on data of our own with the schema of its data set, beside `trl-atropos api` and an *oracle*: a server that
 answers from the data set, wrong at a rate of one half, in tokens of SmolLM2-135M-Instruct with the logprobs that this model gives

@@ -32,10 +32,10 @@ class Recipe:
     """How a file is run.
 
     `right` and `wrong` are what the oracle answers; `options` come behind those that every file gets, with the oracle's URL
-    for `ORACLE`; `variables` are environment variables. A file that `waits_for_a_step` sends when another environment's group was
-    fetched. `max_tokens` is
-    `--env.max_token_length`, `num_rollouts` `--env.group_size`. `needs` says what stands in for data, and which packages
-    the file imports beyond the pinned ones. With `from_repository` the root of the checkout is on Python's path, with its atroposlib.
+    for `ORACLE`; `variables` are environment variables. `max_tokens` is `--env.max_token_length`, `num_rollouts`
+    `--env.group_size`. `needs` says what stands in for data, and which packages the file imports beyond the pinned ones.
+    With `from_repository` the root of the checkout is on Python's path. A file that `waits_for_a_step` sends when another
+    environment's group was fetched.
     """
 
     right: tuple[str, ...]

@@ -2,10 +2,11 @@
 
 Usage: python tests/upstream/run.py CHECKOUT [--files FILE...] [--jobs 2] [--table docs/upstream_environments.md]
 
-CHECKOUT is a clone of NousResearch/atropos; paths of files are those inside of its `environments/`. Each file runs through `trl-atropos env FILE
-serve` beside `trl-atropos api` and an oracle (oracle.py), on data of our own (standins.py), as its recipe says (recipes.py).
-The first group that arrives is kept, and one offline run makes one optimizer step on each. One JSON line a file; what came of
-files of earlier runs stays in the working directory, and --table writes all of it. With requirements/upstream.txt installed beside:
+CHECKOUT is a clone of NousResearch/atropos; paths of files are those inside of its `environments/`. Each file runs through
+`trl-atropos env FILE serve` beside `trl-atropos api` and an oracle (oracle.py), on data of our own (standins.py), as its recipe says (recipes.py).
+The first group that arrives is kept, or of those of 15 seconds the first whose rewards differ, and an offline run makes one
+optimizer step on each. One JSON line a file; what came of files of earlier runs stays in the working directory, and --table writes
+all of it: it wants those that --probe runs, too. With requirements/upstream.txt installed beside:
 
     packaging/install_beside.sh .venv .venv-upstream requirements/upstream.txt
     PYTHONPATH=$PWD:$PWD/tests .venv-upstream/bin/python tests/upstream/run.py CHECKOUT
