@@ -17,4 +17,5 @@ SUMMARY_KEYS = [
     "wall_s",
     "logprob_probe_mean_abs_diff",
     "peak_rss_bytes_trainer",
+    "num_restarts",
 ]

@@ -43,6 +43,8 @@ import json, os, sys, time
 output_dir = sys.argv[sys.argv.index("--output_dir") + 1]
 logs = os.path.join(os.path.dirname(output_dir), "logs")
 time.sleep(float(os.environ.get("TRAINER_S", "0.5")))
+while not os.path.exists(os.path.join(logs, os.environ.get("TRAINER_WAITS_FOR", ""))):
+    time.sleep(0.05)
 os.makedirs(output_dir, exist_ok=True)
 print("step 1 reward 0.5", flush=True)
 print("a warning of the trainer", file=sys.stderr, flush=True)
@@ -178,9 +180,11 @@ def test_command_after_two_dashes_is_the_only_environment_and_all_output_is_show
 
 
 @pytest.mark.parametrize("victim", ["environment.py", "run-api", "trl-atropos api"])
-def test_killed_part_ends_the_run_and_is_named_with_what_was_ended(launch: Launch, victim: str) -> None:
+def test_killed_part_ends_the_run_if_told_and_is_named_with_what_was_ended(launch: Launch, victim: str) -> None:
+    launch.content["on_exit"] = {"api": "stop", "environments": "stop"}
     if victim == "run-api":
-        launch.content["api"] = "run-api"
+        # Which is not started again in any case.
+        launch.content |= {"api": "run-api", "on_exit": {"environments": "stop"}}
     launch.content["trainer_env"] = {"TRAINER_S": "60"}
     process = launch.start()
     wait_for_line(process, "trainer  ")
@@ -194,10 +198,36 @@ def test_killed_part_ends_the_run_and_is_named_with_what_was_ended(launch: Launc
     assert str(launch.logs / f"{name}.log") in output
 
 
+def test_killed_parts_are_started_again_and_the_summary_counts_them(launch: Launch) -> None:
+    launch.content["trainer_env"] = {"TRAINER_WAITS_FOR": "go"}
+    process = launch.start()
+    lines = wait_for_line(process, "trainer  ")
+    (api_url,) = re.findall(r"api +ready at (\S+)", "".join(lines))
+    of_launch = psutil.Process(process.pid)
+    before = {victim: launch.pid_of(of_launch, victim) for victim in ("environment.py", "trl-atropos api")}
+    for pid in before.values():
+        os.kill(pid, signal.SIGKILL)
+    said = wait_for_line(process, "(first|api) +is there again")
+    said += wait_for_line(process, "(first|api) +is there again")
+    after = {victim: launch.pid_of(of_launch, victim) for victim in before}
+    assert requests.get(api_url, timeout=10).json() == {"message": "AtroposLib API"}
+    (launch.logs / "go").touch()
+    output, _ = process.communicate(timeout=DEADLINE_S)
+
+    assert process.returncode == 0, output
+    assert not set(before.values()) & set(after.values())
+    for name in ("api", "first"):
+        ended = r" +ended with exit code 137 and is started again in 1 s \(restart 1; at most 5 times within 600 s\)\."  # 128 + 9
+        assert re.search(rf"{name}{ended}", "".join(said))
+        assert "=== started again ===" in (launch.logs / f"{name}.log").read_text()
+    assert json.loads((launch.run_dir / "summary.json").read_text())["num_restarts"] == {"api": 1, "first": 1}
+    assert "restarts api 1, first 1" in output
+
+
 def test_run_goes_on_with_the_other_environments_if_told(launch: Launch) -> None:
     crash = f"{sys.executable} -c 'print(\"the cause\"); raise SystemExit(3)'"
-    launch.content |= {"on_environment_exit": "continue", "trainer_env": {"TRAINER_S": "2"}}
-    launch.content["environments"]["crasher"] = {"command": crash}
+    launch.content["trainer_env"] = {"TRAINER_S": "2"}
+    launch.content["environments"]["crasher"] = {"command": crash, "on_exit": "continue"}
     finished = launch.run()
 
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -207,7 +237,7 @@ def test_run_goes_on_with_the_other_environments_if_told(launch: Launch) -> None
 
 def test_run_without_any_environment_left_is_over_also_if_told_to_continue(launch: Launch) -> None:
     crash = f"{sys.executable} -c 'raise SystemExit(3)'"
-    launch.content |= {"on_environment_exit": "continue", "trainer_env": {"TRAINER_S": "60"}}
+    launch.content |= {"on_exit": {"environments": "continue"}, "trainer_env": {"TRAINER_S": "60"}}
     launch.content["environments"] = {name: {"command": crash} for name in ("one", "two")}
     finished = launch.run()
 

@@ -217,6 +217,16 @@ def test_standard_output_is_passed_on_and_logged_and_standard_error_only_logged(
     assert sorted(process.log_tail().splitlines()) == ["a warning", "step 1", "step 2"]
 
 
+def test_log_of_an_earlier_process_is_kept_and_not_quoted_for_a_later_one(tmp_path: Path) -> None:
+    for number in (1, 2):
+        code = f"print('life {number}')"
+        process = ManagedProcess("env", [sys.executable, "-c", code], tmp_path / "env.log")
+        wait_for(lambda: process.poll() is not None)  # noqa: B023
+        process.wait_stopped()
+        assert process.log_tail() == f"life {number}"
+    assert process.log_path.read_text() == "life 1\n\n=== started again ===\nlife 2\n"
+
+
 def test_end_of_a_huge_log_is_read_without_the_rest(tmp_path: Path) -> None:
     process = ManagedProcess("env", [sys.executable, "-c", ""], tmp_path / "env.log")
     process.wait_stopped()

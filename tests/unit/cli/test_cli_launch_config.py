@@ -97,6 +97,19 @@ def test_several_environments_keep_their_names_variables_and_copies(tmp_path: Pa
     }
 
 
+def test_what_can_be_started_again_is_unless_the_file_says_otherwise(tmp_path: Path) -> None:
+    def exits(**change: Any) -> list[str]:
+        config = load_launch_config(write(tmp_path / "l.yaml", {**FILE, **change}), {})
+        return [config.on_exit_of(part) for part in ("api", "server", "environments")]
+
+    assert exits() == ["restart", "restart", "restart"]
+    assert exits(api="run-api") == ["stop", "restart", "restart"]
+    assert exits(on_exit={"api": "continue", "environments": "stop"}) == ["continue", "restart", "stop"]
+    content = {**FILE, "environments": {"a": {"command": "x", "on_exit": "continue"}}}
+    config = load_launch_config(write(tmp_path / "l.yaml", content), {})
+    assert config.environments["a"].on_exit == "continue"
+
+
 def test_external_parts_are_not_started(tmp_path: Path) -> None:
     content = {**FILE, "environments": "external", "trainer_command": "external", "api_url": "http://host:8000"}
     config = load_launch_config(write(tmp_path / "l.yaml", content), {})
@@ -126,7 +139,13 @@ ENVIRONMENTS = "environments"
         ({ENVIRONMENTS: {"../up": {"command": "x"}}}, "cannot be the name"),
         ({ENVIRONMENTS: {}}, "nothing to train on"),
         ({ENVIRONMENTS: "python x.py"}, "`environments` in the launch file .* is 'python x.py'"),
-        ({"on_environment_exit": "ignore"}, "Choose one of: stop, continue"),
+        ({"on_exit": {"api": "ignore"}}, "`on_exit.api` in .* is 'ignore'.*Choose one of: restart, stop, continue"),
+        ({"on_exit": {"vllm": "stop"}}, "names the unknown part `vllm`.*All parts: api, server, environments"),
+        ({ENVIRONMENTS: {"a": {"command": "x", "on_exit": "go"}}}, "`on_exit` of `environments.a` .* is 'go'"),
+        ({"on_exit": {"server": "stop"}, "vllm_url": "http://h:1"}, "`on_exit.server` in .* that part runs elsewhere"),
+        ({"api": "run-api", "on_exit": {"api": "restart"}}, "`api` is run-api.*Set `api` to trl-atropos"),
+        ({"max_restarts": 0}, "`max_restarts` in .* is 0"),
+        ({"restart_window_s": 0}, "`restart_window_s` is 0"),
         ({"api_url": "localhost:8000"}, "must be the root of a server"),
         ({"vllm_url": "http://localhost:8001/v1"}, "must be the root of a server"),
         ({"api": "run_api"}, "Choose one of: trl-atropos, run-api, external"),

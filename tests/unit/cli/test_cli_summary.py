@@ -38,7 +38,7 @@ ENTRIES = [make_entry(step, reward) for step, reward in enumerate(REWARDS, start
 
 
 def test_summary_has_exactly_the_promised_keys_and_values() -> None:
-    summary = summarize(ENTRIES, server_weight_version="6", wall_s=12.5)
+    summary = summarize(ENTRIES, server_weight_version="6", wall_s=12.5, num_restarts={"api": 2})
     assert list(summary) == SUMMARY_KEYS
     assert summary["num_steps"] == 6
     assert summary["reward_first"] == 0.25  # (0 + 0.25 + 0.25 + 0.5) / 4
@@ -52,24 +52,27 @@ def test_summary_has_exactly_the_promised_keys_and_values() -> None:
     assert summary["wall_s"] == 12.5
     assert summary["logprob_probe_mean_abs_diff"] == 0.02  # the largest, not the last
     assert summary["peak_rss_bytes_trainer"] == 6000
+    assert summary["num_restarts"] == {"api": 2}
     assert json.loads(json.dumps(summary)) == summary
 
 
 def test_shorter_run_than_the_window_averages_what_there_is() -> None:
-    summary = summarize(ENTRIES[:2], server_weight_version=2, wall_s=1.0)
+    summary = summarize(ENTRIES[:2], server_weight_version=2, wall_s=1.0, num_restarts={})
     assert summary["reward_first"] == summary["reward_last"] == 0.125
 
 
 def test_number_that_was_never_logged_is_none_and_not_zero() -> None:
-    summary = summarize([{"step": 1, "reward": 0.5}], server_weight_version=None, wall_s=1.0)
+    summary = summarize([{"step": 1, "reward": 0.5}], server_weight_version=None, wall_s=1.0, num_restarts={})
     absent = [key for key, value in summary.items() if value is None]
-    assert absent == [
-        key for key in SUMMARY_KEYS if key not in ("num_steps", "reward_first", "reward_last", "rewards", "wall_s")
-    ]
+    known = ("num_steps", "reward_first", "reward_last", "rewards", "wall_s", "num_restarts")
+    assert absent == [key for key in SUMMARY_KEYS if key not in known]
 
 
 def test_weight_version_that_is_no_number_is_kept_as_it_is() -> None:
-    assert summarize(ENTRIES, server_weight_version="default", wall_s=1.0)["server_weight_version"] == "default"
+    assert (
+        summarize(ENTRIES, server_weight_version="default", wall_s=1.0, num_restarts={})["server_weight_version"]
+        == "default"
+    )
 
 
 def test_log_is_read_without_the_entry_that_ends_the_training(tmp_path: Path) -> None:

@@ -20,7 +20,10 @@ EXTERNAL = "external"
 DURABLE_API = "trl-atropos"
 """Value of `api`: `trl-atropos api`, with its database in the run directory."""
 
-APIS = (DURABLE_API, "run-api", EXTERNAL)
+ATROPOS_API = "run-api"
+"""Value of `api`: Atropos' own, which forgets everything when it ends."""
+
+APIS = (DURABLE_API, ATROPOS_API, EXTERNAL)
 
 VLLM, SGLANG = "vllm", "sglang"
 SERVERS = (VLLM, SGLANG)
@@ -29,7 +32,13 @@ SERVERS = (VLLM, SGLANG)
 OTHER_SERVERS_KEYS = {VLLM: ("sglang_args", "sglang_env", "sglang_python"), SGLANG: ("vllm_args", "vllm_env")}
 """Value of `server` -> the keys that say nothing about such a server."""
 
-ENVIRONMENT_EXITS = ("stop", "continue")
+RESTART, STOP, CONTINUE = "restart", "stop", "continue"
+ON_EXITS = (RESTART, STOP, CONTINUE)
+"""Values of `on_exit`: what becomes of the run when a part of it ends."""
+
+API_PART, SERVER_PART, ENVIRONMENTS_PART = "api", "server", "environments"
+PARTS = (API_PART, SERVER_PART, ENVIRONMENTS_PART)
+"""Keys of `on_exit`: the parts that are not the trainer."""
 
 RESERVED_NAMES = frozenset({"api", *SERVERS, "trainer", "launch", "combined"})
 """Names of the other processes and logs."""
@@ -39,11 +48,15 @@ EXAMPLE = "examples/configs/quickstart_launch.yaml"
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
-    """One environment of a launch: its command line without addresses and model, variables, 1 or more processes."""
+    """One environment of a launch: its command line without addresses and model, variables, 1 or more processes.
+
+    `on_exit` is one of `ON_EXITS`, None for that of all environments.
+    """
 
     command: str
     env: dict[str, str] = field(default_factory=dict)
     num_copies: int = 1
+    on_exit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,8 @@ class LaunchConfig:
     the inference server that is started, and `vllm_url`, `vllm_port` and `vllm_gpus` are those of either kind. `sglang_python` is the
     interpreter that has SGLang, None for this one. Of what is started, a port of 0 is any free one. `environments` is empty and `trainer_command` is `EXTERNAL` where somebody else starts them.
     `api` is one of `APIS`; with an `api_url` it is external. `startup_timeout_s` is in seconds, for the API and the inference server together.
+    `on_exit` has values of `ON_EXITS` for some of `PARTS`. A part is started again at most `max_restarts` times within
+    `restart_window_s` seconds.
     """
 
     model_name_or_path: str
@@ -75,7 +90,9 @@ class LaunchConfig:
     trainer_env: dict[str, str] = field(default_factory=dict)
     vllm_gpus: str | None = None
     trainer_gpus: str | None = None
-    on_environment_exit: str = "stop"
+    on_exit: dict[str, str] = field(default_factory=dict)
+    max_restarts: int = 5
+    restart_window_s: float = 600.0
     startup_timeout_s: float = 600.0
     show_all_logs: bool = False
     prompts: list[str] = field(default_factory=list)
@@ -95,6 +112,11 @@ class LaunchConfig:
     def server_env(self) -> dict[str, str]:
         """Variables of the inference server."""
         return self.sglang_env if self.server == SGLANG else self.vllm_env
+
+    def on_exit_of(self, part: str) -> str:
+        """What becomes of the run when one of `PARTS` ends. What `run-api` held is lost with it."""
+        default = STOP if part == API_PART and self.api == ATROPOS_API else RESTART
+        return self.on_exit.get(part, default)
 
     @property
     def is_local_model(self) -> bool:
@@ -176,7 +198,7 @@ def _environment(where: str, name: str, content: Any) -> EnvironmentConfig:
     if not isinstance(content, dict):
         raise PreflightError(
             f"{where} is {content!r}, a {type(content).__name__}.",
-            "An environment is a mapping with `command`, and `env` and `num_copies` if needed.",
+            "An environment is a mapping with `command`, and `env`, `num_copies` and `on_exit` if needed.",
             f"Compare it with {EXAMPLE}.",
         )
     values = {str(key): value for key, value in content.items()}
@@ -187,6 +209,7 @@ def _environment(where: str, name: str, content: Any) -> EnvironmentConfig:
             "An environment needs a command and at least one process.",
             "Correct it, or remove the environment.",
         )
+    _check_exit(f"`on_exit` of {where}", values.get("on_exit", RESTART))
     return EnvironmentConfig(**{**values, "env": _as_text(values.get("env", {}))})
 
 
@@ -225,12 +248,6 @@ def _check(where: str, values: Mapping[str, Any], kind: type[LaunchConfig] | typ
 
 
 def _check_values(where: str, config: LaunchConfig) -> None:
-    if config.on_environment_exit not in ENVIRONMENT_EXITS:
-        raise PreflightError(
-            f"`on_environment_exit` in {where} is {config.on_environment_exit!r}.",
-            "It says what becomes of the run when one of several environments ends.",
-            f"Choose one of: {', '.join(ENVIRONMENT_EXITS)}.",
-        )
     if config.api not in APIS or (config.api == EXTERNAL and config.api_url is None):
         raise PreflightError(
             f"`api` in {where} is {config.api!r}, `api_url` is {config.api_url!r}.",
@@ -238,6 +255,7 @@ def _check_values(where: str, config: LaunchConfig) -> None:
             f"Choose one of: {', '.join(APIS)}; with {EXTERNAL} give `api_url`, too.",
         )
     _check_server(where, config)
+    _check_exits(where, config)
     for key in ("api_url", "vllm_url"):
         _check_url(where, key, getattr(config, key))
     for key in ("api_port", "vllm_port"):
@@ -274,6 +292,49 @@ def _check_server(where: str, config: LaunchConfig) -> None:
             f"`sglang_python` in {where} is {config.sglang_python!r}, which is no program.",
             "It is the interpreter of the environment in which SGLang is installed.",
             "Correct the path, such as /opt/sglang/bin/python, or leave it out if SGLang is installed beside the trainer.",
+        )
+
+
+def _check_exit(what: str, on_exit: Any) -> None:
+    if on_exit not in ON_EXITS:
+        raise PreflightError(
+            f"{what[0].upper()}{what[1:]} is {on_exit!r}.",
+            "It says what becomes of the run when this part ends.",
+            f"Choose one of: {', '.join(ON_EXITS)}.",
+        )
+
+
+def _check_exits(where: str, config: LaunchConfig) -> None:
+    external = {
+        API_PART: config.api_url is not None,
+        SERVER_PART: config.vllm_url is not None,
+        ENVIRONMENTS_PART: not config.environments,
+    }
+    for part, on_exit in config.on_exit.items():
+        if part not in PARTS:
+            raise PreflightError(
+                f"`on_exit` in {where} names the unknown part `{part}`.",
+                "A misspelled part would end the run, or be started again, unasked.",
+                f"{did_you_mean(part, PARTS)} All parts: {', '.join(PARTS)}.",
+            )
+        _check_exit(f"`on_exit.{part}` in {where}", on_exit)
+        if external[part]:
+            raise PreflightError(
+                f"`on_exit.{part}` in {where} is {on_exit}, and that part runs elsewhere.",
+                "The launch neither starts what is external nor sees it end.",
+                f"Remove `{part}` from `on_exit`.",
+            )
+    if config.api == ATROPOS_API and config.on_exit_of(API_PART) == RESTART:
+        raise PreflightError(
+            f"`on_exit.{API_PART}` in {where} is {RESTART}, and `api` is {ATROPOS_API}.",
+            "It keeps queue and registrations in memory: environments end when it does not know them any more.",
+            f"Set `api` to {DURABLE_API}, which loses nothing when it is started again, or `on_exit.{API_PART}` to {STOP}.",
+        )
+    if config.max_restarts < 1 or config.restart_window_s <= 0:
+        raise PreflightError(
+            f"`max_restarts` in {where} is {config.max_restarts}, `restart_window_s` is {config.restart_window_s:g}.",
+            "They bound how often a part is started again, and are above 0.",
+            f"Correct them, or set `on_exit` to {STOP} for a part that is not to be started again.",
         )
 
 

@@ -100,11 +100,12 @@ class LaunchOutput:
             self._waits_since = time.monotonic()
 
     def follow(self, name: str, path: Path) -> None:
-        """Copy a process's log into the combined one from now on. A second call for a name starts at its beginning again."""
+        """Copy a process's log into the combined one from now on. A second call for a name changes nothing: a process that is
+        started again goes on with its log.
+        """
         with self._lock:
-            if (old := self._followed.get(name)) is not None:
-                old.close()
-            self._followed[name] = _FollowedLog(path)
+            if name not in self._followed:
+                self._followed[name] = _FollowedLog(path)
             self._width = max(self._width, len(name))
 
     def _run(self) -> None:

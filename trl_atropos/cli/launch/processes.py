@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -33,6 +33,7 @@ GUARD_GRACE_S = guard.GRACE_S + 5.0
 SETTLE_S = 1.0
 # The pipe of an ended process holds at most 64 KiB.
 PUMP_JOIN_S = 1.0
+STARTED_AGAIN = b"\n=== started again ===\n"
 
 
 class ProcessFailedError(TrlAtroposError, ChildProcessError):
@@ -56,7 +57,7 @@ def free_port() -> int:
 
 
 class ManagedProcess:
-    """One running command, behind `guard.py`. Its output goes to `log_path`, which is emptied first.
+    """One running command, behind `guard.py`. Its output goes to `log_path`, behind what an earlier process left there.
 
     `name` is what messages call it. `env` is added to this process's environment. `on_output` gets each line of
     standard output as well, without its line break, on a thread of its own.
@@ -74,11 +75,14 @@ class ManagedProcess:
         self.log_path = log_path
         self._pump: threading.Thread | None = None
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        log_path.write_bytes(b"")
-        # Append mode, because standard error and the pump below write into the same file. Standard error is not pumped, so
+        # Append mode, because standard error and the pump below write into the same file, and earlier processes did. Standard error is not pumped, so
         # that what a process says while it ends is kept also when this one was killed; a line that it writes in pieces can
         # have one of standard output in its middle.
         with log_path.open("ab") as log:
+            if log.tell():
+                log.write(STARTED_AGAIN)
+                log.flush()
+            self._log_start = log.tell()
             self._guard = subprocess.Popen(
                 [sys.executable, "-m", guard.__name__, *command],
                 stdin=subprocess.PIPE,
@@ -104,9 +108,9 @@ class ManagedProcess:
         return code if code is None or code >= 0 else 128 - code
 
     def log_tail(self, num_lines: int = LOG_TAIL_LINES) -> str:
-        """Return the last `num_lines` lines of the log that say something."""
+        """Return the last `num_lines` lines of the log that say something, of those that this process wrote."""
         with self.log_path.open("rb") as log:
-            log.seek(max(0, self.log_path.stat().st_size - LOG_TAIL_BYTES))
+            log.seek(max(self._log_start, self.log_path.stat().st_size - LOG_TAIL_BYTES))
             lines = log.read().decode(errors="replace").splitlines()
         return "\n".join([line for line in lines if line.strip() and not line.startswith(EXIT_NOISE)][-num_lines:])
 
@@ -145,6 +149,7 @@ class ProcessGroup:
 
     def __init__(self) -> None:
         self._processes: list[ManagedProcess] = []
+        self._places: dict[str, int] = {}
 
     def __enter__(self) -> ProcessGroup:
         return self
@@ -155,32 +160,37 @@ class ProcessGroup:
         self.stop()
 
     def add(self, process: ManagedProcess) -> None:
-        """Take over a started process."""
+        """Take over a started process. One of a name that was there before has the place of the first."""
+        self._places.setdefault(process.name, len(self._places))
         self._processes.append(process)
+        self._processes.sort(key=lambda process: self._places[process.name])
 
     def discard(self, process: ManagedProcess) -> None:
-        """Forget a process that has ended and is replaced."""
+        """Forget a process that has ended and is replaced, or not needed any more."""
         process.wait_stopped()
         self._processes.remove(process)
 
     @property
     def names(self) -> list[str]:
-        """Names of the processes, in the order of their start."""
+        """Names of the processes, in the order of their first start."""
         return [process.name for process in self._processes]
 
-    def check(self, may_finish: str | None = None) -> bool:
+    def check(self, may_finish: str | None = None, may_end: Collection[str] = ()) -> bool:
         """Look at all processes once; return whether `may_finish`, the one that may end, has ended with exit code 0.
+
+        The processes in `may_end` are not looked at: somebody else does, and replaces or forgets them.
 
         Raises:
             ProcessFailedError: Another one has ended, with whatever exit code, or that one with an error. Names the one
                 that was started first, because the later ones depend on it, and shows the end of its log.
         """
-        if all(process.poll() is None for process in self._processes):
+        needed = [process for process in self._processes if process.name not in may_end]
+        if all(process.poll() is None for process in needed):
             return False
-        finished = any(process.name == may_finish and process.poll() == 0 for process in self._processes)
+        finished = any(process.name == may_finish and process.poll() == 0 for process in needed)
         if not finished:
             time.sleep(SETTLE_S)
-        ended = [process for process in self._processes if process.poll() is not None]
+        ended = [process for process in needed if process.poll() is not None]
         failed = [process for process in ended if process.name != may_finish or process.poll() != 0]
         if failed:
             raise failure_of(
@@ -206,17 +216,17 @@ class ProcessGroup:
 
 
 def failure_of(
-    process: ManagedProcess, also_ended: Sequence[str] = (), still_running: Sequence[str] = ()
+    process: ManagedProcess, also_ended: Sequence[str] = (), still_running: Sequence[str] = (), history: str = ""
 ) -> ProcessFailedError:
     """Return the error that names a process that ended, its exit code and the last lines of its log.
 
     `also_ended` are the names of those that ended by themselves with it, `still_running` of those that the launch ends
-    now.
+    now. `history` is a sentence about earlier processes of this name.
     """
     others = f" (after it or with it: {', '.join(also_ended)})" if also_ended else ""
     ended = f"The launch has ended {', '.join(still_running)}; it started nothing else. " if still_running else ""
     return ProcessFailedError(
         f"The process `{process.name}` ended with exit code {process.poll()} while the run needed it{others}.",
-        f"The last lines of its log:\n{process.log_tail()}\n",
+        f"{history}{' ' if history else ''}The last lines of its log:\n{process.log_tail()}\n",
         f"{ended}The whole log is {process.log_path}.",
     )

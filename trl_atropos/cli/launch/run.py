@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shlex
@@ -35,14 +36,16 @@ from .command_lines import (
     trainer_flags,
     trainer_option,
 )
-from .config import DURABLE_API, SGLANG, VLLM, LaunchConfig
+from .config import API_PART, DURABLE_API, ENVIRONMENTS_PART, SERVER_PART, SGLANG, VLLM, LaunchConfig
 from .gpus import split_gpus
 from .output import LaunchOutput
-from .processes import ManagedProcess, ProcessGroup, failure_of
-from .services import AnyService, ExternalService, Service, wait_until_ready
+from .processes import ManagedProcess, ProcessGroup
+from .restarts import RestartLimit, Supervisor
+from .services import AnyService, Environment, ExternalService, Service, wait_until_ready
 
 
 POLL_S = 0.2
+TRAINER = "trainer"
 COMPLETION_TIMEOUT_S = 120.0
 
 
@@ -69,22 +72,22 @@ def run_launch(config: LaunchConfig) -> dict[str, Any] | None:
         launch = _Launch(config, gpus, group, output)
         try:
             api, server = launch.start_servers()
-            wait_until_ready([api, server], config.startup_timeout_s, group, output)
             launch.ask_external_server(server.url)
             if not config.has_trainer:
-                launch.serve(api.url, server.url)
+                launch.serve(api, server)
                 return None
             before = launch.complete(server.url)
-            launch.start_environments(api.url, server.url)
+            launch.start_environments(api, server)
             launch.wait_for_trainer(launch.start_trainer(api.url, server.url))
             wall_s = output.elapsed_s()
+            launch.wait_for_server(server)
             after = launch.complete(server.url)
             weight_version = _weight_version(server.url, config.server)
         finally:
             if group.names:
                 output.say("launch", f"ending {', '.join(group.names)}")
                 output.wait_for("launch", "waiting for them to end")
-    return _write_results(config, before, after, weight_version, wall_s)
+    return _write_results(config, before, after, weight_version, wall_s, launch.num_restarts)
 
 
 class _Launch:
@@ -98,10 +101,18 @@ class _Launch:
         self._group = group
         self._output = output
         self._logs = Path(config.run_dir) / "logs"
-        self._environments: list[ManagedProcess] = []
+        limit = RestartLimit(config.max_restarts, config.restart_window_s)
+        self._supervisor = Supervisor(limit, config.startup_timeout_s, group, output)
+
+    @property
+    def num_restarts(self) -> dict[str, int]:
+        """How often each part was started again, by name; only those that were."""
+        return self._supervisor.num_restarts
 
     def start_servers(self) -> tuple[AnyService, AnyService]:
-        """Start the Atropos API and the inference server side by side, those of them that are not external."""
+        """Start the Atropos API and the inference server side by side, those of them that are not external; return when
+        both answer.
+        """
         config = self._config
 
         def api_command(port: int) -> list[str]:
@@ -136,6 +147,10 @@ class _Launch:
                 config.vllm_port,
                 port_key="vllm_port",
             )
+        wait_until_ready([api, server], config.startup_timeout_s, self._group, self._output)
+        for part, service in ((API_PART, api), (SERVER_PART, server)):
+            if isinstance(service, Service):
+                self._supervisor.add(service, config.on_exit_of(part))
         return api, server
 
     def ask_external_server(self, url: str) -> None:
@@ -154,46 +169,56 @@ class _Launch:
             return
         self._output.say("launch", f"the database of an earlier run is now {set_aside(database, 'api-{}.db')}")
 
-    def start_environments(self, api_url: str, vllm_url: str) -> None:
+    def start_environments(self, api: AnyService, server: AnyService) -> None:
         """Start the environments, which wait by themselves until the trainer has registered."""
         for name, environment in self._config.environments.items():
-            command = build_env_command(self._config, environment, api_url, vllm_url)
+            command = build_env_command(self._config, environment, api.url, server.url)
+            start = functools.partial(self._start, command=command, env=environment.env)
+            on_exit = environment.on_exit or self._config.on_exit_of(ENVIRONMENTS_PART)
             copies = (
                 [f"-{copy}" for copy in range(1, environment.num_copies + 1)] if environment.num_copies > 1 else [""]
             )
             for copy in copies:
-                process = self._start(name + copy, command, environment.env)
-                self._environments.append(process)
-                self._output.say(process.name, environment.command)
+                started = Environment(name + copy, start)
+                self._supervisor.add(started, on_exit, needs=[api, server], is_environment=True)
+                self._output.say(started.name, environment.command)
         if not self._config.environments:
-            flags = shlex.join(_flat(env_flags(self._config, api_url, vllm_url)))
+            flags = shlex.join(_flat(env_flags(self._config, api.url, server.url)))
             self._output.say("launch", f"start the environments with: python ENVIRONMENT.py serve {flags}")
 
     def start_trainer(self, api_url: str, vllm_url: str) -> ManagedProcess:
         """Start the trainer."""
         command = build_trainer_command(self._config, api_url, vllm_url)
         env = {**self._gpus.get("trainer", {}), **self._config.trainer_env}
-        trainer = self._start("trainer", command, env, shows_output=True)
+        trainer = self._start(TRAINER, command, env, shows_output=True)
         self._output.say("trainer", f"{self._config.trainer_command} (logs of all processes: {self._logs})")
         return trainer
 
     def wait_for_trainer(self, trainer: ManagedProcess) -> None:
         """Return when the trainer has ended with exit code 0 and all others that the run needs are there."""
         self._output.wait_for("launch", "training")
-        while not self._check(trainer.name):
+        while not self._supervisor.check(trainer.name):
             time.sleep(POLL_S)
         self._output.say("trainer", "done")
 
-    def serve(self, api_url: str, vllm_url: str) -> None:
+    def wait_for_server(self, server: AnyService) -> None:
+        """Return when the inference server answers, which may just be started again."""
+        while not server.answers():
+            self._supervisor.check(TRAINER)
+            if not self._supervisor.awaits(server):
+                return
+            time.sleep(POLL_S)
+
+    def serve(self, api: AnyService, server: AnyService) -> None:
         """Keep servers and environments running for a trainer that somebody else starts, until Ctrl-C."""
-        self.start_environments(api_url, vllm_url)
-        flags = shlex.join(_flat(trainer_flags(self._config, api_url, vllm_url)))
+        self.start_environments(api, server)
+        flags = shlex.join(_flat(trainer_flags(self._config, api.url, server.url)))
         self._output.say("launch", f"start the trainer with: python TRAINER.py {flags}")
         self._output.say("launch", "the others run until Ctrl-C")
         self._output.wait_for("launch", "serving", only_on_terminal=True)
         try:
             while True:
-                self._check()
+                self._supervisor.check()
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
             self._output.say("launch", "interrupted")
@@ -210,23 +235,6 @@ class _Launch:
         # The choices of the first prompt come first, then those of the second.
         num_each = len(texts) // len(prompts)
         return [texts[start : start + num_each] for start in range(0, len(texts), num_each)]
-
-    def _check(self, may_finish: str | None = None) -> bool:
-        """Look at all processes; say and forget environments that ended, if the run goes on without them."""
-        if self._config.on_environment_exit == "continue":
-            for process in [process for process in self._environments if process.poll() is not None]:
-                self._environments.remove(process)
-                left = [environment.name for environment in self._environments]
-                if not left:
-                    others = [name for name in self._group.names if name != process.name]
-                    raise failure_of(process, still_running=others)
-                self._output.say(
-                    process.name,
-                    f"ended with exit code {process.poll()}; the run goes on with {', '.join(left)}. The last lines of its "
-                    f"log ({process.log_path}):\n{process.log_tail()}",
-                )
-                self._group.discard(process)
-        return self._group.check(may_finish)
 
     def _start(
         self, name: str, command: list[str], env: Mapping[str, str], shows_output: bool = False
@@ -328,11 +336,12 @@ def _write_results(
     after: list[list[str]],
     weight_version: int | str | None,
     wall_s: float,
+    num_restarts: dict[str, int],
 ) -> dict[str, Any]:
     """Write the files of the run directory and print the report."""
     run_dir = Path(config.run_dir)
     entries = summary.read_training_log(config.trainer_output_dir)
-    result = summary.summarize(entries, weight_version, wall_s)
+    result = summary.summarize(entries, weight_version, wall_s, num_restarts)
     (run_dir / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     completions = [
         {"prompt": prompt, "before": first, "after": last}
@@ -344,6 +353,8 @@ def _write_results(
     print(
         f"reward   {result['reward_first']:.3f} (first {summary.WINDOW} steps) -> {result['reward_last']:.3f} (last)"
     )
+    if num_restarts:
+        print(f"restarts {', '.join(f'{name} {count}' for name, count in num_restarts.items())}")
     print(f"model    {config.trainer_output_dir}")
     print(f"report   {config.trainer_output_dir / REPORT_FILE}")
     print(f"summary  {run_dir / 'summary.json'}, {run_dir / 'reward.png'}, logs in {run_dir / 'logs'}", flush=True)

@@ -51,40 +51,46 @@ class Service:
         self._env = env
         self._group = group
         self._output = output
-        self._port = port
+        self._told_port = port
         self._num_attempts = 0
         if port:
             check_port(port_key or f"{name}_port", port)
-        self._start()
+        self._start_anywhere()
 
-    def _start(self) -> None:
+    def _start_anywhere(self) -> None:
         self._num_attempts += 1
-        port = self._port or free_port()
-        self.url = f"http://{HOST}:{port}"
-        self._process = ManagedProcess(self.name, self._build_command(port), self._log_path, self._env)
-        self._group.add(self._process)
+        self._port = self._told_port or free_port()
+        self.url = f"http://{HOST}:{self._port}"
+        self.start_again()
+
+    def start_again(self) -> None:
+        """Start it at its address, where the others look for it."""
+        self.process = ManagedProcess(self.name, self._build_command(self._port), self._log_path, self._env)
+        self._group.add(self.process)
         self._output.follow(self.name, self._log_path)
 
     def is_ready(self) -> bool:
-        """Return whether the server answers. One that lost the race for its port is started again.
+        """Return whether the server answers, at its first start. One that lost the race for its port is started again.
 
         Raises:
             ProcessFailedError: It ended for another reason, or lost `MAX_PORT_ATTEMPTS` ports.
         """
-        if self._process.poll() is not None:
-            lost_port = "address already in use" in self._process.log_tail().lower()
-            if self._port or not lost_port or self._num_attempts >= MAX_PORT_ATTEMPTS:
-                raise failure_of(
-                    self._process, still_running=[name for name in self._group.names if name != self.name]
-                )
-            self._group.discard(self._process)
-            self._start()
+        if self.process.poll() is not None:
+            lost_port = "address already in use" in self.process.log_tail().lower()
+            if self._told_port or not lost_port or self._num_attempts >= MAX_PORT_ATTEMPTS:
+                raise failure_of(self.process, still_running=[name for name in self._group.names if name != self.name])
+            self._group.discard(self.process)
+            self._start_anywhere()
             return False
+        return self.answers()
+
+    def answers(self) -> bool:
+        """Return whether the server answers."""
         return answers(self.url + self.health_path)
 
     def state(self) -> str:
         """Return what a slow start is busy with: the newest line of the log."""
-        return f"The last line of its log: {self._process.log_tail(1)}"
+        return f"The last line of its log: {self.process.log_tail(1)}"
 
 
 class ExternalService:
@@ -97,6 +103,10 @@ class ExternalService:
 
     def is_ready(self) -> bool:
         """Return whether the server answers."""
+        return self.answers()
+
+    def answers(self) -> bool:
+        """Return whether the server answers."""
         return answers(self.url + self.health_path)
 
     def state(self) -> str:
@@ -105,6 +115,26 @@ class ExternalService:
 
 
 AnyService = Service | ExternalService
+
+
+class Environment:
+    """An environment of the launch. It serves nobody, so that nothing tells whether it is ready.
+
+    `start(name)` starts its process.
+    """
+
+    def __init__(self, name: str, start: Callable[[str], ManagedProcess]):
+        self.name = name
+        self._start = start
+        self.start_again()
+
+    def start_again(self) -> None:
+        """Start it as it was started before."""
+        self.process = self._start(self.name)
+
+    def answers(self) -> bool:
+        """Return True: it is there when its process is."""
+        return True
 
 
 def answers(url: str) -> bool:

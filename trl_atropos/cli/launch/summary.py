@@ -47,11 +47,16 @@ def _no_log_error(path: Path) -> PreflightError:
     )
 
 
-def summarize(entries: Sequence[LogEntry], server_weight_version: int | str | None, wall_s: float) -> dict[str, Any]:
+def summarize(
+    entries: Sequence[LogEntry],
+    server_weight_version: int | str | None,
+    wall_s: float,
+    num_restarts: Mapping[str, int],
+) -> dict[str, Any]:
     """Reduce the log of a run, one entry per optimizer step in order, to the numbers by which it is judged.
 
     `server_weight_version` is what the inference server reported after training, `wall_s` the seconds from the start
-    of the launch to the end of training. In the result, `reward_first` and `reward_last` are means over `WINDOW`
+    of the launch to the end of training, `num_restarts` how often parts of it were started again, by name. In the result, `reward_first` and `reward_last` are means over `WINDOW`
     steps; `logprob_probe_mean_abs_diff` is the largest of the run, in nats; counts are totals; what was never logged
     is None.
     """
@@ -70,6 +75,7 @@ def summarize(entries: Sequence[LogEntry], server_weight_version: int | str | No
         "wall_s": wall_s,
         "logprob_probe_mean_abs_diff": _reduce(entries, "logprob_probe/mean_abs_diff", max),
         "peak_rss_bytes_trainer": _as_int(_reduce(entries, "memory/peak_rss_bytes", max)),
+        "num_restarts": dict(num_restarts),
     }
 
 
