@@ -18,4 +18,5 @@ SUMMARY_KEYS = [
     "logprob_probe_mean_abs_diff",
     "peak_rss_bytes_trainer",
     "num_restarts",
+    "gateway",
 ]

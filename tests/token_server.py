@@ -275,7 +275,9 @@ def _handler(server: TokenServer) -> type[BaseHTTPRequestHandler]:
                 "owned_by": server.owned_by,
             }
             models = {"data": [model]}
-            answers: dict[str, Any] = {"/health": {}, "/v1/models": models}
+            # By these a launch knows what it is, and which policy it holds.
+            of_vllm = {"/version": {"version": "0.32.0"}, "/weight_info": {"weight_version": server.version}}
+            answers: dict[str, Any] = {"/health": {}, "/v1/models": models, **of_vllm}
             self.send(200 if self.path in answers else 404, answers.get(self.path, {"detail": "Not Found"}))
 
         def do_POST(self) -> None:

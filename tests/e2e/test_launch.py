@@ -22,6 +22,7 @@ import requests
 import yaml
 from scripted_server import ScriptedServer
 from scripted_sglang import ScriptedSGLang
+from token_server import TokenServer
 
 from trl_atropos.cli.main import main
 
@@ -303,6 +304,54 @@ def test_server_that_is_away_and_external_is_said_so(
     assert "external: the launch does not start it, and /health does not answer there." in capsys.readouterr().err
 
 
+# Registers with the API, takes a batch of two rollouts, and writes the log that the summary is made of.
+TRAINER_OF_AGENTS = """
+import json, os, sys
+from pathlib import Path
+from trl_atropos.wire.client import AtroposClient, Registration
+
+def value(flag):
+    return sys.argv[sys.argv.index(flag) + 1]
+
+names = {name: "" for name in ("wandb_group", "wandb_project", "checkpoint_dir")}
+numbers = {"batch_size": 2, "max_token_len": 1000, "save_checkpoint_interval": 0, "starting_step": 0, "num_steps": 1}
+with AtroposClient(value("--atropos_api_url")) as client:
+    client.register(Registration(**names, **numbers))
+    batch = None
+    while batch is None:
+        batch = client.fetch_batch()
+output_dir = Path(value("--output_dir"))
+output_dir.mkdir()
+(output_dir / "batch.json").write_text(json.dumps(batch))
+(output_dir / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "reward": 0.5}]}))
+"""
+
+
+def test_an_agent_is_trained_on_what_it_samples_through_a_gateway_of_the_launch(tmp_path: Path) -> None:
+    with TokenServer() as server:
+        server.replies = ["In the south.", "Lima"] * 100
+        launch = Launch(tmp_path, server.url)
+        (tmp_path / "trainer.py").write_text(TRAINER_OF_AGENTS)
+        del launch.content["environments"]
+        launch.content |= {
+            "agents": {"capitals": {"command": f"{sys.executable} examples/agents/capitals_program.py"}},
+            "gateway_args": {"group_size": 2},
+        }
+        finished = launch.run()
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert re.search(r"gateway +ready at http://127\.0\.0\.1:\d+", finished.stdout)
+    assert "ending api, gateway, trainer, capitals" in finished.stdout
+    (group,) = json.loads((launch.run_dir / "model" / "batch.json").read_text())
+    assert len(group["tokens"]) == 2 and sum(token != -100 for token in group["masks"][0]) > len("Lima")
+    gateway = json.loads((launch.run_dir / "summary.json").read_text())["gateway"]
+    assert gateway["num_groups_sent"] >= 1 and gateway["num_turns"] >= 4
+    assert (gateway["spliced_share"], gateway["num_branches"], gateway["masked_tokens"]) == (1.0, 0, {})
+    assert "spliced share 1.00" in finished.stdout
+    # Who may open and reward sessions is the owner's affair alone.
+    assert (launch.run_dir / "gateway.key").stat().st_mode & 0o777 == 0o600
+    assert launch.leftovers() == []
+
+
 # In the place of an interpreter with SGLang: what `sglang.launch_server` is asked by a launch.
 SGLANG = """#!{python}
 import json, os, sys
@@ -350,6 +399,15 @@ def test_an_external_server_is_asked_which_kind_it_is(launch: Launch) -> None:
     assert "--openai.server_type sglang" in (launch.logs / "first.log").read_text()
     summary = json.loads((launch.run_dir / "summary.json").read_text())
     assert summary["server_weight_version"] == "default"
+
+
+def test_agents_are_refused_where_the_external_server_is_sglang(launch: Launch) -> None:
+    launch.content |= {"agents": {"agent": {"command": launch.environment_command}}}
+    with ScriptedSGLang() as sglang:
+        launch.content["vllm_url"] = sglang.base_url
+        refused = launch.run()
+    assert refused.returncode == 1 and "is SGLang, and the launch has a gateway." in refused.stderr
+    assert not (launch.logs / "agent.log").exists()
 
 
 def test_a_port_of_sglang_that_is_taken_is_named_by_its_key(launch: Launch, vllm: ScriptedServer) -> None:

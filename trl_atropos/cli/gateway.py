@@ -19,6 +19,8 @@ from .api import read_key, size
 FLUSH_TIMEOUT_S = 10.0
 """So long the end of the gateway waits for groups that the API has not taken yet."""
 
+DEFAULT_GROUP_SIZE = 8
+
 SIZES = frozenset({"max_body_bytes", "max_rollout_tokens", "max_session_tokens"})
 
 
@@ -35,7 +37,9 @@ def add_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     parser.add_argument("--servers", type=_urls, required=True, metavar="URL,URL", help="vLLM servers of one model")
     parser.add_argument("--api_url", required=True, metavar="URL", help="the trajectory API that groups are posted to")
-    parser.add_argument("--group_size", type=int, default=8, help="sessions of one task (default: %(default)s)")
+    parser.add_argument(
+        "--group_size", type=int, default=DEFAULT_GROUP_SIZE, help="sessions of one task (default: %(default)s)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8010, help="port; 0 is any free one (default: %(default)s)")
     parser.add_argument(

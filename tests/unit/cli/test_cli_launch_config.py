@@ -15,8 +15,10 @@ import pytest
 import yaml
 
 from trl_atropos.cli.launch.command_lines import (
+    agent_env,
     build_api_command,
     build_env_command,
+    build_gateway_command,
     build_server_command,
     build_trainer_command,
     flag_value,
@@ -54,7 +56,8 @@ def flags_of(command: list[str]) -> dict[str, str]:
 )
 def test_shipped_launch_files_load_and_name_files_that_exist(path: Path) -> None:
     config = load_launch_config(path, {})
-    commands = [config.trainer_command, *(environment.command for environment in config.environments.values())]
+    players = [*config.environments.values(), *config.agents.values()]
+    commands = [config.trainer_command, *(player.command for player in players)]
     named = [part for command in commands for part in command.split() if part.startswith("examples/")]
     assert named
     assert [name for name in named if not (ROOT / name).is_file()] == []
@@ -98,6 +101,8 @@ def test_several_environments_keep_their_names_variables_and_copies(tmp_path: Pa
 
 
 def test_what_can_be_started_again_is_unless_the_file_says_otherwise(tmp_path: Path) -> None:
+    assert LaunchConfig(**REQUIRED).on_exit_of("gateway") == "restart"
+
     def exits(**change: Any) -> list[str]:
         config = load_launch_config(write(tmp_path / "l.yaml", {**FILE, **change}), {})
         return [config.on_exit_of(part) for part in ("api", "server", "environments")]
@@ -140,9 +145,24 @@ ENVIRONMENTS = "environments"
         ({ENVIRONMENTS: {}}, "nothing to train on"),
         ({ENVIRONMENTS: "python x.py"}, "`environments` in the launch file .* is 'python x.py'"),
         ({"on_exit": {"api": "ignore"}}, "`on_exit.api` in .* is 'ignore'.*Choose one of: restart, stop, continue"),
-        ({"on_exit": {"vllm": "stop"}}, "names the unknown part `vllm`.*All parts: api, server, environments"),
+        (
+            {"on_exit": {"vllm": "stop"}},
+            "names the unknown part `vllm`.*All parts: api, server, gateway, environments, agents",
+        ),
         ({ENVIRONMENTS: {"a": {"command": "x", "on_exit": "go"}}}, "`on_exit` of `environments.a` .* is 'go'"),
-        ({"on_exit": {"server": "stop"}, "vllm_url": "http://h:1"}, "`on_exit.server` in .* that part runs elsewhere"),
+        (
+            {"on_exit": {"server": "stop"}, "vllm_url": "http://h:1"},
+            "`on_exit.server` in .* the launch starts no such part",
+        ),
+        ({"on_exit": {"gateway": "stop"}}, "`on_exit.gateway` in .* the launch starts no such part"),
+        ({"gateway": False, "agents": {"a": {"command": "x"}}}, "`gateway` in .* is false, and there are `agents`: a"),
+        ({"gateway": "yes"}, "`gateway` in .* is 'yes', a str"),
+        ({"gateway": True, "server": "sglang"}, "stands in front of `server: sglang`"),
+        ({"gateway_args": {"group_size": 4}}, "and no gateway is started"),
+        ({"gateway": True, "gateway_args": {"key-file": "k"}}, "`gateway_args` in .* has `key_file`"),
+        ({"agents": {"first": {"command": "x"}}}, "`first` in .* is an environment and an agent"),
+        ({"agents": {"gateway": {"command": "x"}}}, "`agents.gateway` of .* cannot be the name"),
+        ({"agents": {"a": {"num_copies": 2}}}, "`agents.a` of .* lacks `command`"),
         ({"api": "run-api", "on_exit": {"api": "restart"}}, "`api` is run-api.*Set `api` to trl-atropos"),
         ({"max_restarts": 0}, "`max_restarts` in .* is 0"),
         ({"restart_window_s": 0}, "`restart_window_s` is 0"),
@@ -253,6 +273,29 @@ def test_sglang_is_started_as_it_is_by_its_own_interpreter_and_environments_are_
     # Installed beside the trainer.
     beside = LaunchConfig(**REQUIRED, server="sglang")
     assert build_server_command(beside, 1)[0] == sys.executable
+
+
+def test_a_gateway_is_started_where_there_are_agents_with_what_it_shares_with_the_trainer(tmp_path: Path) -> None:
+    content = {name: value for name, value in FILE.items() if name != "environments"}
+    content |= {"agents": {"a": {"command": "x"}}, "trainer_args": "--temperature 0.7 --scale_rewards batch"}
+    config = load_launch_config(write(tmp_path / "l.yaml", content), {})
+    assert config.has_gateway and config.environments == {} and not LaunchConfig(**REQUIRED).has_gateway
+    command = build_gateway_command(config, 1234, API, VLLM)
+    assert command[:2] == ["trl-atropos", "gateway"]
+    # The gateway does not know the rewards of a whole batch.
+    assert flags_of(command) == {
+        **{"--servers": VLLM, "--api_url": API, "--host": "127.0.0.1", "--port": "1234"},
+        **{"--key_file": "r/gateway.key", "--temperature": "0.7"},
+    }
+    assert agent_env(config, "http://g", "k") == {
+        **{"TRL_ATROPOS_GATEWAY_URL": "http://g", "TRL_ATROPOS_GATEWAY_KEY": "k"},
+        "TRL_ATROPOS_GROUP_SIZE": "8",
+    }
+    content |= {"trainer_args": "--max_length 64", "gateway_args": {"group-size": 2, "temperature": 1.5}}
+    config = load_launch_config(write(tmp_path / "l.yaml", content), {})
+    flags = flags_of(build_gateway_command(config, 1234, API, VLLM))
+    assert (flags["--max_rollout_tokens"], flags["--group_size"], flags["--temperature"]) == ("64", "2", "1.5")
+    assert agent_env(config, "http://g", "k")["TRL_ATROPOS_GROUP_SIZE"] == "2"
 
 
 def test_environments_of_a_launch_with_vllm_ask_vllm() -> None:

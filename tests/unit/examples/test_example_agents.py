@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 
 import capitals_agent
+import capitals_program
 import pytest
 from gateway_agents import gateway_of
 from token_server import TokenServer
@@ -18,13 +20,17 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_an_example_is_short_and_says_how_to_run_it(path: Path):
     text = path.read_text()
     assert len(text.splitlines()) < 80
-    assert f"examples/agents/{path.name} serve" in text.split('"""')[1]
+    how = text.split('"""')[1]
+    launch_files = re.findall(r"launch -c (examples/configs/\w+\.yaml)", how)
+    # An environment is served; a program of its own is started by a launch file.
+    assert f"examples/agents/{path.name} serve" in how or path.name in (ROOT / launch_files[0]).read_text()
 
 
 @pytest.mark.parametrize(
     ("outcome", "reward"), [("Paris", 1.0), (" Paris.\n", 1.0), ("It is Paris.", 0.25), ("London", 0.0), ("", 0.0)]
 )
 def test_the_capital_alone_earns_everything(outcome: str, reward: float):
+    assert capitals_program.compute_reward("France", outcome) == reward
     assert capitals_agent.CapitalsAgent.compute_reward(None, "France", outcome) == reward
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...trainer.yaml_file import read_yaml
 from ...weight_sync.transports.backends import MIDDLEWARE, SHARED_MEMORY_BACKEND
+from ..gateway import DEFAULT_GROUP_SIZE
 from .config import DURABLE_API, SGLANG, EnvironmentConfig, LaunchConfig
 
 
@@ -22,6 +23,16 @@ DEFAULT_VLLM_ARGS: dict[str, Any] = {
     "middleware": MIDDLEWARE,
 }
 """Arguments of `trl vllm-serve` unless `vllm_args` names others."""
+
+
+OPTIONS_OF_THE_TRAINER = {
+    "temperature": "temperature",
+    "scale_rewards": "scale_rewards",
+    "max_rollout_tokens": "max_length",
+}
+"""Option of the gateway -> the trainer's that says the same."""
+
+AGENT_VARIABLES = ("TRL_ATROPOS_GATEWAY_URL", "TRL_ATROPOS_GATEWAY_KEY", "TRL_ATROPOS_GROUP_SIZE")
 
 
 def build_api_command(config: LaunchConfig, port: int) -> list[str]:
@@ -50,6 +61,44 @@ def build_server_command(config: LaunchConfig, port: int) -> list[str]:
         if value is not None:
             command.append(json.dumps(value) if isinstance(value, (dict, list)) else str(value))
     return command
+
+
+def build_gateway_command(config: LaunchConfig, port: int, api_url: str, vllm_url: str) -> list[str]:
+    """Return the command line of the gateway.
+
+    What it shares with the trainer is the trainer's, as far as that is told, unless `gateway_args` say otherwise.
+
+    Raises:
+        PreflightError: The file of the trainer's `--config` cannot be read.
+    """
+    command = ["trl-atropos", "gateway", "--servers", vllm_url, "--api_url", api_url]
+    command += ["--host", HOST, "--port", str(port), "--key_file", str(config.gateway_key_file)]
+    for name, value in gateway_arguments(config).items():
+        command += [f"--{name}", str(value)]
+    return command
+
+
+def gateway_arguments(config: LaunchConfig) -> dict[str, Any]:
+    """Return the options of the gateway that are not addresses, by their names.
+
+    Raises:
+        PreflightError: The file of the trainer's `--config` cannot be read.
+    """
+    of_trainer = {
+        name: trainer_option(config, option) if config.has_trainer else None
+        for name, option in OPTIONS_OF_THE_TRAINER.items()
+    }
+    if str(of_trainer["scale_rewards"]) not in ("group", "none"):
+        # By the whole batch, which a gateway does not see: the nearest is its own default.
+        del of_trainer["scale_rewards"]
+    told = {name: value for name, value in of_trainer.items() if value is not None}
+    return {**told, **{name.replace("-", "_"): value for name, value in config.gateway_args.items()}}
+
+
+def agent_env(config: LaunchConfig, gateway_url: str, key: str) -> dict[str, str]:
+    """Return the variables by which an agent finds the gateway, and the number of sessions of one task."""
+    group_size = gateway_arguments(config).get("group_size", DEFAULT_GROUP_SIZE)
+    return dict(zip(AGENT_VARIABLES, (gateway_url, key, str(group_size)), strict=True))
 
 
 def build_env_command(config: LaunchConfig, environment: EnvironmentConfig, api_url: str, vllm_url: str) -> list[str]:

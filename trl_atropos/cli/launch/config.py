@@ -36,11 +36,12 @@ RESTART, STOP, CONTINUE = "restart", "stop", "continue"
 ON_EXITS = (RESTART, STOP, CONTINUE)
 """Values of `on_exit`: what becomes of the run when a part of it ends."""
 
-API_PART, SERVER_PART, ENVIRONMENTS_PART = "api", "server", "environments"
-PARTS = (API_PART, SERVER_PART, ENVIRONMENTS_PART)
+API_PART, SERVER_PART, GATEWAY_PART = "api", "server", "gateway"
+ENVIRONMENTS_PART, AGENTS_PART = "environments", "agents"
+PARTS = (API_PART, SERVER_PART, GATEWAY_PART, ENVIRONMENTS_PART, AGENTS_PART)
 """Keys of `on_exit`: the parts that are not the trainer."""
 
-RESERVED_NAMES = frozenset({"api", *SERVERS, "trainer", "launch", "combined"})
+RESERVED_NAMES = frozenset({"api", *SERVERS, GATEWAY_PART, "trainer", "launch", "combined"})
 """Names of the other processes and logs."""
 
 EXAMPLE = "examples/configs/quickstart_launch.yaml"
@@ -48,9 +49,9 @@ EXAMPLE = "examples/configs/quickstart_launch.yaml"
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
-    """One environment of a launch: its command line without addresses and model, variables, 1 or more processes.
+    """One environment or agent of a launch: its command line without addresses and model, variables, 1 or more processes.
 
-    `on_exit` is one of `ON_EXITS`, None for that of all environments.
+    `on_exit` is one of `ON_EXITS`, None for that of all environments or agents.
     """
 
     command: str
@@ -66,6 +67,8 @@ class LaunchConfig:
     An `api_url` or `vllm_url` that is not None is a server that runs already. `server`, one of `SERVERS`, is the kind of
     the inference server that is started, and `vllm_url`, `vllm_port` and `vllm_gpus` are those of either kind. `sglang_python` is the
     interpreter that has SGLang, None for this one. Of what is started, a port of 0 is any free one. `environments` is empty and `trainer_command` is `EXTERNAL` where somebody else starts them.
+    `agents` reach the model through a gateway, which is started where there are agents, unless `gateway` says so or otherwise.
+    `gateway_args` are arguments of `trl-atropos gateway`.
     `api` is one of `APIS`; with an `api_url` it is external. `startup_timeout_s` is in seconds, for the API and the inference server together.
     `on_exit` has values of `ON_EXITS` for some of `PARTS`. A part is started again at most `max_restarts` times within
     `restart_window_s` seconds.
@@ -75,6 +78,7 @@ class LaunchConfig:
     run_dir: str
     environments: dict[str, EnvironmentConfig]
     trainer_command: str
+    agents: dict[str, EnvironmentConfig] = field(default_factory=dict)
     trainer_args: str = ""
     api: str = DURABLE_API
     api_url: str | None = None
@@ -82,6 +86,9 @@ class LaunchConfig:
     vllm_url: str | None = None
     api_port: int = 0
     vllm_port: int = 0
+    gateway: bool | None = None
+    gateway_port: int = 0
+    gateway_args: dict[str, Any] = field(default_factory=dict)
     vllm_args: dict[str, Any] = field(default_factory=dict)
     vllm_env: dict[str, str] = field(default_factory=dict)
     sglang_python: str | None = None
@@ -107,6 +114,16 @@ class LaunchConfig:
     def api_database(self) -> Path:
         """The database of `trl-atropos api`."""
         return Path(self.run_dir) / "api.db"
+
+    @property
+    def has_gateway(self) -> bool:
+        """Whether the launch starts a gateway."""
+        return bool(self.agents) if self.gateway is None else self.gateway
+
+    @property
+    def gateway_key_file(self) -> Path:
+        """Holds the key of the gateway's control routes, which agents get."""
+        return Path(self.run_dir) / "gateway.key"
 
     @property
     def server_env(self) -> dict[str, str]:
@@ -135,6 +152,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
     "bool": (bool,),
+    "bool | None": (bool, type(None)),
     "list[str]": (list,),
 }
 
@@ -151,8 +169,8 @@ def load_launch_config(path: Path, overrides: Mapping[str, Any]) -> LaunchConfig
         # YAML reads a single GPU as a number.
         if type(values.get(key)) is int:
             values[key] = str(values[key])
-    environments = values.get("environments")
-    if environments == EXTERNAL:
+    environments = values.get("environments", {} if values.get("agents") else None)
+    if environments == EXTERNAL or (environments == {} and values.get("agents")):
         values["environments"] = {}
     elif not environments and environments is not None:
         raise PreflightError(
@@ -161,9 +179,10 @@ def load_launch_config(path: Path, overrides: Mapping[str, Any]) -> LaunchConfig
             f"Name one, as in {EXAMPLE}, or write `environments: {EXTERNAL}` if they are started elsewhere.",
         )
     _check(where, values, LaunchConfig)
-    values["environments"] = {
-        str(name): _environment(where, str(name), content) for name, content in values["environments"].items()
-    }
+    for key in (ENVIRONMENTS_PART, AGENTS_PART):
+        values[key] = {
+            str(name): _environment(where, key, str(name), content) for name, content in values.get(key, {}).items()
+        }
     for key in ("vllm_env", "sglang_env", "trainer_env"):
         values[key] = _as_text(values.get(key, {}))
     config = LaunchConfig(**values)
@@ -187,18 +206,18 @@ def _read(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _environment(where: str, name: str, content: Any) -> EnvironmentConfig:
-    where = f"`environments.{name}` of {where}"
+def _environment(where: str, key: str, name: str, content: Any) -> EnvironmentConfig:
+    where = f"`{key}.{name}` of {where}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in RESERVED_NAMES:
         raise PreflightError(
-            f"{where} cannot be the name of an environment.",
+            f"{where} cannot be the name of a process.",
             f"It names a log file beside {', '.join(sorted(RESERVED_NAMES))}.",
             "Use letters, digits, `_`, `.` and `-`.",
         )
     if not isinstance(content, dict):
         raise PreflightError(
             f"{where} is {content!r}, a {type(content).__name__}.",
-            "An environment is a mapping with `command`, and `env`, `num_copies` and `on_exit` if needed.",
+            "It is a mapping with `command`, and `env`, `num_copies` and `on_exit` if needed.",
             f"Compare it with {EXAMPLE}.",
         )
     values = {str(key): value for key, value in content.items()}
@@ -206,8 +225,8 @@ def _environment(where: str, name: str, content: Any) -> EnvironmentConfig:
     if values.get("num_copies", 1) < 1 or not values["command"].strip():
         raise PreflightError(
             f"{where} runs {values.get('num_copies', 1)} copies of the command {values['command']!r}.",
-            "An environment needs a command and at least one process.",
-            "Correct it, or remove the environment.",
+            "It needs a command and at least one process.",
+            "Correct it, or remove it.",
         )
     _check_exit(f"`on_exit` of {where}", values.get("on_exit", RESTART))
     return EnvironmentConfig(**{**values, "env": _as_text(values.get("env", {}))})
@@ -255,17 +274,24 @@ def _check_values(where: str, config: LaunchConfig) -> None:
             f"Choose one of: {', '.join(APIS)}; with {EXTERNAL} give `api_url`, too.",
         )
     _check_server(where, config)
+    _check_gateway(where, config)
     _check_exits(where, config)
     for key in ("api_url", "vllm_url"):
         _check_url(where, key, getattr(config, key))
-    for key in ("api_port", "vllm_port"):
+    for key in ("api_port", "vllm_port", "gateway_port"):
         if not 0 <= getattr(config, key) < 65536:
             raise PreflightError(
                 f"`{key}` in {where} is {getattr(config, key)}.",
                 "A port lies in 1..65535.",
                 "Choose another one, or 0 for one that is free.",
             )
-    if not config.environments and not config.has_trainer and config.api_url and config.vllm_url:
+    if (
+        not config.environments
+        and not config.has_trainer
+        and not config.has_gateway
+        and config.api_url
+        and config.vllm_url
+    ):
         raise PreflightError(
             f"Every part in {where} is external.",
             "There is nothing to launch.",
@@ -295,6 +321,42 @@ def _check_server(where: str, config: LaunchConfig) -> None:
         )
 
 
+def _check_gateway(where: str, config: LaunchConfig) -> None:
+    if config.agents and not config.has_gateway:
+        raise PreflightError(
+            f"`gateway` in {where} is false, and there are `agents`: {', '.join(config.agents)}.",
+            "They reach the model through a gateway alone.",
+            "Remove `gateway`, or make environments of them.",
+        )
+    if config.has_gateway and config.server == SGLANG:
+        raise PreflightError(
+            f"A gateway in {where} stands in front of `server: {SGLANG}`.",
+            "Its tokens come through routes that vLLM alone has.",
+            f"Set `server` to {VLLM}, or remove `agents` and `gateway`.",
+        )
+    twice = sorted(config.environments.keys() & config.agents.keys())
+    if twice:
+        raise PreflightError(
+            f"`{twice[0]}` in {where} is an environment and an agent.",
+            "Both would write the same log.",
+            "Rename one of them.",
+        )
+    if (config.gateway_args or config.gateway_port) and not config.has_gateway:
+        raise PreflightError(
+            f"`gateway_args` or `gateway_port` in {where} is given, and no gateway is started.",
+            "It would be ignored.",
+            "Remove it, name `agents`, or set `gateway` to true.",
+        )
+    ours = {"servers", "api_url", "host", "port", "key_file"}
+    given = sorted(ours & {name.replace("-", "_") for name in config.gateway_args})
+    if given:
+        raise PreflightError(
+            f"`gateway_args` in {where} has {', '.join(f'`{name}`' for name in given)}.",
+            "The launch gives the gateway its addresses and its key.",
+            "Remove it; `gateway_port` chooses the port.",
+        )
+
+
 def _check_exit(what: str, on_exit: Any) -> None:
     if on_exit not in ON_EXITS:
         raise PreflightError(
@@ -308,7 +370,9 @@ def _check_exits(where: str, config: LaunchConfig) -> None:
     external = {
         API_PART: config.api_url is not None,
         SERVER_PART: config.vllm_url is not None,
+        GATEWAY_PART: not config.has_gateway,
         ENVIRONMENTS_PART: not config.environments,
+        AGENTS_PART: not config.agents,
     }
     for part, on_exit in config.on_exit.items():
         if part not in PARTS:
@@ -320,8 +384,8 @@ def _check_exits(where: str, config: LaunchConfig) -> None:
         _check_exit(f"`on_exit.{part}` in {where}", on_exit)
         if external[part]:
             raise PreflightError(
-                f"`on_exit.{part}` in {where} is {on_exit}, and that part runs elsewhere.",
-                "The launch neither starts what is external nor sees it end.",
+                f"`on_exit.{part}` in {where} is {on_exit}, and the launch starts no such part.",
+                "It does not see the end of what runs elsewhere.",
                 f"Remove `{part}` from `on_exit`.",
             )
     if config.api == ATROPOS_API and config.on_exit_of(API_PART) == RESTART:

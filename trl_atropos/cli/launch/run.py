@@ -7,11 +7,12 @@ import fcntl
 import functools
 import json
 import os
+import secrets
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,28 +21,42 @@ import requests
 from rich.console import Console
 
 from ...api.store import set_aside
-from ...errors import PreflightError, WeightSyncError
+from ...errors import AtroposConnectionError, PreflightError, WeightSyncError
 from ...report.page import REPORT_FILE
 from ...report.plots import save_reward_plot
 from ...weight_sync.health import find_kind, read_weight_version
 from ...weight_sync.http import SGLANG as SGLANG_KIND
 from ...weight_sync.http import UNKNOWN, ServerSession
+from ...wire.client import UNREGISTERED, AtroposClient
 from . import summary
 from .command_lines import (
+    agent_env,
     build_api_command,
     build_env_command,
+    build_gateway_command,
     build_server_command,
     build_trainer_command,
     env_flags,
     trainer_flags,
     trainer_option,
 )
-from .config import API_PART, DURABLE_API, ENVIRONMENTS_PART, SERVER_PART, SGLANG, VLLM, LaunchConfig
+from .config import (
+    AGENTS_PART,
+    API_PART,
+    DURABLE_API,
+    ENVIRONMENTS_PART,
+    GATEWAY_PART,
+    SERVER_PART,
+    SGLANG,
+    VLLM,
+    EnvironmentConfig,
+    LaunchConfig,
+)
 from .gpus import split_gpus
 from .output import LaunchOutput
 from .processes import ManagedProcess, ProcessGroup
 from .restarts import RestartLimit, Supervisor
-from .services import AnyService, Environment, ExternalService, Service, wait_until_ready
+from .services import PROBE_TIMEOUT_S, AnyService, Environment, ExternalService, Service, wait_until_ready
 
 
 POLL_S = 0.2
@@ -77,9 +92,11 @@ def run_launch(config: LaunchConfig) -> dict[str, Any] | None:
                 launch.serve(api, server)
                 return None
             before = launch.complete(server.url)
+            gateway = launch.start_gateway(api, server)
             launch.start_environments(api, server)
-            launch.wait_for_trainer(launch.start_trainer(api.url, server.url))
+            launch.wait_for_trainer(launch.start_trainer(api.url, server.url), gateway, api)
             wall_s = output.elapsed_s()
+            launch.read_gateway(gateway)
             launch.wait_for_server(server)
             after = launch.complete(server.url)
             weight_version = _weight_version(server.url, config.server)
@@ -87,7 +104,7 @@ def run_launch(config: LaunchConfig) -> dict[str, Any] | None:
             if group.names:
                 output.say("launch", f"ending {', '.join(group.names)}")
                 output.wait_for("launch", "waiting for them to end")
-    return _write_results(config, before, after, weight_version, wall_s, launch.num_restarts)
+    return _write_results(config, before, after, weight_version, wall_s, launch.num_restarts, launch.of_gateway)
 
 
 class _Launch:
@@ -103,6 +120,9 @@ class _Launch:
         self._logs = Path(config.run_dir) / "logs"
         limit = RestartLimit(config.max_restarts, config.restart_window_s)
         self._supervisor = Supervisor(limit, config.startup_timeout_s, group, output)
+        self.of_gateway: dict[str, Any] | None = None
+        """What the gateway counted, if there is one."""
+        self._has_agents = False
 
     @property
     def num_restarts(self) -> dict[str, int]:
@@ -160,6 +180,12 @@ class _Launch:
         with ServerSession(url, COMPLETION_TIMEOUT_S, os.environ.get("VLLM_API_KEY"), kind=UNKNOWN) as session:
             kind = SGLANG if find_kind(session, timeout_s=0.0) == SGLANG_KIND else VLLM
         self._config = replace(self._config, server=kind)
+        if kind == SGLANG and self._config.has_gateway:
+            raise PreflightError(
+                f"The server at {url} is SGLang, and the launch has a gateway.",
+                "Its tokens come through routes that vLLM alone has.",
+                "Name a vLLM server in `vllm_url`, or remove `agents` and `gateway`.",
+            )
 
     def _keep_earlier_database(self) -> None:
         """Move the groups of an earlier run aside, as the trainer does with its journal; a run that resumes goes on with them."""
@@ -169,22 +195,78 @@ class _Launch:
             return
         self._output.say("launch", f"the database of an earlier run is now {set_aside(database, 'api-{}.db')}")
 
+    def start_gateway(self, api: AnyService, server: AnyService) -> Service | None:
+        """Start the gateway in front of the inference server, if there is to be one; return when it answers."""
+        config = self._config
+        if not config.has_gateway:
+            return None
+        _write_secret(config.gateway_key_file, secrets.token_urlsafe(24))
+        command = functools.partial(build_gateway_command, config, api_url=api.url, vllm_url=server.url)
+        gateway = Service(
+            GATEWAY_PART,
+            "/healthz",
+            command,
+            self._log_path(GATEWAY_PART),
+            self._child_env({}),
+            self._group,
+            self._output,
+            config.gateway_port,
+        )
+        wait_until_ready([gateway], config.startup_timeout_s, self._group, self._output)
+        self._supervisor.add(gateway, config.on_exit_of(GATEWAY_PART), needs=[api, server])
+        return gateway
+
+    def start_agents_in_time(self, gateway: Service | None, api: AnyService) -> None:
+        """Start the agents once a trainer is registered: an API of Atropos' takes no registration after a group, and what is
+        sampled before the first publish has no known policy.
+        """
+        if gateway is None or self._has_agents or not _has_trainer(api.url):
+            return
+        self._has_agents = True
+        variables = agent_env(self._config, gateway.url, self._config.gateway_key_file.read_text(encoding="utf-8"))
+        for name, agent in self._config.agents.items():
+            start = functools.partial(self._start, command=shlex.split(agent.command), env={**variables, **agent.env})
+            on_exit = agent.on_exit or self._config.on_exit_of(AGENTS_PART)
+            self._start_copies(name, agent, start, on_exit, needs=[gateway])
+        if not self._config.agents:
+            self._output.say(
+                "launch", f"agents find the gateway at {gateway.url}, and its key in {self._config.gateway_key_file}"
+            )
+
+    def read_gateway(self, gateway: Service | None) -> None:
+        """Ask the gateway what it has done, for the summary. One that is just away has nothing to say."""
+        if gateway is None or not gateway.answers():
+            return
+        key = self._config.gateway_key_file.read_text(encoding="utf-8")
+        status = _request("GET", f"{gateway.url}/status", {}, GATEWAY_PART, key)
+        self.of_gateway = {name: status[name] for name in summary.OF_GATEWAY}
+
     def start_environments(self, api: AnyService, server: AnyService) -> None:
         """Start the environments, which wait by themselves until the trainer has registered."""
         for name, environment in self._config.environments.items():
             command = build_env_command(self._config, environment, api.url, server.url)
             start = functools.partial(self._start, command=command, env=environment.env)
             on_exit = environment.on_exit or self._config.on_exit_of(ENVIRONMENTS_PART)
-            copies = (
-                [f"-{copy}" for copy in range(1, environment.num_copies + 1)] if environment.num_copies > 1 else [""]
-            )
-            for copy in copies:
-                started = Environment(name + copy, start)
-                self._supervisor.add(started, on_exit, needs=[api, server], is_environment=True)
-                self._output.say(started.name, environment.command)
-        if not self._config.environments:
+            self._start_copies(name, environment, start, on_exit, needs=[api, server])
+        if not self._config.environments and not self._config.agents:
             flags = shlex.join(_flat(env_flags(self._config, api.url, server.url)))
             self._output.say("launch", f"start the environments with: python ENVIRONMENT.py serve {flags}")
+
+    def _start_copies(
+        self,
+        name: str,
+        environment: EnvironmentConfig,
+        start: Callable[[str], ManagedProcess],
+        on_exit: str,
+        needs: Sequence[AnyService],
+    ) -> None:
+        """Start the processes of an environment or agent, of which `start` starts one by its name."""
+        copies = range(1, environment.num_copies + 1)
+        names = [f"{name}-{copy}" for copy in copies] if environment.num_copies > 1 else [name]
+        for copy in names:
+            started = Environment(copy, start)
+            self._supervisor.add(started, on_exit, needs, is_environment=True)
+            self._output.say(started.name, environment.command)
 
     def start_trainer(self, api_url: str, vllm_url: str) -> ManagedProcess:
         """Start the trainer."""
@@ -194,10 +276,11 @@ class _Launch:
         self._output.say("trainer", f"{self._config.trainer_command} (logs of all processes: {self._logs})")
         return trainer
 
-    def wait_for_trainer(self, trainer: ManagedProcess) -> None:
+    def wait_for_trainer(self, trainer: ManagedProcess, gateway: Service | None, api: AnyService) -> None:
         """Return when the trainer has ended with exit code 0 and all others that the run needs are there."""
         self._output.wait_for("launch", "training")
         while not self._supervisor.check(trainer.name):
+            self.start_agents_in_time(gateway, api)
             time.sleep(POLL_S)
         self._output.say("trainer", "done")
 
@@ -211,6 +294,7 @@ class _Launch:
 
     def serve(self, api: AnyService, server: AnyService) -> None:
         """Keep servers and environments running for a trainer that somebody else starts, until Ctrl-C."""
+        gateway = self.start_gateway(api, server)
         self.start_environments(api, server)
         flags = shlex.join(_flat(trainer_flags(self._config, api.url, server.url)))
         self._output.say("launch", f"start the trainer with: python TRAINER.py {flags}")
@@ -219,6 +303,7 @@ class _Launch:
         try:
             while True:
                 self._supervisor.check()
+                self.start_agents_in_time(gateway, api)
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
             self._output.say("launch", "interrupted")
@@ -230,7 +315,8 @@ class _Launch:
             return []
         self._output.wait_for("launch", f"the server continues {len(prompts)} prompts")
         body = {"model": self._config.model_name_or_path, "prompt": prompts, **self._config.completion_args}
-        choices = _request("POST", f"{vllm_url}/v1/completions", body, self._config.server)["choices"]
+        key = os.environ.get("VLLM_API_KEY")
+        choices = _request("POST", f"{vllm_url}/v1/completions", body, self._config.server, key)["choices"]
         texts = [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
         # The choices of the first prompt come first, then those of the second.
         num_each = len(texts) // len(prompts)
@@ -293,9 +379,24 @@ def _flat(flags: Mapping[str, str]) -> list[str]:
     return [part for pair in flags.items() for part in pair]
 
 
-def _request(method: str, url: str, body: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _has_trainer(api_url: str) -> bool:
+    """Whether a trainer is registered. An API that does not answer now may be started again."""
+    with AtroposClient(api_url, connect_timeout_s=PROBE_TIMEOUT_S, read_timeout_s=PROBE_TIMEOUT_S) as client:
+        try:
+            return client.info()[0] != UNREGISTERED
+        except AtroposConnectionError:
+            return False
+
+
+def _write_secret(path: Path, secret: str) -> None:
+    """Write a file that this user alone can read."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(secret)
+
+
+def _request(method: str, url: str, body: Mapping[str, Any], name: str, key: str | None) -> dict[str, Any]:
     try:
-        key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         response = requests.request(method, url, json=body, headers=headers, timeout=COMPLETION_TIMEOUT_S)
         response.raise_for_status()
@@ -325,7 +426,7 @@ def _raise_server_error(url: str, exc: requests.RequestException, name: str) -> 
     detail = f" {exc.response.text[:500]}" if exc.response is not None else ""
     raise PreflightError(
         f"{url} did not answer as expected: {exc}.{detail}",
-        "The inference server is asked for completions before and after training.",
+        "The inference server is asked for completions before and after training, a gateway for what it has counted.",
         _read_log(name),
     ) from exc
 
@@ -337,11 +438,12 @@ def _write_results(
     weight_version: int | str | None,
     wall_s: float,
     num_restarts: dict[str, int],
+    of_gateway: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Write the files of the run directory and print the report."""
     run_dir = Path(config.run_dir)
     entries = summary.read_training_log(config.trainer_output_dir)
-    result = summary.summarize(entries, weight_version, wall_s, num_restarts)
+    result = summary.summarize(entries, weight_version, wall_s, num_restarts, of_gateway)
     (run_dir / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     completions = [
         {"prompt": prompt, "before": first, "after": last}
@@ -355,6 +457,8 @@ def _write_results(
     )
     if num_restarts:
         print(f"restarts {', '.join(f'{name} {count}' for name, count in num_restarts.items())}")
+    if of_gateway is not None:
+        print(f"gateway  {summary.describe_gateway(of_gateway)}")
     print(f"model    {config.trainer_output_dir}")
     print(f"report   {config.trainer_output_dir / REPORT_FILE}")
     print(f"summary  {run_dir / 'summary.json'}, {run_dir / 'reward.png'}, logs in {run_dir / 'logs'}", flush=True)

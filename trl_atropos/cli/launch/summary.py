@@ -19,6 +19,12 @@ from ...report.step_columns import COLUMNS, cell
 WINDOW = 4
 """Steps over which `reward_first` and `reward_last` are taken."""
 
+OF_GATEWAY = (
+    *("num_sessions", "num_sessions_discarded", "num_turns", "num_branches", "spliced_share", "num_refused"),
+    *("num_sampled_tokens", "masked_tokens", "num_groups_sent", "num_groups_lost"),
+)
+"""What the summary has of a gateway's counts (`gateway/counts.py`), since its last start."""
+
 LogEntry = Mapping[str, Any]
 
 
@@ -52,11 +58,12 @@ def summarize(
     server_weight_version: int | str | None,
     wall_s: float,
     num_restarts: Mapping[str, int],
+    of_gateway: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Reduce the log of a run, one entry per optimizer step in order, to the numbers by which it is judged.
 
     `server_weight_version` is what the inference server reported after training, `wall_s` the seconds from the start
-    of the launch to the end of training, `num_restarts` how often parts of it were started again, by name. In the result, `reward_first` and `reward_last` are means over `WINDOW`
+    of the launch to the end of training, `num_restarts` how often parts of it were started again, by name, `of_gateway` what a gateway counted, if there was one. In the result, `reward_first` and `reward_last` are means over `WINDOW`
     steps; `logprob_probe_mean_abs_diff` is the largest of the run, in nats; counts are totals; what was never logged
     is None.
     """
@@ -76,7 +83,18 @@ def summarize(
         "logprob_probe_mean_abs_diff": _reduce(entries, "logprob_probe/mean_abs_diff", max),
         "peak_rss_bytes_trainer": _as_int(_reduce(entries, "memory/peak_rss_bytes", max)),
         "num_restarts": dict(num_restarts),
+        "gateway": None if of_gateway is None else dict(of_gateway),
     }
+
+
+def describe_gateway(counts: Mapping[str, Any]) -> str:
+    """Return what a gateway counted, the values of `OF_GATEWAY`, in one line."""
+    masked = ", ".join(f"{reason} {number}" for reason, number in counts["masked_tokens"].items())
+    return (
+        f"{counts['num_sessions']} sessions, {counts['num_turns']} turns, {counts['num_branches']} branches, "
+        f"spliced share {counts['spliced_share']:.2f}; of {counts['num_sampled_tokens']} sampled tokens masked: "
+        f"{masked or 'none'}; {counts['num_groups_sent']} groups sent, {counts['num_groups_lost']} lost"
+    )
 
 
 def print_report(
