@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -19,6 +20,7 @@ from trl import ModelConfig
 
 from ..checks.api import API_CHECKS, inspect_api
 from ..checks.finding import Finding, Unread, diagnose, examine
+from ..checks.gateway import GATEWAY_CHECKS, GatewayFacts
 from ..checks.machine import MACHINE_CHECKS
 from ..checks.server import SERVER_CHECKS, TrainerSide
 from ..checks.tokenizers import ENVIRONMENT_CHECKS, EnvironmentFacts
@@ -32,8 +34,11 @@ from ..weight_sync.connecting import connect_server
 from ..weight_sync.http import UNKNOWN, ServerSession
 from ..wire.client import AtroposClient
 from .findings import print_findings
+from .gateway import add_arguments as add_gateway_arguments
+from .gateway_look import look_at_server
 from .launch.command_lines import (
     build_env_command,
+    build_gateway_command,
     build_trainer_command,
     flag_value,
 )
@@ -48,6 +53,7 @@ TIMEOUT_S = 30.0
 
 API_FINDINGS = ("api_unreachable", "data_before_register", "registration_wiped", "other_registration")
 VLLM_FINDINGS = ("vllm_unreachable", "vllm_without_dev_mode", "vllm_without_generate", "vllm_paused")
+GATEWAY_FINDINGS = ("gateway_token_routes", "gateway_temperature", "gateway_lengths")
 """What counts before a trainer starts; `trl-atropos doctor` looks for the rest while it runs."""
 
 NO_MODEL = Unread("No model is named: --model.")
@@ -91,6 +97,7 @@ def run_preflight(told: Preflight, as_json: bool = False) -> list[Finding]:
     trainer = _trainer_side(name, args)
     findings += _machine(launch, args, model_args, trainer)
     findings += _environments(launch, trainer)
+    findings += _gateway(launch, args)
     findings += _api(told.api_url, args)
     for url in (told.vllm_url or "").split(","):
         findings += _server(url.strip(), launch, trainer)
@@ -211,7 +218,7 @@ def _machine(
         extras |= {
             extra for extra, url in (("atropos", launch.api_url), (launch.server, launch.vllm_url)) if url is None
         }
-        ports |= {"api_port": launch.api_port, "vllm_port": launch.vllm_port}
+        ports |= {"api_port": launch.api_port, "vllm_port": launch.vllm_port, "gateway_port": launch.gateway_port}
         try:
             num_gpus = len(visible_gpus())
             gpu_split = {name: env["CUDA_VISIBLE_DEVICES"] for name, env in split_gpus(launch).items()}
@@ -236,6 +243,39 @@ def _environments(launch: LaunchConfig | None, trainer: TrainerSide) -> list[Fin
         facts = tokenizer if isinstance(tokenizer, Unread) else tokenizer_facts(tokenizer)
         findings += examine(EnvironmentFacts(name, facts, trainer.tokenizer), ENVIRONMENT_CHECKS)
     return findings
+
+
+def _gateway(launch: LaunchConfig | None, args: AtroposConfig | None) -> list[Finding]:
+    """Look at what is known of the gateway that a launch is going to start."""
+    if launch is None or not launch.has_gateway:
+        return []
+    said = io.StringIO()
+    parser = argparse.ArgumentParser()
+    add_gateway_arguments(parser.add_subparsers())
+    try:
+        command = build_gateway_command(launch, 1, launch.api_url or "http://127.0.0.1", "http://127.0.0.1")
+        with contextlib.redirect_stderr(said):
+            options = parser.parse_args(command[1:])
+    except PreflightError as exc:
+        return [_as_finding("gateway_options", exc)]
+    except SystemExit:
+        what = f"The gateway does not take its options: {' '.join(said.getvalue().strip().splitlines()[-1:])}"
+        return [Finding("gateway_options", "error", what, "It would end at its start.", "Correct `gateway_args`.")]
+    missing: Any = {}
+    if launch.vllm_url is not None:
+        look = look_at_server(launch.vllm_url, os.environ.get("VLLM_API_KEY"), TIMEOUT_S)
+        missing = Unread("The server does not show its routes.")
+        if look is not None and look[0] is not None:
+            missing = {launch.vllm_url: look[0]}
+    facts = GatewayFacts(
+        "127.0.0.1 (to be started)",
+        missing_routes=missing,
+        temperature=options.temperature,
+        trainer_temperature=NO_TRAINER if args is None else args.temperature,
+        max_rollout_tokens=options.max_rollout_tokens,
+        max_length=NO_TRAINER if args is None else args.max_length,
+    )
+    return examine(facts, [check for check in GATEWAY_CHECKS if check.name in GATEWAY_FINDINGS])
 
 
 def _api(url: str | None, args: AtroposConfig | None) -> list[Finding]:

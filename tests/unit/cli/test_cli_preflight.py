@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from tiny_models import byte_tokenizer, tiny_llama
+from token_server import TokenServer
 
 from trl_atropos.checks.finding import NOT_ASKED, Check, Unread, examine
 from trl_atropos.checks.machine import MACHINE_CHECKS, MachineFacts, PackageVersion
@@ -317,6 +318,26 @@ def test_every_trap_of_a_launch_file_is_found_at_once(
         "logprobs_mode": "warning",
     }
     assert all(finding["fix"] for finding in found.values() if finding["level"] == "error")
+
+
+def test_a_gateway_of_a_launch_file_is_checked_against_the_trainer_and_its_servers(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    agents = {"agent": {"command": "python agent.py"}}
+    names = ("gateway_token_routes", "gateway_temperature", "gateway_lengths")
+    _, found = preflight(capsys, "-c", str(launch_file(tmp_path, model, agents=agents)))
+    assert [found[name]["level"] for name in names] == ["ok", "ok", "ok"]
+
+    different = {"temperature": 0.5, "max_rollout_tokens": "1K"}
+    with TokenServer() as server:
+        path = launch_file(tmp_path, model, agents=agents, gateway_args=different, vllm_url=server.url, vllm_args={})
+        _, found = preflight(capsys, "-c", str(path))
+    assert [found[name]["level"] for name in names] == ["unknown", "error", "warning"]
+
+    path = launch_file(tmp_path, model, agents=agents, gateway_args={"grammer": "lift"})
+    code, found = preflight(capsys, "-c", str(path))
+    assert code == 1 and "--grammer" in found["gateway_options"]["what"]
+    assert "gateway_options" not in preflight(capsys, "-c", str(launch_file(tmp_path, model)))[1]
 
 
 def fake_python(tmp_path: Path, version: str | None) -> str:

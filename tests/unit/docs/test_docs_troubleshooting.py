@@ -11,6 +11,7 @@ import pytest
 
 import trl_atropos
 from trl_atropos.checks.api import API_CHECKS
+from trl_atropos.checks.gateway import GATEWAY_CHECKS
 from trl_atropos.checks.machine import MACHINE_CHECKS
 from trl_atropos.checks.server import SERVER_CHECKS
 from trl_atropos.checks.tokenizers import ENVIRONMENT_CHECKS
@@ -61,8 +62,8 @@ def quotes() -> list[str]:
 
 @pytest.mark.parametrize(
     "checks",
-    [API_CHECKS, TRAINER_CHECKS, VLLM_CHECKS, PREFLIGHT_CHECKS],
-    ids=["api", "trainer", "vllm", "preflight"],
+    [API_CHECKS, TRAINER_CHECKS, VLLM_CHECKS, GATEWAY_CHECKS, PREFLIGHT_CHECKS],
+    ids=["api", "trainer", "vllm", "gateway", "preflight"],
 )
 def test_each_kind_of_diagnosis_has_a_table_in_the_order_of_its_checks(checks):
     names = [name for row in ROWS for name in re.findall(r"^`(\w+)`$", row[0])]
@@ -75,7 +76,7 @@ def test_every_diagnosis_has_exactly_one_row_and_every_row_a_diagnosis():
     names = [name for row in ROWS for name in re.findall(r"^`(\w+)`$", row[0])]
 
     assert sorted(names) == sorted(
-        check.name for check in [*API_CHECKS, *TRAINER_CHECKS, *VLLM_CHECKS, *PREFLIGHT_CHECKS]
+        check.name for check in [*API_CHECKS, *TRAINER_CHECKS, *VLLM_CHECKS, *GATEWAY_CHECKS, *PREFLIGHT_CHECKS]
     )
 
 
@@ -99,7 +100,7 @@ def test_a_message_that_nobody_has_would_be_found():
 
 
 def test_every_option_is_one_of_the_trainer_the_doctor_or_another_program(capsys):
-    for command in ("doctor", "preflight"):
+    for command in ("doctor", "preflight", "gateway"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
     known = {field.name for field in fields(AtroposConfig)} | FOREIGN_OPTIONS
