@@ -352,6 +352,32 @@ def test_an_agent_is_trained_on_what_it_samples_through_a_gateway_of_the_launch(
     assert launch.leftovers() == []
 
 
+REGISTRATION = {
+    **{"wandb_group": "", "wandb_project": "", "batch_size": 2, "max_token_len": 9, "checkpoint_dir": ""},
+    **{"save_checkpoint_interval": 0, "starting_step": 0, "num_steps": 1},
+}
+
+
+def test_agents_that_run_elsewhere_are_told_of_the_gateway_once_a_trainer_is_registered(tmp_path: Path) -> None:
+    with TokenServer() as server:
+        launch = Launch(tmp_path, server.url)
+        launch.content |= {"gateway": True, "environments": "external", "trainer_command": "external"}
+        process = launch.start()
+        lines = "".join(wait_for_line(process, "until Ctrl-C"))
+        assert "agents find the gateway" not in lines
+        (api_url,) = re.findall(r"--atropos_api_url (\S+)", lines)
+        requests.post(f"{api_url}/register", json=REGISTRATION, timeout=10).raise_for_status()
+        (*_, said) = wait_for_line(process, "agents find the gateway at")
+        told = re.search(r"at (\S+), and its key in (\S+)", said)
+        assert told is not None
+        headers = {"Authorization": f"Bearer {Path(told[2]).read_text()}"}
+        assert requests.get(f"{told[1]}/status", headers=headers, timeout=10).json()["num_sessions"] == 0
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, output
+    assert launch.leftovers() == []
+
+
 # In the place of an interpreter with SGLang: what `sglang.launch_server` is asked by a launch.
 SGLANG = """#!{python}
 import json, os, sys

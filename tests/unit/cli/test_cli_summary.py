@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 from summary_keys import SUMMARY_KEYS
 
-from trl_atropos.cli.launch.summary import print_report, read_training_log, summarize
+from trl_atropos.cli.launch.summary import OF_GATEWAY, describe_gateway, print_report, read_training_log, summarize
 from trl_atropos.errors import PreflightError
+from trl_atropos.gateway.counts import GatewayCounts
 
 
 def make_entry(step: int, reward: float) -> dict[str, Any]:
@@ -66,6 +67,21 @@ def test_number_that_was_never_logged_is_none_and_not_zero() -> None:
     absent = [key for key, value in summary.items() if value is None]
     known = ("num_steps", "reward_first", "reward_last", "rewards", "wall_s", "num_restarts")
     assert absent == [key for key in SUMMARY_KEYS if key not in known]
+
+
+def test_what_a_gateway_counted_is_in_the_summary_and_in_one_line() -> None:
+    counts = GatewayCounts(num_sessions=8, num_turns=24, num_spliced=12, num_branches=4, num_sampled_tokens=100)
+    counts.masked_tokens.update({"grammar": 7, "undelivered": 2})
+    shown = {name: counts.values()[name] for name in OF_GATEWAY}
+    summary = summarize(ENTRIES, server_weight_version=2, wall_s=1.0, num_restarts={}, of_gateway=shown)
+    assert summary["gateway"]["masked_tokens"] == {"grammar": 7, "undelivered": 2}
+    assert (
+        describe_gateway(shown)
+        == (
+            "8 sessions, 24 turns, 4 branches, spliced share 0.75; of 100 sampled tokens masked: grammar 7, undelivered 2; "  # 12 / 16
+            "0 groups sent, 0 lost"
+        )
+    )
 
 
 def test_weight_version_that_is_no_number_is_kept_as_it_is() -> None:

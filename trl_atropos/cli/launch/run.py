@@ -22,6 +22,7 @@ from rich.console import Console
 
 from ...api.store import set_aside
 from ...errors import AtroposConnectionError, PreflightError, WeightSyncError
+from ...network import proxies_for
 from ...report.page import REPORT_FILE
 from ...report.plots import save_reward_plot
 from ...weight_sync.health import find_kind, read_weight_version
@@ -398,7 +399,9 @@ def _write_secret(path: Path, secret: str) -> None:
 def _request(method: str, url: str, body: Mapping[str, Any], name: str, key: str | None) -> dict[str, Any]:
     try:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        response = requests.request(method, url, json=body, headers=headers, timeout=COMPLETION_TIMEOUT_S)
+        response = requests.request(
+            method, url, json=body, headers=headers, timeout=COMPLETION_TIMEOUT_S, proxies=proxies_for(url)
+        )
         response.raise_for_status()
         return response.json()
     except requests.RequestException as exc:
