@@ -233,6 +233,9 @@ def _machine(
 
 
 def _environments(launch: LaunchConfig | None, trainer: TrainerSide) -> list[Finding]:
+    if launch is not None and launch.agents and not launch.environments:
+        # A gateway has no tokenizer: the server renders.
+        return []
     if launch is None or not launch.environments:
         what = "Not checked: the environments' tokenizers are in a launch file: -c."
         return [Finding("environment_tokenizer", "unknown", what)]
