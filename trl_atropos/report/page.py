@@ -63,6 +63,7 @@ def render_page(run: RunFiles, drawn: list[tuple[Plot, dict[str, Points]]]) -> s
             warnings=find_warnings(run),
             plots=plots,
             api=_api_rows(run),
+            launch=_launch_rows(run),
             refused=run.refused.most_common(),
             staleness=sorted(run.staleness.items()),
             num_known=run.staleness.total(),
@@ -139,6 +140,27 @@ def _api_rows(run: RunFiles) -> list[tuple[str, str]]:
         if values:
             rows.append((title, f"{_sum_over_resumes(values):,.0f}"))
     return rows
+
+
+def _launch_rows(run: RunFiles) -> list[tuple[str, str]]:
+    """Parts that a launch started again, and what its gateway counted; nothing for other runs."""
+    rows = [(f"{name} started again", str(count)) for name, count in run.launch.get("num_restarts", {}).items()]
+    counts = run.launch.get("gateway")
+    if counts is None:
+        return rows
+    for key, title in (
+        ("num_sessions", "sessions of the gateway"),
+        ("num_turns", "turns"),
+        ("num_branches", "branches: histories that were rewritten"),
+        ("num_groups_sent", "groups sent"),
+        ("num_groups_lost", "groups given up"),
+        ("num_sampled_tokens", "sampled tokens"),
+    ):
+        rows.append((title, f"{counts[key]:,}"))
+    rows.append(("share of later turns that continue what was sampled", f"{counts['spliced_share']:.3f}"))
+    return rows + [
+        (f"tokens not trained: {reason}", f"{number:,}") for reason, number in counts["masked_tokens"].items()
+    ]
 
 
 def _sum_over_resumes(values: list[float]) -> float:

@@ -15,6 +15,8 @@ from ..errors import PreflightError
 
 
 RUN_FACTS_FILE = "run_facts.json"
+LAUNCH_SUMMARY_FILE = "summary.json"
+"""What `trl-atropos launch` writes beside the directory of its trainer once that has ended."""
 MAX_SHOWN_STEPS = 6
 MAX_TEXT_CHARACTERS = 1500
 
@@ -48,7 +50,7 @@ class RunFiles:
     `refused` counts, by reason, the groups in `quarantine.jsonl` and those that were dropped as too old. `staleness`
     counts trained rollouts by the number of versions that the policy had moved on since they were sampled; those of
     unknown version are left out. `completions` are a selection: of at most 6 steps the best, the middle and the worst
-    rollout.
+    rollout. `launch` is the summary of the launch that the run was a part of; empty if there was none or it goes on.
     """
 
     output_dir: Path
@@ -58,6 +60,7 @@ class RunFiles:
     refused: Counter[str]
     staleness: Counter[int]
     completions: Sequence[Completion]
+    launch: Mapping[str, Any]
 
     def values(self, key: str) -> list[tuple[float, float]]:
         """Return `(step, value)` of every log line with a finite value of a metric."""
@@ -114,6 +117,7 @@ def read_run_files(run_dir: Path, history: Sequence[LogEntry] | None = None) -> 
             _refused(output_dir) + _dropped(marks),
             _staleness(marks, steps),
             _completions(output_dir),
+            _launch(output_dir),
         )
     except (OSError, ValueError, KeyError) as exc:
         raise PreflightError(
@@ -153,6 +157,14 @@ def _facts(output_dir: Path) -> dict[str, dict[str, Any]]:
         return {}
     facts = json.loads(path.read_text(encoding="utf-8"))
     return {name: dict(facts.get(name, {})) for name in ("config", "versions", "run")}
+
+
+def _launch(output_dir: Path) -> dict[str, Any]:
+    path = output_dir.parent / LAUNCH_SUMMARY_FILE
+    # So a launch calls the directory of its trainer.
+    if output_dir.name != "model" or not path.exists():
+        return {}
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _refused(output_dir: Path) -> Counter[str]:

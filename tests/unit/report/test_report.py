@@ -91,6 +91,26 @@ def test_the_page_is_self_contained_and_text_of_the_run_stays_text(tmp_path):
     assert "Not recorded: train with --beta above 0." in text
 
 
+def test_the_page_of_a_launch_has_its_restarts_and_what_its_gateway_counted(tmp_path):
+    save_history(tmp_path / "model", make_history(2))
+    assert main(["report", str(tmp_path)]) == 0
+    page = tmp_path / "model" / "report.html"
+    assert "<h2>Launch</h2>" not in page.read_text()
+
+    counts = {"num_sessions": 8, "num_turns": 2400, "num_branches": 3, "num_groups_sent": 1, "num_groups_lost": 0}
+    counts |= {"num_sampled_tokens": 9000, "spliced_share": 0.75, "masked_tokens": {"grammar": 7}}
+    (tmp_path / "summary.json").write_text(json.dumps({"num_restarts": {"vllm": 2}, "gateway": counts}))
+    assert main(["report", str(tmp_path)]) == 0
+    section = page.read_text().partition("<h2>Launch</h2>")[2].partition("</section>")[0]
+    for row in (
+        "<td>vllm started again</td><td>2</td>",
+        "<td>turns</td><td>2,400</td>",
+        "<td>share of later turns that continue what was sampled</td><td>0.750</td>",
+        "<td>tokens not trained: grammar</td><td>7</td>",
+    ):
+        assert row in section
+
+
 def test_the_parts_of_a_step_add_up_to_its_time(tmp_path):
     series = series_of(read_run_files(tmp_path, make_history(3)), plot_of("step_time"))
     # 4 s of which 1 s is waited and 0.5 s published.

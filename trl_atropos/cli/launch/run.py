@@ -23,8 +23,9 @@ from rich.console import Console
 from ...api.store import set_aside
 from ...errors import AtroposConnectionError, PreflightError, WeightSyncError
 from ...network import proxies_for
-from ...report.page import REPORT_FILE
+from ...report.page import REPORT_FILE, write_report
 from ...report.plots import save_reward_plot
+from ...report.run_files import LAUNCH_SUMMARY_FILE, read_run_files
 from ...weight_sync.health import find_kind, read_weight_version
 from ...weight_sync.http import SGLANG as SGLANG_KIND
 from ...weight_sync.http import UNKNOWN, ServerSession
@@ -364,7 +365,7 @@ def _own_run_dir(run_dir: Path) -> Iterator[None]:
                 "Wait for it to end, or name another directory with `--run_dir`.",
             ) from exc
         for name in (
-            "summary.json",
+            LAUNCH_SUMMARY_FILE,
             "reward.png",
             "completions.json",
             "model/trainer_state.json",
@@ -447,7 +448,11 @@ def _write_results(
     run_dir = Path(config.run_dir)
     entries = summary.read_training_log(config.trainer_output_dir)
     result = summary.summarize(entries, weight_version, wall_s, num_restarts, of_gateway)
-    (run_dir / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (run_dir / LAUNCH_SUMMARY_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    report = config.trainer_output_dir / REPORT_FILE
+    if report.exists() and (num_restarts or of_gateway):
+        # The trainer wrote it before these were known.
+        write_report(read_run_files(config.trainer_output_dir), report)
     completions = [
         {"prompt": prompt, "before": first, "after": last}
         for prompt, first, last in zip(config.prompts, before, after, strict=True)
@@ -463,6 +468,6 @@ def _write_results(
     if of_gateway is not None:
         print(f"gateway  {summary.describe_gateway(of_gateway)}")
     print(f"model    {config.trainer_output_dir}")
-    print(f"report   {config.trainer_output_dir / REPORT_FILE}")
+    print(f"report   {report}")
     print(f"summary  {run_dir / 'summary.json'}, {run_dir / 'reward.png'}, logs in {run_dir / 'logs'}", flush=True)
     return result
