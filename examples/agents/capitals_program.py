@@ -28,7 +28,7 @@ async def answer(country: str, base_url: str) -> str:
     async with AsyncOpenAI(base_url=base_url, api_key="unused") as client:
         for question in QUESTIONS:
             messages.append({"role": "user", "content": question.format(country=country)})
-            reply = await client.chat.completions.create(model="policy", messages=messages, max_tokens=16)
+            reply = await client.chat.completions.create(model="policy", messages=messages, max_tokens=24)
             messages.append({"role": "assistant", "content": reply.choices[0].message.content})
     return messages[-1]["content"] or ""
 
