@@ -135,6 +135,13 @@ def test_a_part_that_ends_again_and_again_ends_the_run_with_its_last_log(parts: 
     assert steady.poll() is None
 
 
+def test_a_command_that_does_not_exist_is_not_tried_again(parts: Parts) -> None:
+    parts.environment("env", ["no-such-program"], "restart")
+    with pytest.raises(ProcessFailedError, match=r"exit code 127(.|\n)*cannot start no-such-program"):
+        parts.check_until(lambda: False)
+    assert parts.supervisor.num_restarts == {}
+
+
 def test_a_killed_server_is_started_again_at_its_address_and_those_that_need_it_wait_for_it(parts: Parts) -> None:
     started = []
 

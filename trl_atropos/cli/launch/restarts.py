@@ -9,6 +9,7 @@ from typing import Protocol
 
 from ...errors import PreflightError
 from .config import CONTINUE, STOP
+from .guard import COMMAND_NOT_FOUND
 from .output import LaunchOutput
 from .processes import ManagedProcess, ProcessGroup, failure_of
 
@@ -160,6 +161,9 @@ class Supervisor:
                 f"({process.log_path}):\n{process.log_tail()}",
             )
             return
+        if process.poll() == COMMAND_NOT_FOUND:
+            # It would not be found a second time.
+            raise failure_of(process, still_running=others)
         pause_s = self._limit.pause_s(part.ends, now)
         part.ends.append(now)
         if pause_s is None:
