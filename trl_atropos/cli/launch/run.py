@@ -468,6 +468,8 @@ def _write_results(
     if of_gateway is not None:
         print(f"gateway  {summary.describe_gateway(of_gateway)}")
     print(f"model    {config.trainer_output_dir}")
-    print(f"report   {report}")
+    if report.exists():
+        # A trainer of one's own may write none.
+        print(f"report   {report}")
     print(f"summary  {run_dir / 'summary.json'}, {run_dir / 'reward.png'}, logs in {run_dir / 'logs'}", flush=True)
     return result
