@@ -84,13 +84,14 @@ $(BESIDE): $(VENV)-%/.installed: requirements/%.txt packaging/install_beside.sh 
 test: check ## Everything: what `check` does, then the tests with processes, ranks and real servers. ARGS="-k journal"
 	@packaging/run_tests.sh "$(VENV)" rest
 
-bench: $(INSTALLED) ## Time publishing, the training step, logprobs, ingest, overlap and the trajectory API; one JSON line per case.
+bench: $(INSTALLED) ## Time publishing, the training step, logprobs, ingest, overlap, the trajectory API and the gateway; one JSON line per case.
 	@$(BIN)/python benchmarks/publish.py
 	@$(BIN)/python benchmarks/train_step.py
 	@$(BIN)/python benchmarks/logprobs.py
 	@$(BIN)/python benchmarks/ingest.py
 	@$(BIN)/python benchmarks/overlap.py
 	@$(BIN)/python benchmarks/api.py
+	@$(BIN)/python benchmarks/gateway.py
 
 lock: $(INSTALLED) ## Resolve requirements/cpu.in into requirements/cpu.txt. ARGS=--upgrade: the newest versions.
 	$(BIN)/python packaging/lock.py $(ARGS)

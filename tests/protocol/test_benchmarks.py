@@ -1,4 +1,4 @@
-"""The benchmarks of `trl-atropos api` run, and find every group once: small ones, whose times say nothing."""
+"""The benchmarks of `trl-atropos api` and `trl-atropos gateway` run and lose nothing: small ones, whose times say nothing."""
 
 from __future__ import annotations
 
@@ -37,3 +37,12 @@ def test_a_restart_finds_the_whole_queue(tmp_path: Path) -> None:
     (line,) = run_benchmark("api.py", "--restart_bytes", "2000000", "--directory", str(tmp_path))
     assert line["queue_bytes"] >= 2_000_000
     assert line["queue_groups"] > 1
+
+
+def test_sessions_and_environments_are_answered_through_a_gateway() -> None:
+    arguments = ["--num_sessions", "3", "--num_turns", "2", "--history_tokens", "300", "--generation_s", "0.1"]
+    passing, sessions, held = run_benchmark("gateway.py", *arguments)
+    assert passing["through_p50_ms"] > 0
+    # One session more, in which the stand-in learns its answers.
+    assert (sessions["num_turns"], sessions["spliced_share"]) == (8, 1.0)
+    assert all(name in passing | sessions for name in held.keys() - {"num_cpus"})
