@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -48,6 +48,17 @@ async def environment_of(*servers: TokenServer, **options: Any) -> AsyncIterator
 
 def ids(first: int, number: int) -> dict[str, Any]:
     return {"prompt_token_ids": [first * 1000 + i for i in range(number)]}
+
+
+def held_reply() -> tuple[threading.Event, Callable[[], str]]:
+    """A reply that comes when the event is set."""
+    may_go_on = threading.Event()
+
+    def wait() -> str:
+        assert may_go_on.wait(20)
+        return "yes"
+
+    return may_go_on, wait
 
 
 def test_a_request_and_its_answer_are_passed_on_as_they_are():
@@ -145,12 +156,7 @@ def test_a_beginning_that_all_share_brings_nobody_to_a_crowded_server():
             may_go_on.set()
             assert {status for status, _ in await asyncio.gather(*held)} == {200}
 
-    may_go_on = threading.Event()
-
-    def wait() -> str:
-        assert may_go_on.wait(20)
-        return "yes"
-
+    may_go_on, wait = held_reply()
     with TokenServer() as one, TokenServer() as other:
         servers = (one, other)
         one.replies = ["yes", *[wait] * 8]
@@ -187,12 +193,7 @@ def test_when_the_environment_goes_its_request_is_given_up():
             may_go_on.set()
             assert environment.gateway.counts.num_passed == 0
 
-    may_go_on = threading.Event()
-
-    def wait() -> str:
-        assert may_go_on.wait(20)
-        return "yes"
-
+    may_go_on, wait = held_reply()
     with TokenServer() as server:
         server.replies = [wait]
         asyncio.run(asyncio.wait_for(run(), 20))
@@ -209,12 +210,7 @@ def test_more_than_may_be_in_flight_are_told_to_come_again():
             may_go_on.set()
             assert (await asking)[0] == 200
 
-    may_go_on = threading.Event()
-
-    def wait() -> str:
-        assert may_go_on.wait(20)
-        return "yes"
-
+    may_go_on, wait = held_reply()
     with TokenServer() as server:
         server.replies = [wait]
         asyncio.run(run())
