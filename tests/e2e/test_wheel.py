@@ -53,7 +53,7 @@ def wheel(tmp_path_factory) -> Path:
 def test_it_holds_every_module_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     package = ROOT / "trl_atropos"
-    files = [package / "py.typed", *package.rglob("*.py"), *package.rglob("*.j2")]
+    files = [package / "py.typed", *(path for kind in ("py", "j2", "yaml") for path in package.rglob(f"*.{kind}"))]
     assert names == {path.relative_to(ROOT).as_posix() for path in files}
 
 

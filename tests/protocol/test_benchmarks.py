@@ -30,7 +30,10 @@ def test_a_short_soak_gets_every_group_once_and_in_order(tmp_path: Path) -> None
     )
     assert (last["num_groups"], last["error"]) == (1024, None)
     assert intervals[-1]["num_groups"] == 1024 and len(intervals) >= 2
-    assert all(line["rss_mb"] > 0 and line["post_p50_ms"] > 0 for line in intervals)
+    assert all(line["rss_mb"] > 0 for line in intervals)
+    # Everything may be posted before the last interval begins.
+    assert all(line["post_p50_ms"] is None or line["post_p50_ms"] > 0 for line in intervals)
+    assert intervals[0]["post_p50_ms"] is not None
 
 
 def test_a_restart_finds_the_whole_queue(tmp_path: Path) -> None:
