@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -43,6 +44,11 @@ Handler = Callable[[Request], Awaitable[Answer | None]]
 
 NUM_READERS = 2
 """Threads that unpack and check posts. More would only wait for the interpreter."""
+
+PARSING = threading.Lock()
+"""JSON is parsed without letting go of the interpreter, some 1.5 ms a megabyte. Two readers that did so at once would make `/status`
+wait for both.
+"""
 
 MAX_BYTES_IN_MEMORY = 64 * 2**20
 """Bodies of posts that are read and checked at once; further ones wait."""
@@ -368,7 +374,8 @@ def read_post(
         RequestRefused: It is too large, damaged, or holds what no trainer can use.
     """
     text = inflate(body, max_unpacked_bytes) if is_gzipped else body
-    groups = read_groups(text) if is_list else [read_group(text, body if is_gzipped else None)]
+    with PARSING:
+        groups = read_groups(text) if is_list else [read_group(text, body if is_gzipped else None)]
     return groups, digest_of(text)
 
 
