@@ -194,6 +194,16 @@ def in_session(
     return asyncio.run(run())
 
 
+def recorded(
+    agent: Callable[[GatewaySession], Awaitable[Any]], replies: list[Any], **options: Any
+) -> tuple[TokenServer, GatewaySession, Gateway]:
+    """Run an agent against a server with these replies; return also the server, which has what it was asked."""
+    with TokenServer(parses_thoughts=True) as server:
+        server.replies = replies
+        session, gateway = in_session(server, agent, **options)
+    return server, session, gateway
+
+
 def user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 

@@ -136,7 +136,10 @@ def _row(cells: Sequence[str], gap: str = " ") -> str:
 
 
 def _cell(text: str) -> str:
-    """Text in one line without what would end a cell or begin a tag, and not longer than one reads."""
+    """Text in one line without what would end a cell or begin a tag, and not longer than one reads. Of a file it has no
+    directory of the machine that it came from.
+    """
     text = re.sub(r"\S*/(?=environments/)", "", " ".join(text.split()))
+    text = re.sub(r"(?<![\w:/.`])/(?:[^\s'\"()]*/site-packages/|(?:[\w.-]+/)+)", "", text)
     text = text.replace("|", "/").replace("<", "&lt;")
     return text if len(text) <= 240 else text[:237] + "..."

@@ -55,6 +55,12 @@ class Request:
         return self._headers.get(name, "")
 
     @property
+    def bearer(self) -> str:
+        """The token that it shows as its bearer; empty without one."""
+        scheme, _, token = self.header("authorization").partition(" ")
+        return token.strip() if scheme.lower() == "bearer" else ""
+
+    @property
     def accepts_gzip(self) -> bool:
         """Whether the client takes compressed answers."""
         return "gzip" in self.header("accept-encoding").lower()
@@ -196,16 +202,14 @@ def refusal_answer(exc: RequestRefused) -> Answer:
 
 def has_key(request: Request, key: str) -> bool:
     """Whether a request shows the key: as a bearer token, or as the password of the URL `http://name:KEY@host:port`."""
+    shown = request.bearer
     scheme, _, value = request.header("authorization").partition(" ")
-    shown = value.strip()
     if scheme.lower() == "basic":
         try:
-            shown = base64.b64decode(shown, validate=True).decode().partition(":")[2]
+            shown = base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
         except ValueError:
             return False
-    elif scheme.lower() != "bearer":
-        return False
-    return hmac.compare_digest(shown.encode(), key.encode())
+    return bool(shown) and hmac.compare_digest(shown.encode(), key.encode())
 
 
 def _too_large(max_bytes: int) -> RequestRefused:

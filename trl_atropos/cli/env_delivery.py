@@ -9,8 +9,8 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 
@@ -59,6 +59,17 @@ class Delivery:
         if not any(known.partition(":")[0] == type(cause).__name__ for known in self.exceptions):
             logger.warning("%s failed; Atropos drops the group and goes on. Shown once:", where, exc_info=cause)
         self.exceptions[kind] += 1
+
+    @contextmanager
+    def noting(self, where: str) -> Iterator[None]:
+        """Note what is raised inside, unless it was cancelled, and let it pass."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            raise
+        except BaseException as exc:
+            self.note_exception(where, exc)
+            raise
 
     def note_groups(self, groups: Any) -> int:
         """Count what `handle_send_to_api` will do with groups, by its own rules; return how many it will keep."""
@@ -194,12 +205,8 @@ def _note_calls(env: Any, delivery: Delivery) -> None:
     async def collect_trajectories(item: Any) -> Any:
         delivery.num_running += 1
         try:
-            groups, backlog = await collect(item)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as exc:
-            delivery.note_exception("collect_trajectories", exc)
-            raise
+            with delivery.noting("collect_trajectories"):
+                groups, backlog = await collect(item)
         finally:
             delivery.num_running -= 1
         # An empty list is what many files return for "no group"; Atropos does nothing with either.
@@ -209,13 +216,8 @@ def _note_calls(env: Any, delivery: Delivery) -> None:
 
     @functools.wraps(postprocess)
     async def postprocess_histories(trajectories: Any) -> Any:
-        try:
+        with delivery.noting("postprocess_histories"):
             groups = await postprocess(trajectories)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as exc:
-            delivery.note_exception("postprocess_histories", exc)
-            raise
         if not groups:
             delivery.num_no_group += 1
         return groups
@@ -225,13 +227,8 @@ def _note_calls(env: Any, delivery: Delivery) -> None:
         scored_data: Any, item: Any = None, do_send_to_api: bool = True, **kwargs: Any
     ) -> None:
         num_kept = delivery.note_groups(scored_data) if scored_data else 0
-        try:
+        with delivery.noting("handle_send_to_api"):
             await send(scored_data, item, do_send_to_api, **kwargs)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as exc:
-            delivery.note_exception("handle_send_to_api", exc)
-            raise
         if not do_send_to_api:
             # `process` writes them to a file.
             delivery.num_sent += num_kept

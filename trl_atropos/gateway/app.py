@@ -113,8 +113,7 @@ class AgentApp:
         if found:
             return self.sessions.find(found[1]), found[2]
         # Where an agent's URL is fixed, its key says which session it is.
-        scheme, _, bearer = request.header("authorization").partition(" ")
-        keys = [bearer.strip() if scheme.lower() == "bearer" else "", request.header("x-api-key")]
+        keys = [request.bearer, request.header("x-api-key")]
         return next(filter(None, map(self.sessions.find, keys)), None), request.path
 
     async def _read(

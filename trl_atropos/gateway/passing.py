@@ -70,8 +70,7 @@ class PassThrough:
 
     def is_asked(self, request: Request) -> bool:
         """Whether a request is one of an environment, by its key."""
-        scheme, _, key = request.header("authorization").partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key)
+        return bool(request.bearer) and hmac.compare_digest(request.bearer.encode(), self._key)
 
     async def answer(self, request: Request) -> bool:
         """Answer a request of an environment; return whether it has such a route.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import page
@@ -21,6 +22,10 @@ def rows():
 
 def test_nothing_is_written_by_hand(rows):
     assert page.render_page(rows) == FILE.read_text(encoding="utf-8")
+
+
+def test_no_directory_of_a_machine_is_shown():
+    assert re.findall(r"site-packages|(?<![\w.])/(?:tmp|home|root|work)/", FILE.read_text(encoding="utf-8")) == []
 
 
 def test_every_file_is_in_one_section_and_has_its_recipe_or_its_reason(rows):
@@ -53,13 +58,15 @@ def test_a_page_is_made_of_results():
         trained: result("trained", rewards=[1.0, 0.0], step=step, temperature=0.8),
         delivered: result("delivered", rewards=[1.0], step={"refused": "a | b"}),
         needs: result("nothing", said=["It said <that>."]),
-        cannot: result("nothing", said=["an error in /somewhere/environments/x.py"]),
+        cannot: result(
+            "nothing", said=["an error in /somewhere/environments/x.py", "(/a/.venv/site-packages/b/c.py)"]
+        ),
     }
     made = page.make_page({**dict.fromkeys(results, False), "eval_environments/x_eval.py": True}, results)
     assert made[page.TRAINED][trained][1:] == ("`--env.group_size 4`", "wandb", "1, 0", "1e-06 at 0.8")
     assert made[page.DELIVERED][delivered][-1] == "a / b"
     assert made[page.NEEDS][needs] == (NEEDS_MORE[needs], "It said &lt;that>.")
-    assert made[page.CANNOT][cannot][-1] == "an error in environments/x.py"
+    assert made[page.CANNOT][cannot][-1] == "an error in environments/x.py (b/c.py)"
     assert made[page.EVALUATES] == {"eval_environments/x_eval.py": ()}
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
 import anthropic
 import pytest
 from anthropic import AsyncAnthropic
-from gateway_agents import ADD, CALL, in_session, prompts
+from gateway_agents import ADD, CALL, in_session, prompts, recorded
 from token_server import TokenServer
 
 from trl_atropos.api.refusals import RequestRefused
 from trl_atropos.gateway.dialects import MESSAGES
-from trl_atropos.gateway.gateway import Gateway, GatewaySession
+from trl_atropos.gateway.gateway import GatewaySession
 from trl_atropos.gateway.sessions import Session
 
 
@@ -34,15 +33,6 @@ async def ask(session: GatewaySession, messages: list[Any], **options: Any) -> a
         answer = await api.messages.create(**{"model": "m", "max_tokens": 100, "messages": messages, **options})
     messages.append({"role": "assistant", "content": answer.content})
     return answer
-
-
-def recorded(
-    agent: Callable[[GatewaySession], Awaitable[Any]], replies: list[Any], **options: Any
-) -> tuple[TokenServer, GatewaySession, Gateway]:
-    with TokenServer(parses_thoughts=True) as server:
-        server.replies = replies
-        session, gateway = in_session(server, agent, **options)
-    return server, session, gateway
 
 
 def translated(**values: Any) -> dict[str, Any]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
 import openai
 import pytest
-from gateway_agents import ADD, CALL, client, in_session, prompts
+from gateway_agents import ADD, CALL, client, in_session, prompts, recorded
 from openai.types.responses import Response
 from token_server import TokenServer
 
 from trl_atropos.api.refusals import RequestRefused
 from trl_atropos.gateway.dialects import RESPONSES
-from trl_atropos.gateway.gateway import Gateway, GatewaySession
+from trl_atropos.gateway.gateway import GatewaySession
 from trl_atropos.gateway.sessions import Session
 
 
@@ -29,15 +28,6 @@ async def ask(session: GatewaySession, asked: Any, **options: Any) -> Response:
     if isinstance(asked, list):
         asked += response.output
     return response
-
-
-def recorded(
-    agent: Callable[[GatewaySession], Awaitable[Any]], replies: list[Any], **options: Any
-) -> tuple[TokenServer, GatewaySession, Gateway]:
-    with TokenServer(parses_thoughts=True) as server:
-        server.replies = replies
-        session, gateway = in_session(server, agent, **options)
-    return server, session, gateway
 
 
 def translated(asked: Any = "tell", **values: Any) -> dict[str, Any]:
