@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -32,9 +32,9 @@ from .metrics import render_metrics
 from .options import ApiOptions
 from .packing import QueuedGroup
 from .refusals import ApiDatabaseError, RequestRefused
-from .scored_data import ReceivedGroup, digest_of, inflate, missing_fields, read_group, read_groups
+from .scored_data import ReceivedGroup, completed_parts, digest_of, inflate, inflated_parts, read_group, read_groups
 from .service import TrajectoryService
-from .store import Lease, Store
+from .store import Lease, Store, StoredBody
 
 
 logger = logging.getLogger(__name__)
@@ -216,14 +216,13 @@ class TrajectoryApp:
         return Answer(render_metrics(self._state).encode(), media_type=b"text/plain; version=0.0.4; charset=utf-8")
 
     async def _latest_example(self, request: Request) -> Answer:
-        text = await self._latest_text()
+        text = await self._on(self._bodies, self._latest_text)
         return json_answer(NO_EXAMPLE) if text is None else Answer(text)
 
-    async def _latest_text(self) -> bytes | None:
+    def _latest_text(self) -> bytes | None:
         latest = self._state.latest
-        if latest is None:
-            return None
-        return await self._on(self._bodies, self._whole_text, latest)
+        stored = None if latest is None else self._state.read_body(latest)
+        return None if latest is None or stored is None else b"".join(self._text_parts(latest, stored))
 
     async def _scored_data(self, request: Request) -> None:
         state, options = self._state, self.options
@@ -280,54 +279,57 @@ class TrajectoryApp:
             parts = self._stored_parts(lease)
         else:
             parts = self._compressed_parts(lease)
-        first = await anext(parts)
+        # A group that is gone is said before the answer begins.
+        part = await self._on(self._bodies, next, parts, None)
         await request.begin_answer(200, headers)
-        await request.send_part(first)
-        async for part in parts:
+        while part is not None:
+            await request.send_part(part)
             if not await request.is_client_there():
                 return False
-            await request.send_part(part)
+            part = await self._on(self._bodies, next, parts, None)
         if not await request.is_client_there():
             return False
         await request.send_part(b"", is_last=True)
         return True
 
-    async def _plain_parts(self, lease: Lease) -> AsyncIterator[bytes]:
+    # Generators of one thread, so that the event loop never holds more of a batch than one part.
+
+    def _plain_parts(self, lease: Lease) -> Iterator[bytes]:
         for index, group in enumerate(lease.groups):
-            text = await self._on(self._bodies, self._whole_text, group)
-            if text is None:
-                raise _gone(group)
-            yield (b"," if index else b'{"batch":[') + text
+            yield b"," if index else b'{"batch":['
+            yield from self._text_parts(group, self._stored(group))
         yield b"]}"
 
-    async def _compressed_parts(self, lease: Lease) -> AsyncIterator[bytes]:
+    def _compressed_parts(self, lease: Lease) -> Iterator[bytes]:
         compressor = zlib.compressobj(1, wbits=31)
-        async for part in self._plain_parts(lease):
-            # Not on the readers, where it would wait behind all posts.
-            yield await self._on(self._bodies, compressor.compress, part)
+        for part in self._plain_parts(lease):
+            yield compressor.compress(part)
         yield compressor.flush()
 
-    async def _stored_parts(self, lease: Lease) -> AsyncIterator[bytes]:
+    def _stored_parts(self, lease: Lease) -> Iterator[bytes]:
         """The batch as a gzip file of several members, the groups as they came. Our client reads such files; of others one
         cannot know.
         """
         for index, group in enumerate(lease.groups):
-            stored = await self._on(self._bodies, self._state.read_body, group)
-            if stored is None:
-                raise _gone(group)
+            stored = self._stored(group)
             body = stored.body if stored.is_gzipped else _member(stored.body)
             yield _member(b"," if index else b'{"batch":[') + body
         yield _member(b"]}")
 
-    def _whole_text(self, group: QueuedGroup) -> bytes | None:
-        """The JSON of a group with all fields that `ScoredData` has; None if it was deleted."""
+    def _text_parts(self, group: QueuedGroup, stored: StoredBody) -> Iterator[bytes]:
+        """The JSON of a group with all fields that `ScoredData` has."""
+        parts = inflated_parts(stored.body, self.options.max_unpacked_bytes) if stored.is_gzipped else [stored.body]
+        return completed_parts(parts, group.missing)
+
+    def _stored(self, group: QueuedGroup) -> StoredBody:
         stored = self._state.read_body(group)
         if stored is None:
-            return None
-        text = inflate(stored.body, self.options.max_unpacked_bytes) if stored.is_gzipped else stored.body
-        if not group.missing:
-            return text
-        return text.rstrip()[:-1] + missing_fields(group.missing) + b"}"
+            raise ApiDatabaseError(
+                f"Group {group.id} is not in the database any more.",
+                "The API was reset while a batch with it was sent.",
+                "Ask for another batch.",
+            )
+        return stored
 
     async def _read(self, request: Request, kind: type[T]) -> T:
         """Read the body of a small request as an object of this kind.
@@ -395,11 +397,3 @@ def _trainer_of(request: Request) -> tuple[str | None, int | None]:
             "Give both, as in /batch?trainer=NAME&number=0, or neither.",
         )
     return trainer, int(number)
-
-
-def _gone(group: QueuedGroup) -> ApiDatabaseError:
-    return ApiDatabaseError(
-        f"Group {group.id} is not in the database any more.",
-        "The API was reset while a batch with it was sent.",
-        "Ask for another batch.",
-    )

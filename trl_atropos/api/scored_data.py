@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -111,7 +111,15 @@ def inflate(data: bytes, max_bytes: int) -> bytes:
     Raises:
         RequestRefused: It is damaged (400), or unpacks to more than `max_bytes` bytes (413).
     """
-    parts: list[bytes] = []
+    return b"".join(inflated_parts(data, max_bytes))
+
+
+def inflated_parts(data: bytes, max_bytes: int) -> Iterator[bytes]:
+    """The same in parts of a megabyte or less.
+
+    Raises:
+        RequestRefused: It is damaged (400), or unpacks to more than `max_bytes` bytes (413).
+    """
     num_bytes = 0
     while data:
         member = zlib.decompressobj(wbits=31)
@@ -130,10 +138,9 @@ def inflate(data: bytes, max_bytes: int) -> bytes:
                 )
             if not part and not member.eof and not member.unconsumed_tail:
                 raise _bad_gzip("it ends too early")
-            parts.append(part)
+            yield part
             data = member.unconsumed_tail
         data = member.unused_data
-    return b"".join(parts)
 
 
 def digest_of(text: bytes) -> bytes:
@@ -180,9 +187,17 @@ def read_groups(text: bytes) -> list[ReceivedGroup]:
     return groups
 
 
-def missing_fields(missing: int) -> bytes:
-    """What is put before the last brace of a group so that it has all optional fields."""
-    return b"".join(b',"%b":null' % name.encode() for bit, name in enumerate(OPTIONAL_FIELDS) if missing >> bit & 1)
+def completed_parts(parts: Iterable[bytes], missing: int) -> Iterator[bytes]:
+    """The JSON of a group, in parts, with null in the fields that are `missing` as in `QueuedGroup`."""
+    nulls = b"".join(b'"%b":null,' % name.encode() for bit, name in enumerate(OPTIONAL_FIELDS) if missing >> bit & 1)
+    for part in parts:
+        start = part.find(b"{") + 1
+        if start and nulls:
+            yield part[:start] + nulls
+            yield part[start:]
+            nulls = b""
+        else:
+            yield part
 
 
 def _stored_form(text: bytes, as_sent: bytes | None, columns: _Columns) -> ReceivedGroup:
