@@ -62,8 +62,12 @@ LAYOUT_TOLERANCE_RATIO = 4.0
 """Accepted difference of another layout, in units of that of padded rows: both are sums in another order. In bfloat16 a
 trained model shows a ratio of 1.5, one whose recurrent layers run on from a sequence into the next 70 and more."""
 
-WINDOW_NAMES = ("sliding_window", "window_size")
-"""What configs call the number of tokens that a token attends to."""
+ROW_COUNTS = ("attention_chunk_size", "floor_scale")
+"""What configs call a number of tokens that layers count from the start of a row, whatever the positions say (Llama 4): that
+of a chunk, and that of a step by which queries are scaled."""
+
+WINDOW_NAMES = ("sliding_window", "window_size", *ROW_COUNTS)
+"""What configs call a number of tokens beyond which a sequence is computed otherwise than before it."""
 
 MODEL_ERRORS = (ValueError, RuntimeError, TypeError, IndexError, AttributeError)
 """What models raise when they cannot take a layout, and torch where it lacks a kernel."""
@@ -210,8 +214,9 @@ class _Comparison:
         length = CHECK_LENGTH + (0 if window is None else window[1])
         implementation = TREE_SDPA if self.device.type == "cpu" else TREE_FLEX
         skipping = None
-        # Without a window, there is nothing to skip in the short rows of a GPU.
-        if self.device.type == "cpu" or window is not None or self.max_length >= MIN_FLEX_LENGTH:
+        must_be_ours = window is not None or any(getattr(self.config, name, None) is not None for name in ROW_COUNTS)
+        # Otherwise, there is nothing to skip in the short rows of a GPU.
+        if self.device.type == "cpu" or must_be_ours or self.max_length >= MIN_FLEX_LENGTH:
             # By the model's own attention.
             self.run_alone(length)
             if self.device.type != "cpu" and self.max_length >= MIN_FLEX_LENGTH:
@@ -225,7 +230,7 @@ class _Comparison:
             if skipping is None:
                 return None
             self.model.set_attn_implementation(before)
-            if window is not None:
+            if must_be_ours:
                 return skipping
         reason = self.refuses(plan, tolerance)
         if reason is None and skipping is not None:
@@ -337,8 +342,11 @@ def _cannot(layout: str, config: Any, max_length: int, has_windows: bool) -> str
     """Why a layout is out of the question, as far as the config tells; None if it may work. With `has_windows`, the
     attention of the model can be ours, which has windows on the paths of trees.
     """
-    if layout != "tree":
+    if layout == "padded":
         return None
+    counts = next((name for name in ROW_COUNTS if getattr(config, name, None) is not None), None)
+    if layout == "packed":
+        return None if counts is None else f"layers of the model count {_in_words(counts)} from the start of a row"
     implementation = config._attn_implementation
     if implementation not in TREE_IMPLEMENTATIONS:
         return f"attention implementation {implementation} takes no mask; {', '.join(TREE_IMPLEMENTATIONS)} do"
@@ -347,22 +355,28 @@ def _cannot(layout: str, config: Any, max_length: int, has_windows: bool) -> str
     if window is not None and not has_windows:
         name, size = window
         return (
-            f"the model's {name.replace('_', ' ')} of {size} tokens is shorter than max_length ({max_length}), and only sdpa "
+            f"the model's {_in_words(name)} of {size} tokens is shorter than max_length ({max_length}), and only sdpa "
             f"has trees with windows, not {implementation}"
         )
-    chunk = getattr(config, "attention_chunk_size", None)
-    if chunk is not None and chunk < max_length:
-        return f"the model's attention chunks of {chunk} tokens are shorter than max_length ({max_length})"
+    if counts is not None and not has_windows:
+        return (
+            f"layers of the model count {_in_words(counts)} from the start of a row, and only sdpa has trees that count on "
+            f"paths, not {implementation}"
+        )
     return None
 
 
 def _short_window(config: Any, max_length: int) -> tuple[str, int] | None:
-    """Name and size in tokens of the window that is shorter than `max_length`; None if there is none."""
-    for name in WINDOW_NAMES:
-        window = getattr(config, name, None)
-        if isinstance(window, int) and window < max_length and getattr(config, "use_sliding_window", True):
-            return name, window
-    return None
+    """Name and size in tokens of the longest window that is shorter than `max_length`; None if there is none."""
+    if not getattr(config, "use_sliding_window", True):
+        return None
+    windows = [(name, getattr(config, name, None)) for name in WINDOW_NAMES]
+    short = [(name, size) for name, size in windows if isinstance(size, int) and size < max_length]
+    return max(short, key=lambda window: window[1], default=None)
+
+
+def _in_words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _needless(layout: str, config: Any, requested: str, device: torch.device) -> str | None:

@@ -3,10 +3,12 @@
 torch's `sdpa` multiplies every query with every key under any mask but a causal one, and then hides what the mask hides.
 
 - On a CPU (`tree_sdpa`), blocks of queries see the keys on their paths only (`tree_blocks`), which is never more than
-  each sequence alone takes, and nothing of L x L is made. Windows are windows on the path of a token.
+  each sequence alone takes, and nothing of L x L is made.
 - On a GPU (`tree_flex`), flex attention skips every block of 128 x 128 in which no token attends to another: what
   remains is about what each path of the tree costs alone. Which blocks these are follows from two numbers a token
   (`subtree_end` and depth), and nothing of L x L is ever made. Flex attention: https://arxiv.org/abs/2412.05496
+
+Windows and chunks of layers are those of the path of a token, and so are the positions by which Llama 4 scales its queries.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .layouts import tree_attention_mask
-from .tree_blocks import Positions, TreeBlock, tree_blocks
+from .tree_blocks import Positions, Reach, TreeBlock, tree_blocks
 
 
 TREE_SDPA = "trl_atropos_blocks"
@@ -67,18 +69,19 @@ def tree_sdpa(
 
     `query` is (R, heads, L, D), `key` and `value` are (R, key-value heads, L, D), with rotary embeddings applied; heads of
     `value` may be smaller. `attention_mask` is that of [`tree_columns`]. A layer with a window names it in
-    `sliding_window`: a token attends to itself and to the `sliding_window - 1` tokens before it on its path. `s_aux`, (heads,),
-    are the logits of attention sinks, which take a part of the probability and give nothing. The other
-    arguments are those of `sdpa`. With a `dropout` above 0, every pair of tokens is multiplied. What the rotary embedding
+    `sliding_window`: a token attends to itself and to the `sliding_window - 1` tokens before it on its path. One whose type
+    in the config is `chunked_attention` has chunks of `attention_chunk_size` tokens. `s_aux`, (heads,), are the logits of attention
+    sinks, which take a part of the probability and give nothing. The other arguments are those of `sdpa`. With a `dropout` above 0, every pair of tokens is multiplied. What the rotary embedding
     or a norm has left in float32 under autocast is cast to the dtype of the values, as autocast does for `sdpa`.
 
     Returns the output (R, L, heads, D), and no weights.
     """
     if _is_tree(attention_mask) and not dropout:
-        query, key = query.to(value.dtype), key.to(value.dtype)
+        query, key = scaled_by_depth(module, query, attention_mask).to(value.dtype), key.to(value.dtype)
+        reach = _reach(module, sliding_window)
         # The kernel wants heads of one size; what zeros add is cut off again.
         num_missing = max(query.shape[-1] - value.shape[-1], 0)
-        output = _attend(query, key, F.pad(value, (0, num_missing)), attention_mask, sliding_window, scaling, s_aux)
+        output = _attend(query, key, F.pad(value, (0, num_missing)), attention_mask, reach, scaling, s_aux)
         return output[..., : output.shape[-1] - num_missing].contiguous(), None
     options = {"sliding_window": sliding_window, "s_aux": s_aux, **kwargs}
     return _all_pairs(module, query, key, value, attention_mask, dropout, scaling, is_causal, **options)
@@ -117,10 +120,10 @@ def tree_flex(
     if num_heads & (num_heads - 1):
         key, value, num_groups = repeat_kv(key, num_groups), repeat_kv(value, num_groups), 1
     output = _compiled_flex_attention()(
-        query.to(value.dtype),
+        scaled_by_depth(module, query, attention_mask).to(value.dtype),
         key.to(value.dtype),
         value,
-        block_mask=_known(attention_mask, sliding_window, tree_block_mask),
+        block_mask=_known(attention_mask, _reach(module, sliding_window), tree_block_mask),
         scale=scaling,
         enable_gqa=num_groups > 1,
         return_aux=None if s_aux is None else AuxRequest(lse=True),
@@ -150,7 +153,8 @@ def _all_pairs(
 ) -> tuple[Tensor, None]:
     """Attention that multiplies every pair of tokens, of a tree too: `sdpa`, which has no sinks, or the same with them."""
     if _is_tree(attention_mask):
-        attention_mask = _known(attention_mask, kwargs.get("sliding_window"), _dense_mask)
+        query = scaled_by_depth(module, query, attention_mask)
+        attention_mask = _known(attention_mask, _reach(module, kwargs.get("sliding_window")), _dense_mask)
     if s_aux is None:
         output: Tensor
         output, _ = sdpa_attention_forward(
@@ -171,31 +175,57 @@ def _all_pairs(
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
-def _dense_mask(subtree_end: Tensor, depth: Tensor, window: int | None) -> Tensor:
+def scaled_by_depth(module: Any, query: Tensor, columns: Tensor) -> Tensor:
+    """Queries (R, heads, L, D) of a layer of Llama 4 without rotary embeddings, scaled by their depth.
+
+    Such a layer multiplies its queries by a number that grows every `floor_scale` tokens, counted in the row
+    (https://arxiv.org/abs/2501.19399). In a row of a tree they are counted on the path. Queries of other layers are
+    returned as they are. `columns` is that of [`tree_columns`].
+    """
+    step = getattr(module, "floor_scale", None)
+    if step is None or query.shape[2] < step or module.use_rope or not module.attn_temperature_tuning:
+        return query
+    depth = columns[:, 0, 1]
+    positions = torch.stack([depth, torch.arange(query.shape[2], device=query.device).expand_as(depth)])
+    of_depth, of_row = torch.log1p(torch.floor((positions + 1.0) / step)) * module.attn_scale + 1.0
+    scaled: Tensor = query * (of_depth / of_row)[:, None, :, None]
+    return scaled.to(query.dtype)
+
+
+def _reach(module: Any, sliding_window: int | None) -> Reach | None:
+    """How far back on a path a layer sees, which says its window itself; None if to its start."""
+    layer, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
+    types = getattr(config, "layer_types", None)
+    if config is not None and types is not None and layer is not None and types[layer] == "chunked_attention":
+        return Reach(config.attention_chunk_size, is_chunk=True)
+    return None if sliding_window is None else Reach(sliding_window)
+
+
+def _dense_mask(subtree_end: Tensor, depth: Tensor, reach: Reach | None) -> Tensor:
     """Who attends to whom, (R, 1, L, L) bool; the arguments are those of [`tree_block_mask`]."""
     mask = tree_attention_mask(subtree_end)
-    if window is not None:
-        mask &= (depth[:, None, :, None] - depth[:, None, None, :]) < window
+    if reach is not None:
+        mask &= depth[:, None, None, :] >= reach.first_depth(depth)[:, None, :, None]
     return mask
 
 
-def _blocks(subtree_end: Tensor, depth: Tensor, window: int | None) -> list[list[TreeBlock]]:
-    return [tree_blocks(*row, window) for row in zip(subtree_end, depth, strict=True)]
+def _blocks(subtree_end: Tensor, depth: Tensor, reach: Reach | None) -> list[list[TreeBlock]]:
+    return [tree_blocks(*row, reach) for row in zip(subtree_end, depth, strict=True)]
 
 
 _made: Any = WeakIdKeyDictionary()
-"""What was made of each mask of a tree that still exists, by window: all layers of a forward pass share the mask."""
+"""What was made of each mask of a tree that still exists, by reach: all layers of a forward pass share the mask."""
 
 
 # A compiled model calls it as it is: what there is already, and which blocks there are, is no matter of its graph.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _known(columns: Tensor, window: int | None, make: Callable[[Tensor, Tensor, int | None], Made]) -> Made:
-    """What `make` makes of `subtree_end` (R, L), depth (R, L) and a window: for the first of the layers that need it."""
+def _known(columns: Tensor, reach: Reach | None, make: Callable[[Tensor, Tensor, Reach | None], Made]) -> Made:
+    """What `make` makes of `subtree_end` (R, L), depth (R, L) and a reach: for the first of the layers that need it."""
     of_mask: dict[Any, Made] = _made.setdefault(columns, {})
-    if (make, window) not in of_mask:
+    if (make, reach) not in of_mask:
         subtree_end, depth = columns[:, 0].unbind(dim=1)
-        of_mask[make, window] = make(subtree_end, depth, window)
-    return of_mask[make, window]
+        of_mask[make, reach] = make(subtree_end, depth, reach)
+    return of_mask[make, reach]
 
 
 # A compiled model calls it as it is: which blocks there are depends on the data.
@@ -205,13 +235,13 @@ def _attend(
     key: Tensor,
     value: Tensor,
     columns: Tensor,
-    window: int | None,
+    reach: Reach | None,
     scaling: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
     """Output (R, L, heads, D) of attention over the blocks of every row."""
     output: Tensor = _BlockAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, _known(columns, window, _blocks), scaling, sinks
+        query, key, value, _known(columns, reach, _blocks), scaling, sinks
     )
     return output.transpose(1, 2)
 
@@ -346,14 +376,14 @@ def _accurate(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def tree_block_mask(subtree_end: Tensor, depth: Tensor, window: int | None = None) -> BlockMask:
+def tree_block_mask(subtree_end: Tensor, depth: Tensor, reach: Reach | None = None) -> BlockMask:
     """Which blocks of queries and keys attend to each other in a tree layout.
 
-    `subtree_end` and `depth` (`position_ids`) are (R, L) int64, of a [`~policy.layouts.Layout`]; `window`, at least 1, is
-    that of [`tree_sdpa`]. The mask is that of [`~policy.layouts.tree_attention_mask`], without ever being made. Before
+    `subtree_end` and `depth` (`position_ids`) are (R, L) int64, of a [`~policy.layouts.Layout`]; without a `reach`, a
+    token attends to its whole path. The mask is that of [`~policy.layouts.tree_attention_mask`], without ever being made. Before
     the diagonal, a block of keys is needed if the subtree of any of its tokens reaches into the block of queries, and
-    needs no mask if those of all of its tokens reach to the end of it; a window must reach back to the deepest, or to
-    the shallowest of them.
+    needs no mask if those of all of its tokens reach to the end of it; the `reach` of the shallowest query must go back to
+    the deepest of them, or that of the deepest query to the shallowest.
     """
     num_rows, length = subtree_end.shape
     num_blocks = -(-length // BLOCK_SIZE)
@@ -366,15 +396,15 @@ def tree_block_mask(subtree_end: Tensor, depth: Tensor, window: int | None = Non
     is_needed = (block[None, :] == block[:, None]) | (is_before & (ends.amax(dim=-1)[..., None, :] > query_start))
     is_full = is_before & (ends.amin(dim=-1)[..., None, :] >= (query_start + BLOCK_SIZE).clamp(max=length))
 
-    if window is not None:
+    if reach is not None:
         shallowest, deepest = _extremes(depth, num_blocks)
-        is_needed &= deepest[:, None, None, :] > shallowest[:, None, :, None] - window
-        is_full &= shallowest[:, None, None, :] > deepest[:, None, :, None] - window
+        is_needed &= deepest[:, None, None, :] >= reach.first_depth(shallowest)[:, None, :, None]
+        is_full &= shallowest[:, None, None, :] >= reach.first_depth(deepest)[:, None, :, None]
         depth = F.pad(depth, (0, num_blocks * BLOCK_SIZE - length))
 
     def attends(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         sees = (key <= query) & (query < subtree_end[row, key])
-        return sees if window is None else sees & (depth[row, query] - depth[row, key] < window)
+        return sees if reach is None else sees & (depth[row, key] >= reach.first_depth(depth[row, query]))
 
     return BlockMask.from_kv_blocks(
         *_number_and_indices(is_needed & ~is_full),

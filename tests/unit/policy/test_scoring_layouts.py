@@ -41,6 +41,8 @@ from transformers import (
     GptOssForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -140,8 +142,27 @@ WINDOWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
                 {"sliding_window": 16, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
                  "layer_types": ["sliding_attention", "full_attention"]}),
 }  # fmt: skip
+# A layer with chunks, and one whose queries are scaled by another number every 8 tokens.
+LLAMA4 = {"attention_chunk_size": 16, "floor_scale": 8, "attn_scale": 0.5, "head_dim": 8, "intermediate_size_mlp": 64,
+          "num_local_experts": 4, "no_rope_layers": [1, 0]}  # fmt: skip
 WITHOUT_SDPA = ("gpt_oss",)
 """transformers has only eager attention of these on a CPU, because of their attention sinks."""
+
+
+def assert_trees_are_exact(model: Any, alone: Any) -> None:
+    """Scores and gradient of trees are those of a model of the same weights, one rollout at a time, by the kernels of torch."""
+    found = plan(model)
+    assert found == ForwardPlan("tree", projects_in_pieces=True)
+    expected = own_logprobs(alone, rollouts())
+    scored = scored_logprobs(model, found)
+    torch.testing.assert_close(scored, expected, rtol=0, atol=1e-5)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    gradients = [
+        torch.autograd.grad((weights * logprobs).sum(), list(each.parameters()), materialize_grads=True)
+        for each, logprobs in ((model, scored), (alone, expected))
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
 
 
 class TestSlidingWindow:
@@ -149,21 +170,7 @@ class TestSlidingWindow:
     def test_trees_have_windows(self, name):
         model_class, config_class, options = WINDOWS[name]
         implementation = "eager" if name in WITHOUT_SDPA else "sdpa"
-        model = tiny(model_class, config_class, implementation, **options)
-        # The same weights, one rollout at a time, with the kernels of torch.
-        alone = tiny(model_class, config_class, implementation, **options)
-        found = plan(model)
-        assert found == ForwardPlan("tree", projects_in_pieces=True)
-        expected = own_logprobs(alone, rollouts())
-        scored = scored_logprobs(model, found)
-        torch.testing.assert_close(scored, expected, rtol=0, atol=1e-5)
-        weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
-        gradients = [
-            torch.autograd.grad((weights * logprobs).sum(), list(each.parameters()))
-            for each, logprobs in ((model, scored), (alone, expected))
-        ]
-        for ours, theirs in zip(*gradients, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+        assert_trees_are_exact(*(tiny(model_class, config_class, implementation, **options) for _ in range(2)))
 
     @pytest.mark.parametrize("name", ["mistral", "gemma3", "gpt_oss"])
     def test_the_reference_has_them_too(self, name):
@@ -260,6 +267,42 @@ class TestSlidingWindow:
             attention_types=[[["global", "local"], 1]],
         )  # fmt: skip
         assert_scores_are_the_models_own(model, plan(model))
+
+
+class TestCountsOfTheRow:
+    """Llama 4 counts chunks, and the steps by which it scales queries, from the start of a row."""
+
+    # Beyond MAX_LENGTH, only rows of several rollouts are long enough; those of the trees here have 114 tokens.
+    @pytest.mark.parametrize("options", [{}, {"attention_chunk_size": 80, "floor_scale": 70}])
+    def test_trees_count_on_paths(self, options):
+        assert_trees_are_exact(*(tiny(Llama4ForCausalLM, Llama4TextConfig, **{**LLAMA4, **options}) for _ in range(2)))
+
+    @pytest.mark.parametrize("name", ["attention_chunk_size", "floor_scale"])
+    def test_the_counts_make_a_difference(self, name):
+        # Otherwise the test above could not fail.
+        counted, uncounted = (
+            tiny(Llama4ForCausalLM, Llama4TextConfig, **{**LLAMA4, name: tokens}) for tokens in (LLAMA4[name], 256)
+        )
+        with torch.no_grad():
+            difference = own_logprobs(counted, rollouts()) - own_logprobs(uncounted, rollouts())
+        assert difference.abs().max() > 1e-3
+
+    @pytest.mark.parametrize("chunk", [16, 256])
+    def test_other_attention_takes_padded_rows(self, chunk):
+        model = tiny(
+            Llama4ForCausalLM,
+            Llama4TextConfig,
+            "eager",
+            **{**LLAMA4, "attention_chunk_size": chunk, "floor_scale": chunk},
+        )
+        found = plan(model)
+        assert found.layout == "padded"
+        tree, packed = found.fallbacks
+        assert tree.endswith("not eager")
+        assert packed == (
+            "the packed layout is not used: layers of the model count attention chunk size from the start of a row"
+        )
+        assert_scores_are_the_models_own(model, found)
 
 
 # Layers that carry a state from token to token. Both use the mask of no layout but padding.

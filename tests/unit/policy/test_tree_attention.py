@@ -27,6 +27,7 @@ from trl_atropos.policy.tree_attention import (
     tree_flex,
     tree_sdpa,
 )
+from trl_atropos.policy.tree_blocks import Reach
 
 
 class Layer(nn.Module):
@@ -147,7 +148,7 @@ def test_the_blocks_of_a_mask_are_found_once_for_all_layers(monkeypatch):
     for window in (None, 4, None, 4):
         tree_sdpa(Layer(), *inputs(12), columns, sliding_window=window)
     # Two rows each.
-    assert found == [None, None, 4, 4]
+    assert found == [None, None, Reach(4), Reach(4)]
     del columns
     tree_sdpa(Layer(), *inputs(12), tree(12))
     assert len(found) == 6
@@ -268,9 +269,18 @@ class TestBlockMask:
     @pytest.mark.parametrize("length", [3, 4, 7, 8, 12, 13, 40, 41])
     def test_the_blocks_are_those_of_the_dense_mask(self, small_blocks, length, window):
         columns = tree(length)
-        mask = tree_block_mask(*columns[:, 0].unbind(dim=1), window)
+        mask = tree_block_mask(*columns[:, 0].unbind(dim=1), None if window is None else Reach(window))
         assert mask.shape == (2, 1, length, length)
         assert torch.equal(dense(mask, length), dense_mask(columns, window))
+
+    @pytest.mark.parametrize("chunk", [1, 3, 4, 9])
+    @pytest.mark.parametrize("length", [3, 12, 41])
+    def test_chunks_are_those_of_the_path(self, small_blocks, length, chunk):
+        columns = tree(length)
+        mask = tree_block_mask(*columns[:, 0].unbind(dim=1), Reach(chunk, is_chunk=True))
+        number = columns[:, 0, 1] // chunk
+        expected = dense_mask(columns) & (number[:, None, :, None] == number[:, None, None, :])
+        assert torch.equal(dense(mask, length), expected)
 
     def test_blocks_that_nobody_attends_to_are_skipped(self, small_blocks):
         # A prompt of one block, and four continuations of one block each.
@@ -283,7 +293,7 @@ class TestBlockMask:
         assert mask.full_kv_indices[0, 0, 1:, 0].tolist() == [0, 0, 0, 0]
 
     def test_blocks_behind_a_window_are_skipped(self, small_blocks):
-        mask = tree_block_mask(torch.full((1, 40), 40), torch.arange(40)[None], 8)
+        mask = tree_block_mask(torch.full((1, 40), 40), torch.arange(40)[None], Reach(8))
         # Of the blocks before it, the first token of a block sees the last one whole, and a part of the one before.
         assert mask.kv_num_blocks.squeeze().tolist() == [1, 1, *[2] * 8]
         assert mask.full_kv_num_blocks.squeeze().tolist() == [0, *[1] * 9]
@@ -317,7 +327,7 @@ class TestBlockMask:
             return output.transpose(1, 2)
 
         class Mask(BlockMask):
-            def __init__(self, subtree_end, depth, window):
+            def __init__(self, subtree_end, depth, reach):
                 self.subtree_end = subtree_end
 
         self.layer = Layer()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trl_atropos.policy import tree_blocks as module
 from trl_atropos.policy.layouts import Layout, tree_attention_mask, tree_layout
-from trl_atropos.policy.tree_blocks import Positions, TreeBlock, tree_blocks
+from trl_atropos.policy.tree_blocks import Positions, Reach, TreeBlock, tree_blocks
 
 
 def layout_of(*groups: list[list[int]]) -> Layout:
@@ -27,10 +27,10 @@ def forked(num_prompt: int, num_completion: int, num_rollouts: int) -> Layout:
     )
 
 
-def blocks_of(layout: Layout, window: int | None = None) -> list[TreeBlock]:
+def blocks_of(layout: Layout, reach: Reach | None = None) -> list[TreeBlock]:
     assert layout.subtree_end is not None
     (subtree_end,), (depth,) = layout.subtree_end, layout.position_ids
-    return tree_blocks(subtree_end, depth, window)
+    return tree_blocks(subtree_end, depth, reach)
 
 
 def as_indices(positions: Positions, length: int) -> Tensor:
@@ -57,11 +57,15 @@ def seen_pairs(blocks: list[TreeBlock], length: int) -> Tensor:
     return seen
 
 
-def expected_pairs(layout: Layout, window: int | None) -> Tensor:
+def expected_pairs(layout: Layout, reach: Reach | None) -> Tensor:
     assert layout.subtree_end is not None
     mask = tree_attention_mask(layout.subtree_end)[0, 0]
     (depth,) = layout.position_ids
-    return mask if window is None else mask & (depth[:, None] - depth < window)
+    if reach is None:
+        return mask
+    if reach.is_chunk:
+        return mask & (depth[:, None] // reach.num_tokens == depth // reach.num_tokens)
+    return mask & (depth[:, None] - depth < reach.num_tokens)
 
 
 @pytest.fixture(autouse=True)
@@ -75,16 +79,19 @@ def small_blocks(monkeypatch):
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=6)
 
 
-@given(groups=st.lists(sequences, min_size=1, max_size=3), window=st.none() | st.integers(1, 16))
-def test_each_pair_is_seen_once(groups, window):
+@given(
+    groups=st.lists(sequences, min_size=1, max_size=3),
+    reach=st.none() | st.builds(Reach, st.integers(1, 16), is_chunk=st.booleans()),
+)
+def test_each_pair_is_seen_once(groups, reach):
     # In one row: the longest tree has room for the others behind it only if it is padded, so they are made one tree.
     layout = layout_of([[number, *sequence] for number, group in enumerate(groups) for sequence in group])
     length = layout.input_ids.shape[1]
-    blocks = blocks_of(layout, window)
+    blocks = blocks_of(layout, reach)
     assert [token for block in blocks for token in range(block.queries.start, block.queries.stop)] == list(
         range(length)
     )
-    assert torch.equal(seen_pairs(blocks, length), expected_pairs(layout, window).long())
+    assert torch.equal(seen_pairs(blocks, length), expected_pairs(layout, reach).long())
 
 
 def test_padding_and_a_second_tree_see_nothing_of_the_first():
@@ -114,12 +121,17 @@ def test_short_continuations_share_a_block():
 
 
 def test_a_window_leaves_out_what_is_behind_it():
-    blocks = blocks_of(layout_of([list(range(40))]), window=8)
+    blocks = blocks_of(layout_of([list(range(40))]), reach=Reach(8))
     assert [block.queries for block in blocks] == [slice(start, min(start + 6, 40)) for start in range(0, 40, 6)]
     last = blocks[-1]
     # Tokens 36 to 39: all see 32 to 35, some see 29 to 31.
     assert last.common == slice(32, 36)
     assert as_indices(last.others, 40).tolist() == [29, 30, 31, 36, 37, 38, 39]
+
+
+def test_the_tokens_of_a_chunk_need_no_mask():
+    blocks = blocks_of(layout_of([list(range(40))]), reach=Reach(16, is_chunk=True))
+    assert blocks == [TreeBlock(chunk, None, chunk, None) for chunk in (slice(0, 16), slice(16, 32), slice(32, 40))]
 
 
 def num_pairs(block: TreeBlock, length: int) -> int:
