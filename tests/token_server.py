@@ -261,6 +261,62 @@ class TokenServer:
         return {"choices": [{"text": self.tokenizer.decode(ids, skip_special_tokens=True)}]}
 
 
+class SGLangTokenServer(TokenServer):
+    """The same with SGLang's routes, and its parsers of thoughts and tools."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.owned_by = "sglang"
+
+    def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        self.requests.append((path, body))
+        handlers = {
+            "/v1/tokenize": lambda body: {"tokens": self.rendered(body)},
+            "/v1/detokenize": self._detokenize,
+            "/generate": self._generate_as_sglang,
+            "/separate_reasoning": self._separate_reasoning,
+            "/parse_function_call": self._parse_function_call,
+        }
+        return handlers[path](body)
+
+    def _detokenize(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {"text": self.tokenizer.decode(body["tokens"], skip_special_tokens=body["skip_special_tokens"])}
+
+    def _generate_as_sglang(self, body: dict[str, Any]) -> dict[str, Any]:
+        given = body["sampling_params"]
+        answer = self._generate({"sampling_params": {**given, "max_tokens": given["max_new_tokens"]}})
+        (choice,) = answer["choices"]
+        finish = {"type": choice["finish_reason"]}
+        if finish["type"] == "stop":
+            finish["matched"] = choice["stop_reason"] or choice["token_ids"][-1]
+        info = {
+            "finish_reason": finish,
+            "weight_versions": choice["weight_versions"],
+            "output_token_logprobs": [
+                [entry["logprob"], entry["token_id"], None] for entry in choice["logprobs"]["content"]
+            ],
+        }
+        return {"text": "", "meta_info": info}
+
+    def _separate_reasoning(self, body: dict[str, Any]) -> dict[str, Any]:
+        assert body["reasoning_parser"] == "thoughts"
+        thoughts, is_parted, text = body["text"].removeprefix("<think>").partition("</think>")
+        if not is_parted:
+            thoughts, text = "", body["text"]
+        return {"reasoning_text": thoughts.strip("\n"), "text": text.lstrip("\n")}
+
+    def _parse_function_call(self, body: dict[str, Any]) -> dict[str, Any]:
+        assert body["tool_call_parser"] == "calls" and body["tools"]
+        calls = [json.loads(call) for call in TOOL_CALL.findall(body["text"])]
+        return {
+            "normal_text": TOOL_CALL.sub("", body["text"]).strip() if calls else body["text"],
+            "calls": [
+                {"tool_index": index, "name": call["name"], "parameters": json.dumps(call["arguments"])}
+                for index, call in enumerate(calls)
+            ],
+        }
+
+
 def _handler(server: TokenServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -277,7 +333,12 @@ def _handler(server: TokenServer) -> type[BaseHTTPRequestHandler]:
             models = {"data": [model]}
             # By these a launch knows what it is, and which policy it holds.
             of_vllm = {"/version": {"version": "0.32.0"}, "/weight_info": {"weight_version": server.version}}
-            answers: dict[str, Any] = {"/health": {}, "/v1/models": models, **of_vllm}
+            of_sglang = {
+                "/model_info": {"weight_version": server.version},
+                "/server_info": {"tool_call_parser": "calls", "reasoning_parser": "thoughts"},
+            }
+            of_kind = of_sglang if server.owned_by == "sglang" else of_vllm
+            answers: dict[str, Any] = {"/health": {}, "/v1/models": models, **of_kind}
             self.send(200 if self.path in answers else 404, answers.get(self.path, {"detail": "Not Found"}))
 
         def do_POST(self) -> None:
@@ -285,7 +346,9 @@ def _handler(server: TokenServer) -> type[BaseHTTPRequestHandler]:
             try:
                 answer = server.answer(self.path, body)
             except Refused as exc:
-                return self.send(400, {"error": {"message": str(exc), "code": 400}})
+                error = {"message": str(exc), "code": 400}
+                is_sglang = server.owned_by == "sglang"
+                return self.send(400, {"object": "error", **error} if is_sglang else {"error": error})
             except ConnectionAbortedError:
                 self.close_connection = True
                 return None

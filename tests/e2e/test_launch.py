@@ -427,15 +427,6 @@ def test_an_external_server_is_asked_which_kind_it_is(launch: Launch) -> None:
     assert summary["server_weight_version"] == "default"
 
 
-def test_agents_are_refused_where_the_external_server_is_sglang(launch: Launch) -> None:
-    launch.content |= {"agents": {"agent": {"command": launch.environment_command}}}
-    with ScriptedSGLang() as sglang:
-        launch.content["vllm_url"] = sglang.base_url
-        refused = launch.run()
-    assert refused.returncode == 1 and "is SGLang, and the launch has a gateway." in refused.stderr
-    assert not (launch.logs / "agent.log").exists()
-
-
 def test_a_port_of_sglang_that_is_taken_is_named_by_its_key(launch: Launch, vllm: ScriptedServer) -> None:
     del launch.content["vllm_url"]
     launch.content |= {"server": "sglang", "vllm_port": int(vllm.base_url.rpartition(":")[2])}

@@ -132,7 +132,7 @@ GATEWAY_CHECKS: tuple[Check[GatewayFacts], ...] = (
         "error",
         _token_routes,
         "A gateway renders, samples and parses through them.",
-        "Start the server with `trl vllm-serve` (vLLM 0.32 or newer), or `vllm serve --enable-scale-out`.",
+        "Start the server with `trl vllm-serve` (vLLM 0.32 or newer), or `vllm serve --enable-scale-out`; SGLang: 0.5.22 or newer.",
         needs=("missing_routes",),
         describe=lambda facts: "The servers behind the gateway have the routes for tokens.",
     ),

@@ -30,12 +30,14 @@ def add_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "gateway",
         help="record what agents sample, token by token, and post it as groups",
         usage="%(prog)s --servers URL,URL --api_url URL [options]",
-        description="Stand between agents and vLLM servers. An agent gets a session's URL as the base URL of its OpenAI client "
+        description="Stand between agents and inference servers. An agent gets a session's URL as the base URL of its OpenAI client "
         "and is trained on what it sampled. docs/agents.md explains it.",
         epilog="Sizes take K, M, G and T. The key of the servers comes from VLLM_API_KEY. Exit code: 0 when ended by a signal, "
         "1 after an error.",
     )
-    parser.add_argument("--servers", type=_urls, required=True, metavar="URL,URL", help="vLLM servers of one model")
+    parser.add_argument(
+        "--servers", type=_urls, required=True, metavar="URL,URL", help="servers of one model, vLLM or SGLang"
+    )
     parser.add_argument("--api_url", required=True, metavar="URL", help="the trajectory API that groups are posted to")
     parser.add_argument(
         "--group_size", type=int, default=DEFAULT_GROUP_SIZE, help="sessions of one task (default: %(default)s)"

@@ -9,6 +9,7 @@ import requests
 
 from ..checks.finding import Unread
 from ..checks.gateway import GatewayFacts
+from ..gateway import sglang
 from ..gateway.servers import ROUTES
 from ..network import proxies_for
 
@@ -65,11 +66,11 @@ def look_at_server(url: str, key: str | None, timeout_s: float) -> tuple[tuple[s
     """
     try:
         documents = _get(f"{url}/openapi.json", key, timeout_s)
-        missing = [path for path in ROUTES if path not in documents.json()["paths"]] if documents.ok else None
         models: list[dict[str, Any]] = _get(f"{url}/v1/models", key, timeout_s).json()["data"]
-        return None if missing is None else tuple(missing), next(
-            model["id"] for model in models if not model.get("parent")
-        )
+        model = next(model for model in models if not model.get("parent"))
+        routes = sglang.ROUTES if model.get("owned_by") == "sglang" else ROUTES
+        missing = [path for path in routes if path not in documents.json()["paths"]] if documents.ok else None
+        return None if missing is None else tuple(missing), model["id"]
     except (requests.RequestException, KeyError, TypeError, StopIteration):
         return None
 

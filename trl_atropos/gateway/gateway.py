@@ -92,7 +92,7 @@ class Gateway:
 
     Args:
         servers (`Sequence[str]`):
-            URLs of vLLM servers of the same model.
+            URLs of servers of the same model, all of them vLLM or all SGLang.
         options ([`GatewayOptions`], *optional*):
             What agents may do.
         api_key (`str`, *optional*):

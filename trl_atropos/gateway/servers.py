@@ -14,6 +14,8 @@ import msgspec
 
 from ..api.refusals import RequestRefused
 from ..errors import PreflightError
+from . import sglang
+from .sglang import SGLangRoutes
 
 
 logger = logging.getLogger(__name__)
@@ -24,7 +26,18 @@ DERENDER = "/v1/chat/completions/derender"
 DERENDER_TEXT = "/v1/completions/derender"
 DETOKENIZE = "/detokenize"
 ROUTES = (RENDER, GENERATE, DERENDER)
-"""What a server must have. Nothing else of it is ever asked but its models, its health and `/detokenize`."""
+"""What a vLLM server must have. Nothing else of it is ever asked but its models, its health and `/detokenize`."""
+
+OUT_OF_SGLANG = {
+    RENDER: SGLangRoutes.render,
+    GENERATE: SGLangRoutes.generate,
+    DERENDER: SGLangRoutes.derender,
+    DERENDER_TEXT: SGLangRoutes.derender_text,
+    DETOKENIZE: SGLangRoutes.detokenize,
+}
+"""What answers these routes where the server is SGLang."""
+
+START = "Start it with `trl vllm-serve` (vLLM 0.32 or newer)"
 
 CONNECT_TIMEOUT_S = 5.0
 HEALTH_INTERVAL_S = 0.5
@@ -77,6 +90,8 @@ class InferenceServer:
             Sessions that came to it.
         is_there (`bool`):
             Whether it was, when it was last asked.
+        sglang ([`SGLangRoutes`], *optional*):
+            Of an SGLang server; None for vLLM.
     """
 
     url: str
@@ -85,6 +100,12 @@ class InferenceServer:
     num_in_flight: int = 0
     num_chosen: int = 0
     is_there: bool = True
+    sglang: SGLangRoutes | None = None
+
+    @property
+    def health_route(self) -> str:
+        """What a server answers that can be asked, also while it is paused: SGLang's `/health` generates a token."""
+        return "/health" if self.sglang is None else "/model_info"
 
 
 @dataclass(eq=False)
@@ -96,12 +117,13 @@ class Affinity:
 
 @dataclass(frozen=True)
 class ServerReply:
-    """An HTTP answer, the server that gave it, and its headers by their names in lower case."""
+    """An HTTP answer, the server that gave it, its headers by their names in lower case, and the route that was asked."""
 
     status: int
     text: bytes
     server: InferenceServer
     headers: dict[str, str]
+    route: str
 
 
 @dataclass(frozen=True)
@@ -111,6 +133,14 @@ class ServerAnswer:
     values: dict[str, Any]
     server: InferenceServer
     headers: dict[str, str]
+
+
+class _NotAnswered(Exception):
+    """A route of SGLang answered with an error."""
+
+    def __init__(self, reply: ServerReply):
+        super().__init__(reply.status)
+        self.reply = reply
 
 
 class InferenceServers:
@@ -148,7 +178,7 @@ class InferenceServers:
         """Ask every server what it serves, and begin to watch those that are not there.
 
         Raises:
-            PreflightError: One does not answer, lacks a route, or serves another context than the others.
+            PreflightError: One does not answer or lacks a route, or they are of both kinds.
         """
         # No `trust_env`: what is sent to servers does not pass through a proxy of the environment, nor takes ~/.netrc.
         self._http = aiohttp.ClientSession(
@@ -157,6 +187,7 @@ class InferenceServers:
         )
         try:
             await asyncio.gather(*map(self._inspect, self.servers))
+            self._refuse_both_kinds()
         except PreflightError:
             await self.close()
             raise
@@ -180,7 +211,7 @@ class InferenceServers:
         """
         reply = await self.exchange(affinity, "POST", path, body)
         if reply.status >= 300:
-            raise _refusal(reply.server, path, reply.status, reply.text)
+            raise _refusal(reply)
         return ServerAnswer(msgspec.json.decode(reply.text), reply.server, reply.headers)
 
     async def exchange(self, affinity: Affinity, method: str, path: str, body: bytes | dict[str, Any]) -> ServerReply:
@@ -211,21 +242,41 @@ class InferenceServers:
         self, server: InferenceServer, method: str, path: str, body: bytes | dict[str, Any]
     ) -> ServerReply | None:
         """Send a request once; None where the connection broke."""
-        assert self._http is not None, "start() comes first"
-        data = body if isinstance(body, bytes) else msgspec.json.encode({**body, "model": server.model})
         server.num_in_flight += 1
         try:
-            async with self._http.request(
-                method, server.url + path, data=data or None, headers=self._headers
-            ) as response:
-                text = await response.read()
+            if server.sglang is not None and isinstance(body, dict):
+                return await self._answer_as_vllm(server, server.sglang, path, body)
+            data = body if isinstance(body, bytes) else msgspec.json.encode({**body, "model": server.model})
+            return await self._request(server, method, path, data)
         except CONNECTION_FAILURES as exc:
             self._note_absent(server, exc)
             return None
         finally:
             server.num_in_flight -= 1
+
+    async def _answer_as_vllm(
+        self, server: InferenceServer, routes: SGLangRoutes, path: str, body: dict[str, Any]
+    ) -> ServerReply:
+        async def ask(route: str, asked: dict[str, Any]) -> Any:
+            reply = await self._request(server, "POST", route, msgspec.json.encode(asked))
+            if reply.status >= 300:
+                raise _NotAnswered(reply)
+            return msgspec.json.decode(reply.text)
+
+        try:
+            values = await OUT_OF_SGLANG[path](routes, ask, body)
+        except _NotAnswered as exc:
+            return exc.reply
+        return ServerReply(200, msgspec.json.encode(values), server, {}, path)
+
+    async def _request(self, server: InferenceServer, method: str, route: str, data: bytes) -> ServerReply:
+        assert self._http is not None, "start() comes first"
+        async with self._http.request(
+            method, server.url + route, data=data or None, headers=self._headers
+        ) as response:
+            text = await response.read()
         headers = {name.lower(): value for name, value in response.headers.items()}
-        return ServerReply(response.status, text, server, headers)
+        return ServerReply(response.status, text, server, headers, route)
 
     async def _server_of(self, affinity: Affinity, deadline: float) -> InferenceServer:
         while True:
@@ -261,7 +312,9 @@ class InferenceServers:
         assert self._http is not None
         timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
         try:
-            async with self._http.get(f"{server.url}/health", headers=self._headers, timeout=timeout) as response:
+            async with self._http.get(
+                server.url + server.health_route, headers=self._headers, timeout=timeout
+            ) as response:
                 server.is_there = response.status == 200
         except CONNECTION_FAILURES:
             return
@@ -283,25 +336,43 @@ class InferenceServers:
             server.model, server.max_model_len = model["id"], int(model["max_model_len"])
         except (msgspec.DecodeError, LookupError, TypeError, ValueError) as exc:
             raise PreflightError(
-                f"What answers at {server.url} is no vLLM server: it answers /v1/models with {status} and "
+                f"What answers at {server.url} is no inference server: it answers /v1/models with {status} and "
                 f"{text[:200]!r}.",
-                "A gateway samples through vLLM's routes for tokens.",
-                "Correct --servers: they name servers that were started with trl vllm-serve.",
+                "A gateway samples through the routes for tokens of vLLM or SGLang.",
+                "Correct --servers: they name servers that were started with trl vllm-serve, or sglang.launch_server.",
             ) from exc
         if model.get("owned_by") == "sglang":
-            raise PreflightError(
-                f"The server at {server.url} is an SGLang server.",
-                "A gateway renders, samples and parses through vLLM's routes for tokens, which SGLang does not have.",
-                "Start one with `trl vllm-serve`, or let environments ask the SGLang server without a gateway.",
-            )
+            server.sglang = await self._read_parsers(server)
         status, text = await self._get(server, "/openapi.json")
         # Without documents the first request tells.
-        missing = [path for path in ROUTES if path.encode() not in text] if status == 200 else []
+        routes = ROUTES if server.sglang is None else sglang.ROUTES
+        missing = [path for path in routes if path.encode() not in text] if status == 200 else []
         if missing:
             raise PreflightError(
                 f"The server at {server.url} has no {', '.join(missing)}.",
                 "Tokens are rendered, sampled and parsed through these routes.",
-                "Start it with `trl vllm-serve` (vLLM 0.32 or newer), or `vllm serve --enable-scale-out`.",
+                f"{START}, or `vllm serve --enable-scale-out`; SGLang: 0.5.22 or newer.",
+            )
+
+    async def _read_parsers(self, server: InferenceServer) -> SGLangRoutes:
+        status, text = await self._get(server, "/server_info")
+        try:
+            info = msgspec.json.decode(text)
+            return SGLangRoutes(info.get("tool_call_parser"), info.get("reasoning_parser"))
+        except (msgspec.DecodeError, AttributeError) as exc:
+            raise PreflightError(
+                f"The SGLang server at {server.url} answers /server_info with {status} and {text[:200]!r}.",
+                "With which parsers it was started is read there.",
+                "Install SGLang 0.5.22 or newer.",
+            ) from exc
+
+    def _refuse_both_kinds(self) -> None:
+        of_sglang = [server.url for server in self.servers if server.sglang is not None]
+        if of_sglang and len(of_sglang) < len(self.servers):
+            raise PreflightError(
+                f"Of {len(self.servers)} servers, {', '.join(of_sglang)} are SGLang and the others vLLM.",
+                "A session that changes its server would be rendered by another, and environments speak to one kind.",
+                "Start a gateway for each kind.",
             )
 
     async def _get(self, server: InferenceServer, path: str) -> tuple[int, bytes]:
@@ -317,18 +388,19 @@ class InferenceServers:
             ) from exc
 
 
-def _refusal(server: InferenceServer, path: str, status: int, text: bytes) -> ServerRefused:
+def _refusal(reply: ServerReply) -> ServerRefused:
+    status = reply.status
     if status == 404:
-        why, fix = "It lacks this route.", "Start it with `trl vllm-serve` (vLLM 0.32 or newer)."
+        why, fix = "It lacks this route.", f"{START}; SGLang: 0.5.22 or newer."
     elif status < 500:
         why, fix = "It does not take this request.", "Change the request as it says."
     else:
-        why, fix = f"The server at {server.url} failed.", "Look at the server's log."
+        why, fix = f"The server at {reply.server.url} failed.", "Look at the server's log."
     return ServerRefused(
-        f"{path} of the inference server answered {status}: {text[:500].decode(errors='replace')}.",
+        f"{reply.route} of the inference server answered {status}: {reply.text[:500].decode(errors='replace')}.",
         why,
         fix,
         # An agent cannot mend a key or a route that the gateway lacks.
         status_code=status if status in (400, 413, 422) else 502,
-        body=text,
+        body=reply.text,
     )

@@ -157,7 +157,6 @@ ENVIRONMENTS = "environments"
         ({"on_exit": {"gateway": "stop"}}, "`on_exit.gateway` in .* the launch starts no such part"),
         ({"gateway": False, "agents": {"a": {"command": "x"}}}, "`gateway` in .* is false, and there are `agents`: a"),
         ({"gateway": "yes"}, "`gateway` in .* is 'yes', a str"),
-        ({"gateway": True, "server": "sglang"}, "stands in front of `server: sglang`"),
         ({"gateway_args": {"group_size": 4}}, "and no gateway is started"),
         ({"gateway": True, "gateway_args": {"key-file": "k"}}, "`gateway_args` in .* has `key_file`"),
         ({"agents": {"first": {"command": "x"}}}, "`first` in .* is an environment and an agent"),

@@ -473,16 +473,6 @@ class TestServers:
             server.replies = ["half", "whole"]
             asyncio.run(run())
 
-    def test_an_sglang_server_is_refused_by_its_name(self):
-        async def run() -> None:
-            async with gateway_of(server):
-                raise AssertionError("it began")
-
-        with TokenServer() as server:
-            server.owned_by = "sglang"
-            with pytest.raises(PreflightError, match="is an SGLang server"):
-                asyncio.run(run())
-
     def test_a_server_without_the_routes_is_refused_at_the_start(self):
         async def run() -> None:
             async with Gateway(["http://127.0.0.1:9"]):

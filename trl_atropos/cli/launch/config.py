@@ -328,12 +328,6 @@ def _check_gateway(where: str, config: LaunchConfig) -> None:
             "They reach the model through a gateway alone.",
             "Remove `gateway`, or make environments of them.",
         )
-    if config.has_gateway and config.server == SGLANG:
-        raise PreflightError(
-            f"A gateway in {where} stands in front of `server: {SGLANG}`.",
-            "Its tokens come through routes that vLLM alone has.",
-            f"Set `server` to {VLLM}, or remove `agents` and `gateway`.",
-        )
     twice = sorted(config.environments.keys() & config.agents.keys())
     if twice:
         raise PreflightError(

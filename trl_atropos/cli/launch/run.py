@@ -182,12 +182,6 @@ class _Launch:
         with ServerSession(url, COMPLETION_TIMEOUT_S, os.environ.get("VLLM_API_KEY"), kind=UNKNOWN) as session:
             kind = SGLANG if find_kind(session, timeout_s=0.0) == SGLANG_KIND else VLLM
         self._config = replace(self._config, server=kind)
-        if kind == SGLANG and self._config.has_gateway:
-            raise PreflightError(
-                f"The server at {url} is SGLang, and the launch has a gateway.",
-                "Its tokens come through routes that vLLM alone has.",
-                "Name a vLLM server in `vllm_url`, or remove `agents` and `gateway`.",
-            )
 
     def _keep_earlier_database(self) -> None:
         """Move the groups of an earlier run aside, as the trainer does with its journal; a run that resumes goes on with them."""
