@@ -107,7 +107,8 @@ WITHOUT_POLICY_VERSIONS: Check[ServerLook] = Check(
     "warning",
     _vllm_without_policy_versions,
     "Staleness is unknown: old rollouts can neither be dropped nor counted.",
-    f"Start vLLM with `--middleware {MIDDLEWARE}`; SGLang remembers none.",
+    f"Start vLLM with `--middleware {MIDDLEWARE}`. With SGLang, run environments with `trl-atropos env`, which sends what it "
+    "answered.",
     needs=("knows_policy_versions",),
     describe=lambda facts: "The server remembers which policy sampled a rollout.",
 )

@@ -29,12 +29,11 @@ Everything else reaches the server untouched.
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from functools import lru_cache
 from typing import Any
 
 from ..types import ServedCall
-from ..wire.rollout_key import rollout_key
+from ..wire.rollout_key import RememberedCalls, oldest_version
 from .adapter_routes import ROUTED_PATHS, AdapterRoutes
 from .asgi import (
     ASGIApp,
@@ -74,9 +73,6 @@ FINAL_ONLY = 2
 UNKNOWN_ROUTE = {"detail": "Not Found"}
 """FastAPI's answer. A model that is not loaded is a 404, too, with a message."""
 
-MAX_REMEMBERED_ROLLOUTS = 65536
-"""Bound of the version table: about 10 MB, and far more rollouts than any queue between server and trainer holds."""
-
 
 class GenerateEndpoint:
     """ASGI middleware that answers `/generate`, `/atropos/policy_versions` and `/atropos/adapter`, and gives the requests
@@ -90,7 +86,7 @@ class GenerateEndpoint:
     def __init__(self, app: ASGIApp):
         self.app = app
         self.adapter = AdapterRoutes(app)
-        self.calls: OrderedDict[str, ServedCall] = OrderedDict()
+        self.calls: RememberedCalls[ServedCall] = RememberedCalls()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the routes of Atropos, and pass all others on."""
@@ -166,14 +162,10 @@ class GenerateEndpoint:
         self, prompt_ids: list[int], choices: list[dict], adapter_version: int | None, changes: tuple[str, ...]
     ) -> None:
         for choice in choices:
-            version = _oldest_version(choice) if adapter_version is None else adapter_version
-            if version is None:
-                continue
-            key = rollout_key([*prompt_ids, *choice["token_ids"]], len(prompt_ids))
-            self.calls[key] = ServedCall(version, changes)
-            self.calls.move_to_end(key)
-        while len(self.calls) > MAX_REMEMBERED_ROLLOUTS:
-            self.calls.popitem(last=False)
+            # Under an adapter the label is that of the newest one, not of the one that the request began with.
+            version = oldest_version(choice.get("weight_versions")) if adapter_version is None else adapter_version
+            if version is not None:
+                self.calls.note(prompt_ids, choice["token_ids"], ServedCall(version, changes))
 
     async def _policy_versions(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -186,7 +178,7 @@ class GenerateEndpoint:
         status, body = await call(self.app, scope, receive, "GET", "/v1/models", None)
         if status >= 400:
             return await respond_raw(send, status, body)
-        calls = [self.calls.get(key) for key in keys]
+        calls = [self.calls.find(key) for key in keys]
         answer = {
             "policy_versions": [None if found is None else found.policy_version for found in calls],
             "sampling_parameters": [None if found is None else found.sampling_parameters for found in calls],
@@ -210,15 +202,6 @@ def distribution_changes(sampling_params: dict[str, Any]) -> tuple[str, ...]:
         # Another way to say all.
         changed.discard("top_k")
     return tuple(sorted(changed))
-
-
-def _oldest_version(choice: dict) -> int | None:
-    versions = [span["version"] for span in choice.get("weight_versions") or []]
-    # A server that was never published to labels its weights "default": no version of ours. Under an adapter the label
-    # is that of the newest one, not of the one that the request began with.
-    if not versions or not all(version.isdecimal() for version in versions):
-        return None
-    return min(int(version) for version in versions)
 
 
 @lru_cache(maxsize=1)

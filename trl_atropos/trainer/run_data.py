@@ -226,7 +226,7 @@ class _LiveSource:
             lambda: servers.register(args, starting_step=progress.global_step),
         )
         self.lookup: CallLookup | None = None
-        if servers.facts.knows_policy_versions:
+        if servers.clients_with_versions:
             self.lookup = servers.find_calls
 
     def open(self) -> Iterator[FetchedBatch]:

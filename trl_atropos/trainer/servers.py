@@ -46,7 +46,7 @@ class Servers:
     other.
 
     `group` takes the steps of a publish with all servers, and `adapters` publishes adapters to them. `facts` are what
-    they reported.
+    they reported. `clients_with_versions` are those of servers that remember which policy sampled a rollout.
     """
 
     atropos_client: AtroposClient
@@ -54,6 +54,7 @@ class Servers:
     group: ServerGroup
     adapters: AdapterPublisher
     facts: ServerFacts
+    clients_with_versions: list[InferenceServer]
 
     def register(self, args: AtroposConfig, *, starting_step: int) -> None:
         """Register the trainer with the API; `starting_step` is the number of optimizer steps done so far."""
@@ -78,7 +79,7 @@ class Servers:
         A server that is away is not asked: the next publish waits for it, and what it remembered is gone with it.
         """
         found: list[ServedCall | None] = [None] * len(rollout_keys)
-        for client in self.vllm_clients:
+        for client in self.clients_with_versions:
             try:
                 calls = client.find_calls(rollout_keys)
             except (VLLMServerUnreachable, WeightSyncTimeout) as exc:
@@ -193,6 +194,7 @@ def connect(
         ServerGroup(links, args, check_server),
         AdapterPublisher(links, directory, args),
         _agreed(facts),
+        [client for client, server in zip(clients, facts, strict=True) if server.knows_policy_versions],
     )
 
 

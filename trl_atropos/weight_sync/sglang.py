@@ -41,8 +41,8 @@ class AtroposSGLangClient(ServerClient):
     4. `/update_weight_version` aborts all requests unless it is told not to.
     5. The weights have their new name after `/end_weight_update`, in a request of its own.
 
-    Not available: LoRA adapters (`weight_sync_mode adapter`; merged weights are published), sleep mode, and which
-    policy sampled a rollout.
+    Not available: LoRA adapters (`weight_sync_mode adapter`; merged weights are published), sleep mode, and a memory of
+    which policy sampled a rollout: `trl-atropos env` and gateways send what SGLang answered.
 
     Args:
         base_url (`str`):
@@ -162,7 +162,7 @@ class AtroposSGLangClient(ServerClient):
         return dtype
 
     def knows_policy_versions(self) -> bool:
-        """False: the server says its version in every answer, which Atropos drops, and remembers none."""
+        """False: the server says its versions in every answer, which `trl-atropos env` sends on, and remembers none."""
         return False
 
     def get_world_size(self) -> int:

@@ -13,9 +13,11 @@ import pytest
 @pytest.fixture
 def undone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What shims and the command change in this process is as before when a test ends."""
+    import aiohttp
     from atroposlib.envs import base
     from atroposlib.envs.server_handling import openai_server
     from atroposlib.envs.server_handling.server_manager import ServerManager
+    from atroposlib.envs.server_handling.sglang_server import SGLangServer
     from transformers import PreTrainedTokenizerBase
 
     for owner, name in (
@@ -26,6 +28,8 @@ def undone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (base.BaseEnv, "cli"),
         (base.BaseEnv, "handle_send_to_api"),
         (ServerManager, "managed_server"),
+        (SGLangServer, "_tokens_and_logprobs_completion_wrapper"),
+        (aiohttp.ClientResponse, "json"),
         (runpy, "run_path"),
     ):
         monkeypatch.setattr(owner, name, vars(owner)[name])

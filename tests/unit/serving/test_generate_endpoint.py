@@ -22,8 +22,8 @@ from tiny_asgi_server import (
     server_of,
 )
 
-from trl_atropos.serving import generate_endpoint
 from trl_atropos.serving.generate_endpoint import GenerateEndpoint
+from trl_atropos.wire import rollout_key
 
 
 class TestRequest:
@@ -260,7 +260,7 @@ class TestPolicyVersions:
         assert policy_versions(app, [*PROMPT, 3, 4]).json["policy_versions"] == [None]
 
     def test_table_is_bounded_and_forgets_the_one_sampled_longest_ago(self, monkeypatch):
-        monkeypatch.setattr(generate_endpoint, "MAX_REMEMBERED_ROLLOUTS", 3)
+        monkeypatch.setattr(rollout_key, "MAX_REMEMBERED_CALLS", 3)
         server = server_of()
         app = GenerateEndpoint(server)
         # 0 is sampled again before 3 comes, so 1 is the oldest then.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +28,7 @@ def servers() -> Iterator[list[ScriptedServer]]:
 def connections(servers: list[ScriptedServer]) -> Servers:
     clients = [AtroposVLLMClient(server.base_url, connection_timeout=5, request_timeout=20) for server in servers]
     unused = SimpleNamespace()
-    return Servers(unused, clients, unused, unused, unused)
+    return Servers(unused, clients, unused, unused, unused, clients)
 
 
 def test_whichever_server_knows_a_sequence_says_its_version(connections):
@@ -40,6 +41,12 @@ def test_of_a_server_that_is_away_the_versions_are_unknown_and_that_is_said(conn
         assert connections.find_calls(["a", "b", "c"]) == [ServedCall(7), ServedCall(5), None]
     assert servers[0].base_url in caplog.text
     assert "staleness of rollouts that it sampled is unknown" in caplog.text
+
+
+def test_a_server_without_a_memory_is_not_asked(connections, servers):
+    servers[0].script["POST /atropos/policy_versions"] = 404
+    others = replace(connections, clients_with_versions=connections.vllm_clients[1:])
+    assert others.find_calls(["a", "b", "c"]) == [ServedCall(7), ServedCall(5), None]
 
 
 def test_a_server_that_refuses_the_question_is_an_error(connections, servers):

@@ -15,6 +15,7 @@ from .servers import ServerType
 from .settings import ApiKey, EnvConfigClass, OneServer, OpenaiConfig, ServerList, Wandb, WandbName
 from .shim import Shim
 from .tokenizers import ReturnDict, ServerTokenizer
+from .versions import PolicyVersion
 
 
 SHIMS: tuple[type[Shim], ...] = (
@@ -31,6 +32,7 @@ SHIMS: tuple[type[Shim], ...] = (
     RelativeImport,
     Score,
     RolloutAdvantages,
+    PolicyVersion,
 )
 """All shims, in the order in which they are installed."""
 
