@@ -17,7 +17,7 @@ ARGS ?=
 export ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart replay sglang test test-environments test-verl check types unit docs bench lock clean
+.PHONY: help install quickstart replay test test-environments test-sglang test-verl check types unit docs bench lock clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -57,8 +57,8 @@ unit:
 docs: $(INSTALLED) ## Build the documents into site/; warnings are errors.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-sglang: $(SGLANG_VENV)/.installed ## Make .venv-sglang and run the tests of inference servers on vLLM and SGLang.
-	TRL_ATROPOS_SGLANG_PYTHON="$(abspath $(SGLANG_VENV))/bin/python" $(BIN)/pytest -q tests/e2e/test_inference_servers.py $$ARGS
+test-sglang: $(SGLANG_VENV)/.installed ## Make .venv-sglang and run the tests on a real SGLang server.
+	TRL_ATROPOS_SGLANG_PYTHON="$(abspath $(SGLANG_VENV))/bin/python" $(BIN)/pytest -q tests/sglang $$ARGS
 
 $(SGLANG_VENV)/.installed: requirements/sglang.txt packaging/install_beside.sh $(INSTALLED)
 	@packaging/install_beside.sh "$(VENV)" "$(SGLANG_VENV)" requirements/sglang.txt

@@ -144,7 +144,7 @@ class VLLMServer:
             self.process = ForkedProcess(
                 self.command, stdout=log, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
             )
-        _wait_until_healthy(self.url, self.process, self.log_path)
+        wait_until_healthy(self.url, self.process, self.log_path)
 
     def kill(self) -> None:
         """SIGKILL to every process of the server."""
@@ -169,7 +169,8 @@ def serve(model: Path, *extra_args: str, log_path: Path, **options: Any) -> Iter
         server.stop()
 
 
-def _wait_until_healthy(url: str, process: ForkedProcess, log_path: Path) -> None:
+def wait_until_healthy(url: str, process: ForkedProcess | subprocess.Popen[bytes], log_path: Path) -> None:
+    """Return when a server answers `/health`, unless it ends before."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         assert process.poll() is None, f"the server ended:\n{log_path.read_text()[-4000:]}"
