@@ -63,7 +63,13 @@ class Served:
 
 
 class InferenceServerContract:
-    """Its tests, in an order in which the first one finds the server as it was started."""
+    """Its tests, in an order in which the first one finds the server as it was started.
+
+    `num_clients` ask for completions all the time while `num_publishes` policies are published.
+    """
+
+    num_clients = 4
+    num_publishes = 5
 
     def test_the_server_says_which_kind_it_is(self, served: Served) -> None:
         client = served.connect()
@@ -140,7 +146,7 @@ class InferenceServerContract:
         assert len(answers) == 1 and len(answers[0][0]) == 2
 
     def test_requests_in_flight_survive_publishes(self, served: Served) -> None:
-        """Clients that complete all the time through five publishes: every answer is whole."""
+        """Clients that complete all the time through publishes: every answer is whole."""
         client, stop = served.connect(), threading.Event()
         lengths: list[int] = []
 
@@ -151,11 +157,11 @@ class InferenceServerContract:
                 usage = response.json()["usage"] if response.status_code == 200 else {"completion_tokens": -1}
                 lengths.append(usage["completion_tokens"])
 
-        threads = [threading.Thread(target=complete) for _ in range(4)]
+        threads = [threading.Thread(target=complete) for _ in range(self.num_clients)]
         for thread in threads:
             thread.start()
         try:
-            for seed in range(5, 10):
+            for seed in range(100, 100 + self.num_publishes):
                 assert served.publish(seed) < 0.1
         finally:
             stop.set()

@@ -11,6 +11,9 @@ from trl_atropos.errors import PreflightError
 class TestSGLang(InferenceServerContract):
     """With the server of the session."""
 
+    num_clients = 16
+    num_publishes = 20
+
 
 def test_what_sglang_does_not_have_is_refused_by_name(served: Served) -> None:
     client = served.connect()
