@@ -37,10 +37,11 @@ SENT_ON = ("content-type", "x-atropos-policy-version", "retry-after")
 
 
 class _Asked(msgspec.Struct):
-    """Where the prompt of a request is: in one of these, depending on the route."""
+    """Where the prompt of a request is: in one of these, depending on the route. SGLang's `/generate` has the last."""
 
     prompt: msgspec.Raw = msgspec.Raw()
     messages: msgspec.Raw = msgspec.Raw()
+    input_ids: msgspec.Raw = msgspec.Raw()
 
 
 class PassThrough:
@@ -145,4 +146,4 @@ def _prompt_of(body: bytes) -> bytes:
         # The server says what is wrong with it.
         return b""
     # Without the bracket that closes a list, so that what goes on with it begins with it.
-    return bytes(asked.prompt or asked.messages).rstrip(b"]}")
+    return bytes(asked.prompt or asked.messages or asked.input_ids).rstrip(b"]}")

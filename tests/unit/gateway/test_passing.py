@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from token_server import TokenServer
+from token_server import SGLangTokenServer, TokenServer
 
 from trl_atropos.gateway.gateway import Gateway
 from trl_atropos.gateway.options import GatewayOptions
@@ -125,19 +125,31 @@ def test_what_a_server_refuses_is_told_and_not_sent_again():
         assert len(server.requests) == 1
 
 
-def test_a_conversation_stays_where_its_beginning_is_and_others_spread():
+def as_vllm(prompt: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": prompt}
+
+
+def as_sglang(prompt: dict[str, Any]) -> dict[str, Any]:
+    return {"input_ids": prompt["prompt_token_ids"], "sampling_params": {"max_new_tokens": 9}}
+
+
+@pytest.mark.parametrize(("kind", "body_of"), [(TokenServer, as_vllm), (SGLangTokenServer, as_sglang)])
+def test_a_conversation_stays_where_its_beginning_is_and_others_spread(kind, body_of):
     async def run() -> None:
         async with environment_of(*servers) as environment:
             for number_of_tokens in (200, 300, 400):
                 for task in range(4):
-                    assert (await environment.ask(prompt=ids(task + 1, number_of_tokens)))[0] == 200
+                    assert (await environment.ask(**body_of(ids(task + 1, number_of_tokens))))[0] == 200
 
-    with TokenServer() as one, TokenServer() as other:
+    with kind() as one, kind() as other:
         servers = (one, other)
         for server in servers:
             server.replies = ["yes"] * 12
         asyncio.run(run())
-    tasks = [{body["prompt"]["prompt_token_ids"][0] for _, body in server.requests} for server in servers]
+    prompts = [
+        [body.get("input_ids") or body["prompt"]["prompt_token_ids"] for _, body in s.requests] for s in servers
+    ]
+    tasks = [{prompt[0] for prompt in of_one} for of_one in prompts]
     assert not tasks[0] & tasks[1]
     assert [len(of_one) for of_one in tasks] == [2, 2]
 
