@@ -71,7 +71,7 @@ def test_launch_trains_on_environments_and_agents(content: dict[str, Any], tmp_p
     assert left == []
 
 
-def test_what_is_asked_before_and_during_a_run_knows_sglang(
+def test_preflight_knows_a_server_that_is_to_be_started_and_one_that_runs(
     content: dict[str, Any],
     sglang: SGLangServer,
     tmp_path: Path,
@@ -80,9 +80,17 @@ def test_what_is_asked_before_and_during_a_run_knows_sglang(
 ) -> None:
     monkeypatch.chdir(ROOT)
     path = tmp_path / "launch.yaml"
-    path.write_text(yaml.safe_dump(content))
-    assert main(["preflight", "-c", str(path)]) == 0, capsys.readouterr().out
-    assert "has SGLang 0.5." in capsys.readouterr().out
-    main(["doctor", "--vllm-url", sglang.url])
-    said = capsys.readouterr().out
-    assert "vllm_without_policy_versions" in said and "vllm_without_dev_mode" not in said
+
+    def levels() -> dict[str, str]:
+        path.write_text(yaml.safe_dump(content))
+        assert main(["preflight", "-c", str(path), "--json"]) == 0
+        return {finding["name"]: finding["level"] for finding in json.loads(capsys.readouterr().out)}
+
+    before = levels()
+    assert (before["sglang_version"], before["weight_transfer_backend"]) == ("ok", "ok")
+    for name in ("server", "sglang_python", "sglang_args", "sglang_env"):
+        del content[name]
+    content["vllm_url"] = sglang.url
+    running = levels()
+    assert (running["gateway_token_routes"], running["weight_transfer_backend"]) == ("ok", "ok")
+    assert before["policy_versions"] == running["policy_versions"] == "warning"
