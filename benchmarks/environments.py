@@ -3,8 +3,9 @@
 Usage: python benchmarks/environments.py [ECOSYSTEM | ECOSYSTEM:NAME]... [--base_url URL --model MODEL] [--groups FILE] [--table FILE]
 
 One JSON line for each ecosystem: how many of the names open, or deliver a group with --base_url, and what the others said.
---groups appends the groups, as `--data_path` of the trainer reads them. --table writes what came of each name into the section of
-the ecosystem in docs/environment_names.md, after each name; with --limit_s and --missing it can be done in several runs.
+--groups appends the groups, as `--data_path` of the trainer reads them. --table writes what came of each name, and how long it took,
+into the section of the ecosystem in docs/environment_names.md, after each name; with --limit_s and --missing it can be done in
+several runs.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import asyncio
 import contextlib
 import importlib.metadata
 import json
+import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +46,26 @@ answers, on a machine without network, keys and data of NLTK:
 
     python benchmarks/environments.py --base_url URL --model MODEL --table docs/environment_names.md
 
-once for each ecosystem, with the interpreter that has it. Of a name that was not asked the first task was opened. Tasksets of
-verifiers are packages that you install; those that it ships need options, data or a container. [Environments](environments.md)
-says how they are run.
+once for each ecosystem, with the interpreter that has it, one name after the other. The seconds are those from the name to the
+group. Of a name that was not asked the first task was opened. Tasksets of verifiers are packages that you install; those that it
+ships need options, data or a container, and the others stand in tests/verifiers_tasks. [Environments](environments.md) says how
+they are run.
 """
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a name.
+
+    Args:
+        what (`str`):
+            `DELIVERED`, `OPENED`, or why nothing came.
+        seconds (`float`):
+            From the name to the answer.
+    """
+
+    what: str
+    seconds: float
 
 
 class Sampler:
@@ -113,51 +132,66 @@ def open_once(name: str) -> str:
     return OPENED
 
 
-def write_table(path: Path, ecosystem: str, came: dict[str, str]) -> None:
+def write_table(path: Path, ecosystem: str, came: dict[str, Answer]) -> None:
     """Replace the section of an ecosystem, in the order of `ECOSYSTEMS`."""
     sections = read_tables(path)
     sections[ecosystem] = came
+    everything = [answer for rows in sections.values() for answer in rows.values()]
     lines = [TITLE.format(group_size=GROUP_SIZE, max_turns=MAX_TURNS)]
+    lines.append(f"{summary(everything)} with one server on {os.cpu_count()} cores.\n")
     for name in ECOSYSTEMS:
         if name in sections:
             rows = sections[name]
-            num_delivered = sum(what == DELIVERED for what in rows.values())
-            lines.append(f"## {name}\n\n{num_delivered} of {len(rows)} delivered a group.\n")
-            lines.append("| Name | A group came |\n|---|---|")
-            lines += [f"| `{task}` | {what} |" for task, what in sorted(rows.items())]
+            lines.append(f"## {name}\n\n{summary(rows.values())}.\n")
+            lines.append("| Name | A group came | Seconds |\n|---|---|---|")
+            lines += [f"| `{task}` | {row.what} | {row.seconds:.1f} |" for task, row in sorted(rows.items())]
             lines.append("")
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
-def read_tables(path: Path) -> dict[str, dict[str, str]]:
+def summary(answers: Iterable[Answer]) -> str:
+    """How many delivered, and how long all took together."""
+    answers = list(answers)
+    num_delivered = sum(answer.what == DELIVERED for answer in answers)
+    minutes = sum(answer.seconds for answer in answers) / 60
+    return f"{num_delivered} of {len(answers)} delivered a group, in {minutes:.1f} minutes"
+
+
+def read_tables(path: Path) -> dict[str, dict[str, Answer]]:
     """What stands in the file: ecosystem -> name -> what came of it."""
     if not path.is_file():
         return {}
-    tables: dict[str, dict[str, str]] = {}
+    tables: dict[str, dict[str, Answer]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
             rows = tables[line.removeprefix("## ")] = {}
-        elif match := re.fullmatch(r"\| `(.+?)` \| (.*) \|", line):
-            rows[match[1]] = match[2]
+        elif match := re.fullmatch(r"\| `(.+?)` \| (.*) \| ([\d.]+) \|", line):
+            rows[match[1]] = Answer(match[2], float(match[3]))
     return tables
 
 
 def measure(ecosystem: str, names: Sequence[str], args: argparse.Namespace) -> dict[str, object]:
     """Ask every name of an ecosystem once."""
     start = time.perf_counter()
-    came = read_tables(args.table).get(ecosystem, {}) if args.table and args.missing else {}
-    came = {name: what for name, what in came.items() if name in names}
+    came = read_tables(args.table).get(ecosystem, {}) if args.table else {}
+    found = find_ecosystem(ecosystem)
+    known = set(found.task_names())
+    came = {
+        name: row for name, row in came.items() if (task := name.partition(":")[2]) in known or found.is_name(task)
+    }
     ask, succeeded = open_once, OPENED
     if args.base_url:
         ask, succeeded = Sampler(args.base_url, args.model, args.groups).deliver, DELIVERED
     for name in names:
-        if name in came and not (args.base_url and came[name] == OPENED):
+        if args.missing and name in came and not (args.base_url and came[name].what == OPENED):
             continue
         if args.limit_s is not None and time.perf_counter() - start > args.limit_s:
             break
+        name_start = time.perf_counter()
         # Some games print while they are made.
         with contextlib.redirect_stdout(sys.stderr):
-            came[name] = ask(name)
+            what = ask(name)
+        came[name] = Answer(what, time.perf_counter() - name_start)
         if args.table:
             write_table(args.table, ecosystem, came)
     try:
@@ -169,9 +203,9 @@ def measure(ecosystem: str, names: Sequence[str], args: argparse.Namespace) -> d
         "version": version,
         "num_names": len(names),
         "num_asked": len(came),
-        "num_delivered" if args.base_url else "num_open": sum(what == succeeded for what in came.values()),
+        "num_delivered" if args.base_url else "num_open": sum(answer.what == succeeded for answer in came.values()),
         "seconds": round(time.perf_counter() - start, 1),
-        "refused": {name: what for name, what in came.items() if what != succeeded},
+        "refused": {name: answer.what for name, answer in came.items() if answer.what != succeeded},
     }
 
 

@@ -129,6 +129,9 @@ OPEN_FAULTS = (
 
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
+INSTALL = re.compile(r"\b(install|installed)\b", re.IGNORECASE)
+"""What an error says that names what to install, whatever its type."""
+
 MAX_ERROR_CHARACTERS = 300
 """So much of what an environment's own error says is repeated."""
 
@@ -215,8 +218,10 @@ def _explained(name: str, options: dict[str, Any], exc: Exception) -> PreflightE
             "A part of it is played or judged by the model of a service.",
             "Set the key in the variable that its error names, or choose another of `trl-atropos env list`.",
         )
-    if isinstance(exc, ImportError):
-        fix = f"Run pip install {exc.name.partition('.')[0]}." if exc.name else "Install what its error names."
+    says_what_to_install = INSTALL.search(text) is not None
+    if isinstance(exc, ImportError) or says_what_to_install:
+        module = exc.name if isinstance(exc, ImportError) and not says_what_to_install else None
+        fix = f"Run pip install {module.partition('.')[0]}." if module else "Install what its error names."
         return PreflightError(what, "It needs a further package.", fix)
     if isinstance(exc, OSError) and not isinstance(exc, FileNotFoundError):
         return PreflightError(

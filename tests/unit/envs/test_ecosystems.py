@@ -83,6 +83,8 @@ def test_a_game_with_a_paid_opponent_names_the_key(name, monkeypatch):
     [
         (LookupError("***\nResource 'words' not found. Please use the NLTK Downloader"), "nltk.downloader words"),
         (ModuleNotFoundError("No module named 'anytree'", name="anytree.node"), "Run pip install anytree."),
+        (ModuleNotFoundError("Needs pip install 'core[gen]'", name="pyggp"), "Install what its error names."),
+        (RuntimeError("It requires a CLI. Install it with: `uv sync`"), "It needs a further package."),
         (ConnectionError("Name or service not known"), "from the network"),
         (SyntaxError("f-string: unmatched '['"), "does not run here"),
     ],
