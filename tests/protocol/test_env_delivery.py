@@ -210,6 +210,10 @@ def test_a_whole_run_says_who_is_waited_for_and_stops_when_groups_come(api, make
         assert "no trainer has asked for data" in delivery.reasons()[0]
         api.post("/register", asdict(make_registration(batch_size=GROUP_SIZE, max_token_len=MAX_TOKENS)))
         assert api.get("/batch").json() == {"batch": None}
+        while delivery.waits_for_trainer:
+            await asyncio.sleep(0.05)
+        (reason,) = delivery.reasons()
+        assert "is registered and has begun no task" in reason
         while not delivery.num_no_group:
             await asyncio.sleep(0.05)
         env.groups = group(0.0, 1.0)
@@ -219,9 +223,12 @@ def test_a_whole_run_says_who_is_waited_for_and_stops_when_groups_come(api, make
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    with caplog.at_level(logging.WARNING, logger="trl_atropos"):
+    with caplog.at_level(logging.INFO, logger="trl_atropos"):
         asyncio.run(asyncio.wait_for(run(), 40))
     texts = [record.getMessage() for record in caplog.records if record.name == env_delivery.__name__]
+    (registered,) = [text for text in texts if text.startswith("Registered as environment 0 of the API.")]
+    assert "env/env_0/" in registered
+    texts.remove(registered)
     assert any("no trainer has asked for data" in text for text in texts)
     assert all(text.startswith("No group was sent for ") for text in texts)
     # Twice as long after each, so that a log is not full of it.

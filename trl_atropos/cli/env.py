@@ -174,8 +174,15 @@ def _run_file(path: Path, arguments: Sequence[str], without: Sequence[str]) -> i
 
 
 def _log_to_standard_error() -> None:
-    logging.basicConfig(format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.addFilter(_is_worth_a_line)
+    logging.basicConfig(format="%(message)s", handlers=[handler])
     logging.getLogger("trl_atropos").setLevel(logging.INFO)
+
+
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    # Atropos logs the API's status ten times a second, on a level that nobody sees who has not configured logging.
+    return record.levelno >= logging.WARNING or not record.name.startswith("atroposlib.")
 
 
 def _prepare(shims: Sequence[Shim]) -> list[Delivery]:

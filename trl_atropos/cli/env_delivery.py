@@ -42,6 +42,7 @@ class Delivery:
         self.exceptions: Counter[str] = Counter()
         self.lengths: list[int] = []
         self.waits_for_trainer = False
+        self.is_registered = False
         self.is_queue_full = False
 
     def note_answer(self, num_tokens: int) -> None:
@@ -152,9 +153,14 @@ class Delivery:
             )
         if self.num_running and not found:
             found.append(f"{self.num_running} groups are being sampled and none is done yet.")
+        if self.is_registered and not found:
+            found.append(
+                "The environment is registered and has begun no task: Atropos waits five seconds before the first, or "
+                "get_next_item() returns None."
+            )
         return found or [
-            "The environment has not begun to sample: its setup() or its registration with "
-            f"{config.rollout_server_url} is not done, or get_next_item() returns None."
+            f"The environment has not begun to sample: its setup() or its registration with {config.rollout_server_url} "
+            "is not done, or get_next_item() returns None."
         ]
 
     def _on_lengths(self) -> str:
@@ -246,7 +252,14 @@ def _note_calls(env: Any, delivery: Delivery) -> None:
     @functools.wraps(register)
     async def register_env() -> Any:
         answer = await register()
-        delivery.waits_for_trainer = answer["status"] != "success"
+        delivery.is_registered = answer["status"] == "success"
+        delivery.waits_for_trainer = not delivery.is_registered
+        if delivery.is_registered:
+            logger.info(
+                "Registered as environment %d of the API. The trainer's metrics of it are env/env_%d/..., unless --env_names "
+                "has another name.",
+                *(answer["env_id"], answer["env_id"]),
+            )
         return answer
 
     @functools.wraps(status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 
 import pytest
@@ -85,3 +86,18 @@ def test_the_names_of_an_ecosystem_are_listed_as_they_are_typed(run, capsys):
     assert "reasoning-gym:chain_sum" in names
     assert len(names) == len(ECOSYSTEMS["reasoning-gym"].task_names())
     assert run("list", "a", "b") == 2
+
+
+def test_the_status_that_atropos_logs_ten_times_a_second_is_not_shown(told, capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+
+    async def log(env):
+        atropos = logging.getLogger("atroposlib.envs.base")
+        atropos.info("env_manager: Status dict: {}")
+        atropos.warning("Batch size not set by config or server!")
+        logging.getLogger("trl_atropos.envs").info("Registered.")
+
+    monkeypatch.setattr(SourceEnv, "process_manager", log)
+    error = told("reasoning-gym:chain_sum", "process")["err"]
+    assert "Status dict" not in error
+    assert "Batch size not set" in error and "Registered." in error
