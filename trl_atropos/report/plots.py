@@ -140,7 +140,9 @@ def series_of(run: RunFiles, plot: Plot) -> dict[str, Points]:
         found[f"mean of {WINDOW} points"] = list(
             zip([step for step, _ in points], running_mean([value for _, value in points]), strict=True)
         )
-        for name in run.environments():
+        names = run.environments()
+        # The only one has the mean of the step, and would cover it.
+        for name in names if len(names) > 1 else []:
             found[name] = _thin(run.values(f"env/{name}/reward"), "reward")
     return found
 

@@ -27,6 +27,7 @@ def make_history(num_steps: int, **values: float) -> list[dict[str, Any]]:
             "loss": 0.5,
             "reward": step / num_steps,
             "env/<b>maths</b>/reward": 0.5,
+            "env/words/reward": 0.25,
             "num_tokens": 100.0 * step,
             "num_trained_tokens": 20.0,
             "step_time": 4.0,
@@ -109,6 +110,15 @@ def test_the_page_of_a_launch_has_its_restarts_and_what_its_gateway_counted(tmp_
         "<td>tokens not trained: grammar</td><td>7</td>",
     ):
         assert row in section
+
+
+def test_environments_have_a_curve_each_if_there_are_several(tmp_path: Path) -> None:
+    history = make_history(3)
+    of_all = ["mean of the step", "mean of 4 points"]
+    assert list(series_of(read_run_files(tmp_path, history), plot_of("reward"))) == [*of_all, "<b>maths</b>", "words"]
+    for entry in history:
+        del entry["env/words/reward"]
+    assert list(series_of(read_run_files(tmp_path, history), plot_of("reward"))) == of_all
 
 
 def test_the_parts_of_a_step_add_up_to_its_time(tmp_path):
