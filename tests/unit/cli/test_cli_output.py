@@ -96,7 +96,7 @@ def test_names_have_their_colours_on_a_terminal_only(tmp_path: Path) -> None:
 def test_silence_is_broken_by_what_is_waited_for_and_the_newest_line(tmp_path: Path) -> None:
     console, shown = plain_console()
     log = tmp_path / "vllm.log"
-    write(log, b"loading [weights]\n")
+    write(log, b'loading [weights]\nINFO:     127.0.0.1:48776 - "GET /health HTTP/1.1" 200 OK\n')
     with LaunchOutput(tmp_path / "combined.log", console=console, silence_s=0.1) as output:
         output.follow("vllm", log)
         write(tmp_path / "api.log", b"newer, but nobody waits for it\n")

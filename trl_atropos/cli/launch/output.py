@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Collection
@@ -20,6 +21,9 @@ POLL_S = 0.2
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_magenta", "bright_green")
 MAX_NOTE_CHARS = 100
 MIN_NAME_CHARS = 8
+
+REQUEST = re.compile(r'"(?:GET|POST) \S+ HTTP/')
+"""In a line of a server's access log, which is no news of what is waited for."""
 
 
 class LaunchOutput:
@@ -124,7 +128,7 @@ class LaunchOutput:
 
     def _take(self, name: str, line: str) -> None:
         self._log(name, line)
-        if line.strip():
+        if line.strip() and not REQUEST.search(line):
             self._newest.pop(name, None)
             self._newest[name] = line.strip()
         if self.shows_all:
