@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 import requests
-from gateway_agents import ask, user
+from gateway_agents import ask, client, user
 from token_server import TokenServer
 from trajectory_api import served
 
@@ -104,6 +104,47 @@ def test_a_group_of_sessions_becomes_a_batch_of_a_trainer(api_url: str):
     assert sum((rollout.labels != -100).sum().item() for rollout in group.rollouts) == num_sampled
     assert group.rollouts[0].messages is not None
     assert [turn["role"] for turn in group.rollouts[0].messages] == ["user", "assistant"] * 2
+
+
+def test_turns_that_are_rewarded_reach_a_trainer_as_advantages_of_their_tokens(api_url: str):
+    async def run() -> None:
+        async with controlled(server, api_url) as control:
+            for number, of_turns in enumerate(((1.0, 3.0), (0.0, 4.0))):
+                opened = await control.post("/session", 201, group="task 1")
+                path, messages = f"/session/{opened['session_id']}", [user("tell")]
+                early = await control.post(f"{path}/reward", 422, reward=1.0, turn=0)
+                assert "the session has 0 turns" in early["error"]["message"]
+                # The second one by the id of its answer; what is given again takes the place of what was.
+                for turn, reward in enumerate(of_turns):
+                    async with client(opened["base_url"]) as openai:
+                        answer = await openai.chat.completions.create(model="m", messages=messages)
+                    messages += [answer.choices[0].message.model_dump(exclude_none=True), user("more")]
+                    for value in (9.0, reward):
+                        given = await control.post(f"{path}/reward", reward=value, turn=answer.id if turn else turn)
+                        assert given == {"reward": value}
+                for value, turn in (("high", 0), (1.0, 2), (None, 1)):
+                    await control.post(f"{path}/reward", 422, reward=value, turn=turn)
+                # Of the session: a part of the last turn's.
+                await control.post(f"{path}/finish", **({"reward": -2.0} if number else {}))
+                late = await control.post(f"{path}/reward", 404, reward=1.0, turn=0)
+                assert "before the session is finished" in late["error"]["message"]
+
+    with TokenServer() as server:
+        server.replies = ["one", "three"] * 2
+        asyncio.run(run())
+    raw = requests.get(f"{api_url}/batch", timeout=10).json()["batch"]
+    batch = parse_batch(raw, WireLimits(vocab_size=1000, max_length=1000))
+    (group,) = batch.groups
+    found = []
+    for rollout in group.rollouts:
+        is_trained = rollout.labels != -100
+        found.append(rollout.advantages[is_trained].tolist())
+    # Rewards 1, 3 and 0, 4 - 2 with mean 1.5 and unbiased variance (0.25 + 2.25 + 2.25 + 0.25) / 3 = 5/3; sums from a turn on.
+    unit = (5 / 3) ** 0.5 + 1e-4
+    sizes = (len("one") + 1, len("three") + 1)
+    for row, values in zip(found, ((1.0, 1.5), (-1.0, 0.5)), strict=True):
+        assert row == pytest.approx([values[0] / unit] * sizes[0] + [values[1] / unit] * sizes[1], abs=1e-6)
+    assert [rollout.reward for rollout in group.rollouts] == [4.0, 2.0]
 
 
 def test_who_has_no_key_learns_and_changes_nothing(api_url: str):

@@ -26,7 +26,7 @@ from ..api.refusals import RequestRefused
 from ..errors import EpisodeError
 from .app import NOT_FOUND, refusal
 from .counts import render_metrics
-from .gateway import Gateway, GatewaySession, check_finished, checked_reward, finished
+from .gateway import Gateway, GatewaySession, check_finished, finished
 from .groups import FinishedSession, GroupMaker
 from .posting import GroupPoster
 from .sessions import Session
@@ -62,7 +62,8 @@ class ControlApp:
 
     - `POST /session {"group": str}` gives `{"session_id": str, "base_url": str, "anthropic_base_url": str}`. The sessions of
       a group attempt the same task; `group_size` of them, finished, are posted.
-    - `POST /session/ID/reward {"reward": float}` sets the reward; a later one takes its place.
+    - `POST /session/ID/reward {"reward": float, "turn": int | str}` sets the reward of the session, or with `turn` that of one
+      turn, by its index or the id of its answer; a later one takes its place.
     - `POST /session/ID/finish {"reward": float}` ends the session; the reward can have been set before.
     - `POST /session/ID/discard` gives it up.
     - `GET /status`, `GET /metrics`; `GET /healthz` without the key.
@@ -171,11 +172,17 @@ class ControlApp:
         session = self.gateway.sessions.find(found[1])
         values = await _read(request)
         if session is None:
-            return json_answer(NOT_FOUND, 404)
-        if values.get("reward") is not None:
-            session.reward = checked_reward(values["reward"])
+            raise RequestRefused(
+                f"There is no open session {found[1]!r}.",
+                "It was finished, discarded, or given up after --idle_s seconds without a request; or it never was.",
+                "Give rewards before the session is finished.",
+                status_code=404,
+            )
+        turn = values.get("turn")
+        if values.get("reward") is not None or turn is not None:
+            session.give_reward(values.get("reward"), turn)
         if found[2] == "reward":
-            return json_answer({"reward": session.reward})
+            return json_answer({"reward": session.reward if turn is None else values["reward"]})
         if found[2] == "discard":
             self.gateway.counts.num_sessions_discarded += 1
             self.gateway.sessions.end(session)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, ScoredDataGroup
@@ -133,8 +133,8 @@ class AgentEnv(BaseEnv):
             )
         return output.decode(errors="replace")
 
-    def compute_reward(self, task: Any, outcome: Any) -> float:
-        """Return the reward of an attempt, a finite number.
+    def compute_reward(self, task: Any, outcome: Any) -> float | None:
+        """Return the reward of an attempt, a finite number; None if only turns have rewards.
 
         Args:
             task (`Any`):
@@ -143,6 +143,19 @@ class AgentEnv(BaseEnv):
                 What `run_agent` returned.
         """
         raise NotImplementedError(f"{type(self).__name__} needs `compute_reward(self, task, outcome)`.")
+
+    def compute_turn_rewards(self, task: Any, outcome: Any, replies: Sequence[dict[str, Any]]) -> Mapping[int, float]:
+        """Return rewards of single turns, finite numbers by index; none, unless a subclass has some.
+
+        Args:
+            task (`Any`):
+                Of `tasks`.
+            outcome (`Any`):
+                What `run_agent` returned.
+            replies (`Sequence[dict]`):
+                What the policy answered, turn after turn, as messages of chat completions.
+        """
+        return {}
 
     async def setup(self) -> None:
         """Start the gateway in front of the servers.
@@ -203,7 +216,11 @@ class AgentEnv(BaseEnv):
                     "It loops, or waits for a server that is paused or overloaded.",
                     "Let it end by itself, or raise --env.agent_timeout_s.",
                 ) from exc
-            session.reward = self.compute_reward(task, outcome)
+            reward = self.compute_reward(task, outcome)
+            if reward is not None:
+                session.reward = reward
+            for turn, of_turn in self.compute_turn_rewards(task, outcome, session.replies).items():
+                session.reward_turn(turn, of_turn)
         return session.finished()
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import socket
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import uvicorn
 
-from ..api.refusals import RequestRefused
 from ..errors import EpisodeError, PreflightError
 from ..network import listening_socket
 from ..serving.asgi import ASGIApp
@@ -68,10 +66,32 @@ class GatewaySession:
 
     @reward.setter
     def reward(self, value: float) -> None:
-        self.recorded.reward = checked_reward(value)
+        self.recorded.give_reward(value)
+
+    def reward_turn(self, turn: int | str, value: float) -> None:
+        """Give one turn a reward of its own, beside that of the session or in its place; a later one takes its place.
+
+        The advantage of a turn is then made of its reward and of those after it: [`~gateway.groups.turn_advantages`].
+
+        Args:
+            turn (`int` or `str`):
+                Its index in `replies`, or the id of its answer.
+            value (`float`):
+                Finite.
+
+        Raises:
+            RequestRefused: The reward is no finite number, or there is no such turn.
+            EpisodeError: `finished` was called before.
+        """
+        self.recorded.give_reward(value, turn)
+
+    @property
+    def replies(self) -> list[dict[str, Any]]:
+        """What was answered, turn after turn, as messages of chat completions."""
+        return [turn.message for turn in self.recorded.turns]
 
     def finished(self) -> FinishedSession:
-        """What a group needs of it.
+        """What a group needs of it. It takes no reward after that.
 
         Raises:
             EpisodeError: It has no reward, or the agent asked nothing.
@@ -226,20 +246,22 @@ def finished(session: Session) -> FinishedSession:
     Raises:
         EpisodeError: It has no reward, or the agent asked nothing.
     """
-    return FinishedSession(rollouts_of(session.turns), check_finished(session))
+    check_finished(session)
+    session.is_finished = True
+    return FinishedSession(rollouts_of(session.turns), session.rewards())
 
 
-def check_finished(session: Session) -> float:
-    """Return the reward of a session that can become a part of a group.
+def check_finished(session: Session) -> None:
+    """Refuse a session that cannot become a part of a group.
 
     Raises:
         EpisodeError: It has no reward, or the agent asked nothing.
     """
-    if session.reward is None:
+    if session.reward is None and not session.turn_rewards:
         raise EpisodeError(
             f"A session with {len(session.turns)} turns has no reward.",
             "A group compares the rewards of its sessions.",
-            "Set the reward of the session, also where the agent failed.",
+            "Set the reward of the session or of its turns, also where the agent failed.",
         )
     if not session.turns:
         raise EpisodeError(
@@ -247,20 +269,6 @@ def check_finished(session: Session) -> float:
             "It did not ask the base URL of its session, or all its requests were refused.",
             "Pass base_url to the agent's client, and look at the gateway's log for refusals.",
         )
-    return session.reward
-
-
-def checked_reward(value: Any) -> float:
-    """A reward as a number.
-
-    Raises:
-        RequestRefused: It is none, or not finite.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise RequestRefused(
-            f"`reward` is {value!r}.", "It is a finite number.", "Mend the function that computes it.", field="reward"
-        )
-    return float(value)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import re
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..api.refusals import RequestRefused
+from ..errors import EpisodeError
 from .counts import GatewayCounts
 from .options import GatewayOptions
 from .servers import Affinity
@@ -19,6 +23,9 @@ SESSION_ID_BYTES = 16
 """128 random bits: who knows the URL is the agent."""
 
 ABANDONED, UNDELIVERED = "abandoned", "undelivered"
+
+ANSWER_ID = re.compile(r"(?:chatcmpl-|resp_|msg_)?([0-9a-f]+)")
+"""What a client knows of an answer, in any dialect: the name of its turn behind that of its kind."""
 
 
 @dataclass(eq=False)
@@ -34,6 +41,8 @@ class Session:
             The server that answers for it.
         reward (`float`, *optional*):
             Of the whole session; None until somebody gave one.
+        turn_rewards (`dict[int, float]`):
+            Of single turns, by their indices.
         num_tokens (`int`):
             Of all turns, each token counted once.
         num_in_flight (`int`):
@@ -42,16 +51,61 @@ class Session:
             Monotonic time of its last request, in seconds.
         is_open (`bool`):
             Whether it takes requests.
+        is_finished (`bool`):
+            Whether its rewards are counted already.
     """
 
     id: str = field(default_factory=lambda: secrets.token_urlsafe(SESSION_ID_BYTES))
     turns: list[Turn] = field(default_factory=list)
     affinity: Affinity = field(default_factory=Affinity)
     reward: float | None = None
+    turn_rewards: dict[int, float] = field(default_factory=dict)
     num_tokens: int = 0
     num_in_flight: int = 0
     last_used_at: float = field(default_factory=time.monotonic)
     is_open: bool = True
+    is_finished: bool = False
+
+    def give_reward(self, value: Any, turn: Any = None) -> None:
+        """Take a reward, of the whole session or of one turn: its index in the order in which they were answered, or the id
+        of its answer. A later one takes its place.
+
+        Raises:
+            RequestRefused: The reward is no finite number, or there is no such turn.
+            EpisodeError: The session is finished.
+        """
+        if self.is_finished:
+            raise EpisodeError(
+                f"A session is finished and gets a reward of {value!r}.",
+                "Its group has the rewards that it had before.",
+                "Give every reward before the session is finished.",
+            )
+        reward = checked_reward(value)
+        if turn is None:
+            self.reward = reward
+        else:
+            self.turn_rewards[self._index_of(turn)] = reward
+
+    def rewards(self) -> list[float | None]:
+        """Of each turn, with that of the session as a part of the last one. There is a turn."""
+        rewards = [self.turn_rewards.get(index) for index in range(len(self.turns))]
+        if self.reward is not None:
+            rewards[-1] = self.reward + (rewards[-1] or 0.0)
+        return rewards
+
+    def _index_of(self, turn: Any) -> int:
+        if isinstance(turn, int) and not isinstance(turn, bool) and 0 <= turn < len(self.turns):
+            return turn
+        found = ANSWER_ID.fullmatch(turn) if isinstance(turn, str) else None
+        named = self.turn_of_id(found[1]) if found else None
+        if named is None:
+            raise RequestRefused(
+                f"`turn` is {turn!r}, and the session has {len(self.turns)} turns.",
+                "A turn is named by its index, from 0 in the order in which they were answered, or by the id of its answer.",
+                "Reward a turn when its answer has come.",
+                field="turn",
+            )
+        return self.turns.index(named)
 
     def add(self, turn: Turn) -> None:
         """Record a turn."""
@@ -164,6 +218,19 @@ class Sessions:
             self.num_in_flight -= 1
             session.num_in_flight -= 1
             session.last_used_at = time.monotonic()
+
+
+def checked_reward(value: Any) -> float:
+    """A reward as a number.
+
+    Raises:
+        RequestRefused: It is none, or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise RequestRefused(
+            f"`reward` is {value!r}.", "It is a finite number.", "Mend the function that computes it.", field="reward"
+        )
+    return float(value)
 
 
 class LimitReached(RequestRefused):

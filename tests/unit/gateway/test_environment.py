@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from token_server import TokenServer
 
+from trl_atropos.api.refusals import RequestRefused
 from trl_atropos.errors import EpisodeError, PreflightError
 from trl_atropos.gateway import AgentEnv
 
@@ -70,6 +71,24 @@ def test_a_command_becomes_a_group():
         score + 1 for score in group["scores"]
     ]
     assert json.dumps(group)
+
+
+def test_turns_have_rewards_of_an_environment():
+    class Counting(Shouter):
+        def compute_reward(self, task: Any, outcome: str) -> float | None:
+            return None
+
+        def compute_turn_rewards(self, task: Any, outcome: str, replies: Any) -> dict[int, float]:
+            return {index: float(reply["content"].count("a")) for index, reply in enumerate(replies)}
+
+    (group,) = collect(Counting, ["aaa", "a"])
+    assert sorted(group["scores"]) == [1.0, 3.0]
+    kind = type("Wrong", (Counting,), {"compute_turn_rewards": lambda *_: {1: 1.0}})
+    with pytest.raises(RequestRefused, match="the session has 1 turns"):
+        collect(kind, ["aaa", "a"])
+    kind = type("Empty", (Counting,), {"compute_turn_rewards": lambda *_: {}})
+    with pytest.raises(EpisodeError, match="no reward"):
+        collect(kind, ["aaa", "a"])
 
 
 def test_the_context_ends_where_the_trainer_does():
