@@ -61,7 +61,8 @@ class ChatAgent:
     """Holds a conversation in chat completions, as the other agents do in their dialects.
 
     `ask` gets one answer, streamed or not, and puts it at the end of the conversation; `tell` says something, after an answer
-    to every call of a tool in the last one; `rewrite` puts other words in the place of the last answer.
+    to every call of a tool in the last one; `rewrite` puts other words in the place of the last answer. `seen` has the text of each
+    answer, out of the parts in which it came.
     """
 
     def __init__(self, session: GatewaySession, clients: Clients, system: str, has_tools: bool):
@@ -71,6 +72,7 @@ class ChatAgent:
         self.system = system
         self.has_tools = has_tools
         self.calls: list[str] = []
+        self.seen: list[str] = []
         self.start()
 
     def start(self) -> None:
@@ -91,9 +93,12 @@ class ChatAgent:
         if is_streamed:
             chunks = [chunk async for chunk in await self.openai.chat.completions.create(**asked, stream=True)]
             message = chunks[0].choices[0].delta
+            texts = [chunk.choices[0].delta.content for chunk in chunks]
+            message.content = "".join(text for text in texts if text) or message.content
         else:
             message = (await self.openai.chat.completions.create(**asked)).choices[0].message
         self.messages.append({"role": "assistant", **message.model_dump(exclude_none=True)})
+        self.seen.append(message.content or "")
         self.calls = [call.id for call in message.tool_calls or []]
 
 
@@ -121,6 +126,7 @@ class MessagesAgent(ChatAgent):
         else:
             answer = await self.anthropic.messages.create(**asked, system=self.system)
         self.messages.append({"role": "assistant", "content": answer.content})
+        self.seen.append("".join(block.text for block in answer.content if block.type == "text"))
         self.calls = [block.id for block in answer.content if block.type == "tool_use"]
 
 
@@ -153,8 +159,10 @@ class ResponsesAgent(ChatAgent):
         if is_streamed:
             events = [event async for event in await self.openai.responses.create(**asked, stream=True)]
             answer = events[-1].response
+            self.seen.append("".join(event.delta for event in events if event.type == "response.output_text.delta"))
         else:
             answer = await self.openai.responses.create(**asked)
+            self.seen.append(answer.output_text)
         self.go_on(answer)
         self.calls = [item.call_id for item in answer.output if item.type == "function_call"]
 

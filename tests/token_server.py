@@ -14,7 +14,7 @@ import contextlib
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -36,6 +36,8 @@ MARKERS = re.compile(
 )
 TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.S)
 MAX_MODEL_LEN = 4096
+TOKENS_OF_PART = 3
+GENERATE = "/inference/v1/generate"
 DISTRIBUTION = (
     "top_p",
     "top_k",
@@ -66,6 +68,11 @@ class Refused(Exception):
     """An answer with status 400."""
 
 
+def _logprobs(ids: list[int]) -> list[dict[str, Any]]:
+    # Exact in float32, so that every layer must repeat them exactly.
+    return [{"token_id": token, "logprob": -(token % 64) / 64} for token in ids]
+
+
 class TokenServer:
     """See the module.
 
@@ -82,13 +89,16 @@ class TokenServer:
     Attributes:
         replies (`list[str | Callable]`):
             What is sampled next, without its end; a `\\0` at the end of a text says that it is cut off there. Used up one by
-            one. A callable is called with nothing, may block or raise, and returns the text.
+            one. A callable is called with nothing, may block or raise, and returns the text, or its parts: of a stream each
+            comes when it is made.
         requests (`list[tuple[str, dict]]`):
             What arrived.
         version (`str`):
             Label of the weights.
         owned_by (`str`):
             What kind of server it says that it is.
+        gives_parts (`bool`):
+            Whether it answers in parts who asks for them.
     """
 
     def __init__(
@@ -102,10 +112,11 @@ class TokenServer:
         self.end = self.tokenizer.convert_tokens_to_ids(end)
         self.parses_thoughts = parses_thoughts
         self.max_model_len = max_model_len
-        self.replies: list[str | Callable[[], str]] = []
+        self.replies: list[str | Callable[[], str | Iterable[str]]] = []
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.version = "3"
         self.owned_by = "vllm"
+        self.gives_parts = True
         self.headers: dict[str, str] = {}
         self._http: ThreadingHTTPServer | None = None
 
@@ -159,7 +170,7 @@ class TokenServer:
         self.requests.append((path, body))
         handlers = {
             "/v1/chat/completions/render": self._render,
-            "/inference/v1/generate": self._generate,
+            GENERATE: self._generate,
             "/v1/chat/completions/derender": self._derender,
             "/v1/completions/derender": self._derender_text,
             "/detokenize": lambda body: {"prompt": self.text(body["tokens"])},
@@ -206,11 +217,50 @@ class TokenServer:
             for name, value in parameters.items()
             if value is not None and value != NEUTRAL_SAMPLING_PARAMS.get(name)
         }
-        return {"token_ids": ids, "sampling_params": said}
+        # As vLLM, which says so if it has a reasoning parser.
+        of_reasoning = {"chat_template_kwargs": {}} if self.parses_thoughts else None
+        return {"token_ids": ids, "sampling_params": said, "reasoning_parser_kwargs": of_reasoning}
+
+    def parts(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """What it answers in parts, with their texts: some tokens each, or each part of a reply that has them."""
+        self.requests.append((GENERATE, body))
+        reply = self.replies[0]
+        made = reply() if callable(reply) else reply
+        if not isinstance(made, str):
+            self.replies.pop(0)
+            yield from (self._part(self.sampled_ids(text), text) for text in made)
+            yield self._part([self.end], "", finish_reason="stop", weight_versions=self._versions(1))
+            return
+        self.replies[0] = made
+        (choice,) = self._generate(body)["choices"]
+        ids = choice["token_ids"]
+        sampled = ids[:-1] if ids[-1:] == [self.end] else ids
+        text = self.text(sampled)
+        if choice["stop_reason"]:
+            text = text[: text.index(choice["stop_reason"])]
+        # As an engine, which looks for the beginning of a stop string before it gives text away.
+        num_held = max((len(stop) - 1 for stop in body["sampling_params"].get("stop") or []), default=0)
+        num_given = 0
+        for start in range(0, len(sampled), TOKENS_OF_PART):
+            end = start + TOKENS_OF_PART
+            known = self.text(sampled[:end]).rstrip("\ufffd")
+            given = text[: max(len(known) - num_held, num_given)]
+            yield self._part(sampled[start:end], given[num_given:])
+            num_given = len(given)
+        last = {name: choice[name] for name in ("finish_reason", "stop_reason", "weight_versions")}
+        yield self._part(ids[len(sampled) :], text[num_given:], **last)
+
+    def _part(self, ids: list[int], text: str, **last: Any) -> dict[str, Any]:
+        choice = {"index": 0, "token_ids": ids, "text": text, "logprobs": {"content": _logprobs(ids)}}
+        return {"request_id": "r", "choices": [{**choice, "finish_reason": None, **last}]}
+
+    def _versions(self, num_tokens: int) -> list[dict[str, Any]]:
+        return [{"version": self.version, "start": 0, "end": num_tokens}]
 
     def _generate(self, body: dict[str, Any]) -> dict[str, Any]:
         reply = self.replies.pop(0)
-        text = reply() if callable(reply) else reply
+        made = reply() if callable(reply) else reply
+        text = made if isinstance(made, str) else "".join(made)
         ids, finish_reason, stop_reason = self.sampled_ids(text.rstrip("\0")), "length", None
         if not text.endswith("\0"):
             ids, finish_reason = [*ids, self.end], "stop"
@@ -221,15 +271,13 @@ class TokenServer:
             if stop in text:
                 ids = self.sampled_ids(text[: text.index(stop) + len(stop)])
                 finish_reason, stop_reason = "stop", stop
-        # Exact in float32, so that every layer must repeat them exactly.
-        content = [{"token_id": token, "logprob": -(token % 64) / 64} for token in ids]
         choice = {
             "index": 0,
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
             "token_ids": ids,
-            "logprobs": {"content": content},
-            "weight_versions": [{"version": self.version, "start": 0, "end": len(ids)}],
+            "logprobs": {"content": _logprobs(ids)},
+            "weight_versions": self._versions(len(ids)),
         }
         return {"request_id": "r", "choices": [choice]}
 
@@ -343,6 +391,8 @@ def _handler(server: TokenServer) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == GENERATE and body["stream"] and server.gives_parts:
+                return self.send_parts(server.parts(body))
             try:
                 answer = server.answer(self.path, body)
             except Refused as exc:
@@ -365,6 +415,24 @@ def _handler(server: TokenServer) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             with contextlib.suppress(ConnectionError):
                 self.wfile.write(payload)
+
+        def send_parts(self, parts: Iterator[dict[str, Any]]) -> None:
+            # Its end is that of the connection.
+            self.close_connection = True
+            try:
+                self.send_response(200)
+                for name, value in {
+                    "Content-Type": "text/event-stream",
+                    "Connection": "close",
+                    **server.headers,
+                }.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                for part in parts:
+                    self.wfile.write(f"data: {json.dumps(part)}\n\n".encode())
+                self.wfile.write(b"data: [DONE]\n\n")
+            except ConnectionError:
+                return
 
         def log_message(self, *_: object) -> None:
             """Quiet."""

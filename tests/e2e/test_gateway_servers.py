@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from gateway_agents import ask, user
+from gateway_agents import AGENTS, Clients, ask, user
 from publishing import Publishing, load
 from servers import VLLMServer, add_chat_template, save_tiny_model
 from transformers import PreTrainedModel
 
 from trl_atropos import Gateway
 from trl_atropos.gateway.gateway import GatewaySession
+from trl_atropos.gateway.turns import Turn
 
 
 NUM_SESSIONS = 16
@@ -103,6 +104,40 @@ class Publisher(threading.Thread):
         self.spans.append((start, time.monotonic()))
 
 
+def check_logprobs(turn: Turn, policy: PreTrainedModel) -> None:
+    """Its logprobs are those of the policy for its tokens, teacher forced."""
+    tokens = torch.tensor([turn.token_ids().tolist()])
+    with torch.no_grad():
+        logprobs = policy(tokens).logits[0].log_softmax(-1)
+    first = tokens.shape[1] - len(turn.sampled)
+    expected = [logprobs[first - 1 + i, token].item() for i, token in enumerate(turn.sampled)]
+    assert turn.logprobs.tolist() == pytest.approx(expected, abs=MAX_LOGPROB_ERROR)
+
+
+@pytest.mark.parametrize("kind", AGENTS)
+def test_what_is_passed_on_as_it_is_sampled_is_what_is_recorded(model, servers, kind):
+    async def run() -> tuple[Gateway, GatewaySession, list[str]]:
+        async with Gateway([server.url for server in servers]) as gateway, Clients() as clients:
+            async with gateway.session() as session:
+                agent = kind(session, clients, "Be good.", has_tools=False)
+                for told in ("Tell me more.", "And then?", "And?"):
+                    agent.tell(told)
+                    # The policy knows no words: what it says has special tokens and broken characters in it.
+                    await agent.ask(is_streamed=True, max_tokens=64, stop=["e"] if told == "And?" else None)
+                session.reward = 1.0
+            return gateway, session, agent.seen
+
+    gateway, session, seen = asyncio.run(run())
+    turns = session.recorded.turns
+    assert gateway.counts.num_streamed == len(turns) == 3
+    # Else it would not have come as it was sampled, or its message would be another one than that of the whole answer.
+    assert gateway.recorder.may_pass_on
+    assert [reply["content"] for reply in session.replies] == seen
+    policy = load(model)
+    for turn in turns:
+        check_logprobs(turn, policy)
+
+
 def test_a_server_dies_between_publishes_and_no_session_notices(model, servers):
     publisher = Publisher(servers, model)
     turn_spans: dict[str, list[tuple[float, float]]] = {}
@@ -160,12 +195,7 @@ def test_a_server_dies_between_publishes_and_no_session_notices(model, servers):
         for turn, span in zip(turns, spans, strict=True):
             if any(start < span[1] and span[0] < end for start, end in publisher.spans):
                 continue
-            tokens = torch.tensor([turn.token_ids().tolist()])
-            with torch.no_grad():
-                logprobs = publisher.policies[turn.policy_version](tokens).logits[0].log_softmax(-1)
-            first = tokens.shape[1] - len(turn.sampled)
-            expected = [logprobs[first - 1 + i, token].item() for i, token in enumerate(turn.sampled)]
-            assert turn.logprobs.tolist() == pytest.approx(expected, abs=MAX_LOGPROB_ERROR)
+            check_logprobs(turn, publisher.policies[turn.policy_version])
             num_compared += 1
     # At least those before the first publish and behind the last one.
     assert num_compared >= 2 * NUM_SESSIONS

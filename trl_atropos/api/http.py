@@ -6,7 +6,7 @@ import asyncio
 import base64
 import hmac
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl
@@ -132,10 +132,10 @@ class Request:
             await asyncio.wait({self._watch}, timeout=0)
         return not self.has_client_gone
 
-    async def wait_for(self, task: asyncio.Task[Any], timeout_s: float) -> None:
-        """Wait until a task is done, the client has gone, or the time is over; after `watch_client`."""
+    async def wait_for(self, awaited: Iterable[asyncio.Future[Any]], timeout_s: float) -> None:
+        """Wait until one of them is done, the client has gone, or the time is over; after `watch_client`."""
         assert self._watch is not None, "watch_client() comes first"
-        await asyncio.wait({task, self._watch}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({*awaited, self._watch}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
 
     async def answer(self, status: int, headers: Headers, body: bytes) -> None:
         """Send an answer."""

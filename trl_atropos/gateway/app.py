@@ -25,11 +25,12 @@ from ..api.http import (
 from ..api.refusals import RequestRefused
 from .chat import ChatRequest, read_chat_request
 from .dialects import CHAT, DIALECTS, MESSAGES
-from .dialects.base import Dialect
+from .dialects.base import Dialect, LiveAnswer
 from .options import LIFT
 from .passing import PassThrough
 from .recorder import Recorder
 from .sessions import UNDELIVERED, Session, Sessions
+from .streams import LiveReply
 from .turns import Turn
 
 
@@ -147,10 +148,12 @@ class AgentApp:
                 if turn.why_masked == UNDELIVERED:
                     turn.why_masked = ""
                 return await self._send(request, dialect, values, turn)
+        stream = _Stream(request, dialect, values) if values.get("stream") else None
         with self.sessions.in_flight(session):
-            sampling = asyncio.create_task(self.recorder.answer(session, asked, digest))
+            live = None if stream is None else stream.reply
+            sampling = asyncio.create_task(self.recorder.answer(session, asked, digest, live))
             try:
-                has_begun = await self._wait(request, sampling, dialect.keep_alive if values.get("stream") else b"")
+                await self._wait(request, sampling, stream)
                 if not sampling.done():
                     self.recorder.counts.num_cancelled += 1
                     return
@@ -159,26 +162,30 @@ class AgentApp:
                 sampling.cancel()
                 with contextlib.suppress(asyncio.CancelledError, RequestRefused):
                     await sampling
-        if has_begun and sampling.exception() is not None:
-            await self._end_with(request, dialect, sampling.exception())
+        exc = sampling.exception()
+        if request.has_begun_to_answer and isinstance(exc, RequestRefused):
+            self.recorder.counts.num_refused += 1
+            logger.warning("event=stream_refused status=%d error=%r", exc.status_code, str(exc))
+            await _send_parts(request, dialect.error_events(exc))
         else:
-            await self._send(request, dialect, values, sampling.result())
+            await self._send(request, dialect, values, sampling.result(), stream)
 
-    async def _wait(self, request: Request, sampling: asyncio.Task[Turn], keep_alive: bytes) -> bool:
-        """Wait until the answer is there or the client has gone; return whether a stream was begun for it, which is where there
-        is a sign of life to send.
-        """
-        has_begun = False
+    async def _wait(self, request: Request, sampling: asyncio.Task[Turn], stream: _Stream | None) -> None:
+        """Wait until the answer is there or the client has gone, and keep its stream going meanwhile, if it has one."""
         while not sampling.done() and await request.is_client_there():
-            await request.wait_for(sampling, self.options.keep_alive_s)
-            if keep_alive and not sampling.done() and not request.has_client_gone:
-                if not has_begun:
-                    await request.begin_answer(200, STREAM_HEADERS)
-                has_begun = True
-                await request.send_part(keep_alive)
-        return has_begun
+            arrival = [] if stream is None else [stream.reply.arrival()]
+            await request.wait_for([sampling, *arrival], self.options.keep_alive_s)
+            if stream is not None and not sampling.done() and not request.has_client_gone:
+                await stream.go_on()
 
-    async def _send(self, request: Request, dialect: Dialect, values: dict[str, Any], turn: Turn) -> None:
+    async def _send(
+        self,
+        request: Request,
+        dialect: Dialect,
+        values: dict[str, Any],
+        turn: Turn,
+        stream: _Stream | None = None,
+    ) -> None:
         if not turn.why_masked and not await request.is_client_there():
             turn.why_masked = UNDELIVERED
         if not values.get("stream"):
@@ -186,18 +193,50 @@ class AgentApp:
             return
         if not request.has_begun_to_answer:
             await request.begin_answer(200, STREAM_HEADERS)
-        await self._send_parts(request, dialect.events(values, turn))
+        if stream is not None and stream.answer is not None:
+            self.recorder.counts.num_streamed += 1
+            await _send_parts(request, stream.end(stream.answer, turn))
+        else:
+            await _send_parts(request, dialect.events(values, turn))
 
-    async def _end_with(self, request: Request, dialect: Dialect, exc: BaseException | None) -> None:
-        """End a stream that had begun before the request was refused."""
-        assert isinstance(exc, RequestRefused), exc
-        self.recorder.counts.num_refused += 1
-        await self._send_parts(request, dialect.error_events(exc))
 
-    async def _send_parts(self, request: Request, parts: Iterator[bytes]) -> None:
-        for part in parts:
-            await request.send_part(part)
-        await request.send_part(b"", is_last=True)
+class _Stream:
+    """The stream of an answer while that is sampled: its text as it comes, and signs of life."""
+
+    def __init__(self, request: Request, dialect: Dialect, values: dict[str, Any]):
+        self.request = request
+        self.dialect = dialect
+        self.values = values
+        self.reply = LiveReply()
+        self.answer: LiveAnswer | None = None
+        """What was begun; None before the first text."""
+
+    async def go_on(self) -> None:
+        """Send what has come, or a sign of life where nothing has."""
+        if not self.request.has_begun_to_answer:
+            await self.request.begin_answer(200, STREAM_HEADERS)
+        text = self.reply.pass_on()
+        if not text:
+            await self.request.send_part(self.dialect.keep_alive)
+            return
+        if self.answer is None:
+            assert self.reply.turn is not None, "it has text"
+            self.answer = self.dialect.live(self.values, self.reply.turn)
+            await self.request.send_part(b"".join(self.answer.begin()))
+        await self.request.send_part(self.answer.text(text))
+
+    def end(self, answer: LiveAnswer, turn: Turn) -> Iterator[bytes]:
+        """What is left of an answer that was begun."""
+        rest = turn.message["content"][self.reply.num_passed_on :]
+        if rest:
+            yield answer.text(rest)
+        yield from answer.end(turn)
+
+
+async def _send_parts(request: Request, parts: Iterator[bytes]) -> None:
+    for part in parts:
+        await request.send_part(part)
+    await request.send_part(b"", is_last=True)
 
 
 def refusal(exc: RequestRefused, dialect: Dialect = CHAT) -> Answer:

@@ -17,7 +17,7 @@ class GatewayCounts:
     `num_turns` were recorded, of which `num_roots` began a conversation, `num_spliced` continue one with the tokens that were
     sampled, and `num_branches` come from a history that was rewritten. `num_sampled_tokens` are of sessions that ended,
     `masked_tokens` those of them that are not trained, by reason. `changed` counts what agents asked for and did not get,
-    by name. `num_passed` requests of environments were passed on and answered.
+    by name. The text of `num_streamed` answers was passed on as it was sampled. `num_passed` requests of environments were passed on and answered.
     """
 
     num_sessions: int = 0
@@ -27,6 +27,7 @@ class GatewayCounts:
     num_roots: int = 0
     num_spliced: int = 0
     num_branches: int = 0
+    num_streamed: int = 0
     num_replayed: int = 0
     num_cancelled: int = 0
     num_refused: int = 0

@@ -106,7 +106,7 @@ class PassThrough:
         self.num_in_flight += 1
         try:
             while not asking.done() and await request.is_client_there():
-                await request.wait_for(asking, self.options.keep_alive_s)
+                await request.wait_for([asking], self.options.keep_alive_s)
         finally:
             self.num_in_flight -= 1
             # When the environment has gone, the server stops sampling.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 from array import array
 from typing import Any
@@ -30,8 +31,10 @@ from .servers import (
     InferenceServers,
     ServerAnswer,
     ServerRefused,
+    broken_off,
 )
 from .sessions import Session
+from .streams import BegunTurn, LiveReply
 from .turns import (
     LOGPROB,
     TOKEN,
@@ -46,6 +49,8 @@ from .turns import (
     turns_asking_a_prefix,
 )
 
+
+logger = logging.getLogger(__name__)
 
 GRAMMAR = "grammar"
 """Why a turn is masked that was sampled under a grammar: its logprobs are those of another distribution."""
@@ -75,12 +80,21 @@ class Recorder:
         self._end_tokens: dict[int, str] = {}
         self._closing: list[int] = []
         self._num_generation_tokens: dict[str, int | None] = {}
+        self._shows_special: bool | None = None
+        self.may_pass_on = True
+        """Whether text is passed on as it is sampled: until it was once not that of the message."""
 
-    async def answer(self, session: Session, request: ChatRequest, request_digest: bytes) -> Turn:
+    async def answer(
+        self, session: Session, request: ChatRequest, request_digest: bytes, live: LiveReply | None = None
+    ) -> Turn:
         """Sample the answer to a request and record it, unless the session ended meanwhile.
 
+        `live` gets its text as it is sampled, where that is the text of the message whatever comes behind it: where the server
+        has no parser that could find thoughts or calls in it.
+
         Raises:
-            RequestRefused: The request asks for what cannot be trained or does not fit, or no server answers it.
+            RequestRefused: The request asks for what cannot be trained or does not fit, no server answers it, or one broke off
+                in an answer of which `live` has shown something.
         """
         rendered_answer = await self.servers.post(session.affinity, RENDER, self._fitting(request.body))
         rendered = array(TOKEN, rendered_answer.values["token_ids"])
@@ -88,7 +102,13 @@ class Recorder:
         num_generation_tokens = await self._find_num_generation_tokens(session.affinity, request, rendered)
         prompt = await self._continue(session, request, rendered)
         ids = _sequence(prompt)
-        generated = await self._generate(session.affinity, self._body(rendered_answer.values, ids))
+        turn_id = new_id()
+        body = self._body(rendered_answer.values, ids)
+        if live is not None and await self._is_text_final(session.affinity, request, rendered_answer.values):
+            live.turn = BegunTurn(turn_id, len(ids), request.kept_from)
+            generated = await self._generate_live(session.affinity, body, live)
+        else:
+            generated = await self._generate(session.affinity, body)
         choice = generated.values["choices"][0]
         sampled = array(TOKEN, choice["token_ids"])
         stop_string = choice.get("stop_reason") if isinstance(choice.get("stop_reason"), str) else None
@@ -96,8 +116,9 @@ class Recorder:
         end_token = sampled[-1] if is_complete else None
         if end_token is not None:
             await self._learn_end_token(session.affinity, end_token)
-        turn_id = new_id()
         message = await self._parse(session.affinity, request, ids, sampled, end_token, stop_string, turn_id)
+        if live is not None and live.is_shown:
+            message = self._as_shown(message, live.text)
         finish_reason = choice["finish_reason"]
         num_closed = len(rendered) - (num_generation_tokens or 0)
         turn = Turn(
@@ -219,6 +240,49 @@ class Recorder:
                 return generated
             self.servers.num_resent += 1
             await asyncio.sleep(ABORT_PAUSE_S)
+
+    async def _generate_live(self, affinity: Affinity, body: dict[str, Any], live: LiveReply) -> ServerAnswer:
+        """As `_generate`, with the text as it comes. What a weight update cuts off then cannot be sampled anew.
+
+        Raises:
+            RequestRefused: It was cut off.
+        """
+        # By what the message is read out of in the end: with special tokens where a parser looks for them.
+        parameters = {**body["sampling_params"], "skip_special_tokens": not self._shows_special}
+        asked = {**body, "sampling_params": parameters, "stream": True, "output_mode": "text"}
+        while True:
+            generated = await self.servers.post_for_parts(affinity, GENERATE, asked, live)
+            if generated.values["choices"][0]["finish_reason"] != "abort":
+                return generated
+            if live.is_shown:
+                raise broken_off(generated.server)
+            self.servers.num_resent += 1
+            await asyncio.sleep(ABORT_PAUSE_S)
+
+    async def _is_text_final(self, affinity: Affinity, request: ChatRequest, rendered: dict[str, Any]) -> bool:
+        """Whether the text of an answer stays what it is when the rest has come."""
+        # The server names options for its reasoning parser if it has one.
+        if not self.may_pass_on or request.body.get("tools") or rendered.get("reasoning_parser_kwargs") is not None:
+            return False
+        if self._shows_special is None and self._end_tokens:
+            self._shows_special = await self._does_parser_show(affinity, next(iter(self._end_tokens)))
+        return self._shows_special is not None
+
+    async def _does_parser_show(self, affinity: Affinity, special: int) -> bool:
+        """Whether a special token is a part of messages: a server without any parser leaves it out."""
+        request = ChatRequest({"messages": [{"role": "user", "content": "x"}]}, ())
+        message = await self._parse(affinity, request, [], array(TOKEN, [special]), None, None, "")
+        return bool(message["content"])
+
+    def _as_shown(self, message: dict[str, Any], text: str) -> dict[str, Any]:
+        """The message of an answer whose text was passed on: what its client will send back."""
+        if message.keys() == {"role", "content"} and (message["content"] or "").startswith(text):
+            return message
+        logger.warning(
+            "event=stream_differs text=%r message=%r: answers are sent whole from here on", text[-100:], message
+        )
+        self.may_pass_on = False
+        return {"role": "assistant", "content": text}
 
     async def _parse(
         self,

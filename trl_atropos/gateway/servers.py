@@ -16,6 +16,7 @@ from ..api.refusals import RequestRefused
 from ..errors import PreflightError
 from . import sglang
 from .sglang import SGLangRoutes
+from .streams import Parts
 
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ KEEP_CONNECTION_S = 3.0
 
 MAX_FAILURES = 3
 """So often a request is sent again that servers answered with an error of their own: the request may be the reason."""
+
+LAST_PART = b"[DONE]"
 
 CONNECTION_FAILURES = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError, TimeoutError)
 
@@ -214,20 +217,44 @@ class InferenceServers:
             raise _refusal(reply)
         return ServerAnswer(msgspec.json.decode(reply.text), reply.server, reply.headers)
 
-    async def exchange(self, affinity: Affinity, method: str, path: str, body: bytes | dict[str, Any]) -> ServerReply:
+    async def post_for_parts(self, affinity: Affinity, path: str, body: dict[str, Any], parts: Parts) -> ServerAnswer:
+        """As `post`, for an answer that comes in parts, which `parts` gets as they come; a server may also give it at once. Once
+        a client has seen something of it, the request is not sent again.
+
+        Raises:
+            ServerRefused: As for `post`.
+            RequestRefused: As for `post`; or a part was shown, and the rest did not come (502).
+        """
+        reply = await self.exchange(affinity, "POST", path, body, parts)
+        if reply.status >= 300:
+            raise _refusal(reply)
+        values = msgspec.json.decode(reply.text) if reply.text else parts.whole()
+        return ServerAnswer(values, reply.server, reply.headers)
+
+    async def exchange(
+        self,
+        affinity: Affinity,
+        method: str,
+        path: str,
+        body: bytes | dict[str, Any],
+        parts: Parts | None = None,
+    ) -> ServerReply:
         """Ask the server of `affinity`, or another one that is there, whatever it answers.
 
         A request without an answer is sent again: nobody has seen what it may have led to. So is, a few times, one that a
-        server answered with an error of its own. A `body` that is an object gets the name of the server's model.
+        server answered with an error of its own. A `body` that is an object gets the name of the server's model. What `parts` got
+        is not in the reply.
 
         Raises:
-            RequestRefused: No server was there in time (503).
+            RequestRefused: No server was there in time (503), or what broke off was shown (502).
         """
         deadline = time.monotonic() + self.wait_s
         num_failures = 0
         while True:
             server = await self._server_of(affinity, deadline)
-            reply = await self._send(server, method, path, body)
+            reply = await self._send(server, method, path, body, parts)
+            if parts is not None and parts.is_shown and (reply is None or reply.status >= 500):
+                raise broken_off(server)
             if reply is not None and reply.status < 500:
                 return reply
             self.num_resent += 1
@@ -239,7 +266,12 @@ class InferenceServers:
                     return reply
 
     async def _send(
-        self, server: InferenceServer, method: str, path: str, body: bytes | dict[str, Any]
+        self,
+        server: InferenceServer,
+        method: str,
+        path: str,
+        body: bytes | dict[str, Any],
+        parts: Parts | None,
     ) -> ServerReply | None:
         """Send a request once; None where the connection broke."""
         server.num_in_flight += 1
@@ -247,7 +279,7 @@ class InferenceServers:
             if server.sglang is not None and isinstance(body, dict):
                 return await self._answer_as_vllm(server, server.sglang, path, body)
             data = body if isinstance(body, bytes) else msgspec.json.encode({**body, "model": server.model})
-            return await self._request(server, method, path, data)
+            return await self._request(server, method, path, data, parts)
         except CONNECTION_FAILURES as exc:
             self._note_absent(server, exc)
             return None
@@ -269,14 +301,21 @@ class InferenceServers:
             return exc.reply
         return ServerReply(200, msgspec.json.encode(values), server, {}, path)
 
-    async def _request(self, server: InferenceServer, method: str, route: str, data: bytes) -> ServerReply:
+    async def _request(
+        self, server: InferenceServer, method: str, route: str, data: bytes, parts: Parts | None = None
+    ) -> ServerReply:
         assert self._http is not None, "start() comes first"
         async with self._http.request(
             method, server.url + route, data=data or None, headers=self._headers
         ) as response:
-            text = await response.read()
+            status = response.status
+            if parts is not None and response.content_type == "text/event-stream":
+                error = await _read_parts(response.content, parts)
+                status, text = (500, error) if error else (status, b"")
+            else:
+                text = await response.read()
         headers = {name.lower(): value for name, value in response.headers.items()}
-        return ServerReply(response.status, text, server, headers, route)
+        return ServerReply(status, text, server, headers, route)
 
     async def _server_of(self, affinity: Affinity, deadline: float) -> InferenceServer:
         while True:
@@ -386,6 +425,39 @@ class InferenceServers:
                 "It is not there, still starts, or has another address.",
                 "Start it with `trl vllm-serve --model ...` and wait until its /health answers, or correct --servers.",
             ) from exc
+
+
+async def _read_parts(content: aiohttp.StreamReader, parts: Parts) -> bytes:
+    """Hand over the server-sent events of an answer; return the server's own words where it ends with an error.
+
+    Raises:
+        ClientPayloadError: It has no end.
+    """
+    parts.begin()
+    rest = b""
+    async for data in content.iter_any():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            _, _, said = line.partition(b"data: ")
+            if not said:
+                continue
+            if said == LAST_PART:
+                return b""
+            part = msgspec.json.decode(said)
+            if "error" in part:
+                return said
+            parts.take(part)
+    raise aiohttp.ClientPayloadError("The stream has no end.")
+
+
+def broken_off(server: InferenceServer) -> RequestRefused:
+    """What is raised where an answer that a client has seen the beginning of has no end."""
+    return RequestRefused(
+        f"The inference server at {server.url} broke an answer off, and a part of it was sent.",
+        "The server ended, or a weight update cut it off. Nothing of the answer is recorded: another one would begin anew.",
+        "Send the request again.",
+        status_code=502,
+    )
 
 
 def _refusal(reply: ServerReply) -> ServerRefused:

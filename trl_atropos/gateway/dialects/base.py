@@ -12,10 +12,27 @@ from ...api.refusals import RequestRefused
 from ..chat import Translation, refused
 from ..servers import ServerRefused
 from ..sessions import Session
+from ..streams import BegunTurn
 from ..turns import Turn
 
 
 Fields = TypeVar("Fields", bound=msgspec.Struct)
+
+
+class LiveAnswer(Protocol):
+    """An answer without thoughts and calls as server-sent events, while it is sampled."""
+
+    def begin(self) -> Iterator[bytes]:
+        """What comes before the text."""
+        ...
+
+    def text(self, text: str) -> bytes:
+        """More of the text."""
+        ...
+
+    def end(self, turn: Turn) -> Iterator[bytes]:
+        """What comes behind the text."""
+        ...
 
 
 class Dialect(Protocol):
@@ -48,6 +65,10 @@ class Dialect(Protocol):
 
     def events(self, values: dict[str, Any], turn: Turn) -> Iterator[bytes]:
         """The same answer as server-sent events."""
+        ...
+
+    def live(self, values: dict[str, Any], turn: BegunTurn) -> LiveAnswer:
+        """The answer to the request `values`, while it is sampled."""
         ...
 
     def error(self, exc: RequestRefused) -> dict[str, Any]:

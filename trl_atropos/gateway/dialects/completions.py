@@ -9,6 +9,7 @@ from typing import Any
 from ...api.refusals import RequestRefused
 from ..chat import Translation
 from ..sessions import Session
+from ..streams import BegunTurn
 from ..turns import Turn
 from .base import event, openai_error
 
@@ -37,13 +38,12 @@ class ChatCompletions:
         delta = dict(turn.message)
         if delta.get("tool_calls"):
             delta["tool_calls"] = [{**call, "index": index} for index, call in enumerate(delta["tool_calls"])]
-        for part, finish_reason in ((delta, None), ({}, turn.finish_reason)):
-            choice = {"index": 0, "delta": part, "finish_reason": finish_reason, "logprobs": None}
-            yield event({**head, "choices": [choice]})
-        options = values.get("stream_options")
-        if isinstance(options, dict) and options.get("include_usage"):
-            yield event({**head, "choices": [], "usage": _usage(turn)})
-        yield DONE
+        yield _chunk(head, delta)
+        yield from _end(head, values, turn)
+
+    def live(self, values: dict[str, Any], turn: BegunTurn) -> _LiveChunks:
+        """A chunk with the role, chunks of text, and the end as in `events`."""
+        return _LiveChunks(values, turn)
 
     def error(self, exc: RequestRefused) -> dict[str, Any]:
         """OpenAI's form."""
@@ -55,7 +55,37 @@ class ChatCompletions:
         yield DONE
 
 
-def _head(values: dict[str, Any], turn: Turn, kind: str) -> dict[str, Any]:
+class _LiveChunks:
+    """See [`LiveAnswer`]."""
+
+    def __init__(self, values: dict[str, Any], turn: BegunTurn):
+        self.values = values
+        self._head = _head(values, turn, "chat.completion.chunk")
+
+    def begin(self) -> Iterator[bytes]:
+        yield _chunk(self._head, {"role": "assistant", "content": ""})
+
+    def text(self, text: str) -> bytes:
+        return _chunk(self._head, {"content": text})
+
+    def end(self, turn: Turn) -> Iterator[bytes]:
+        yield from _end(self._head, self.values, turn)
+
+
+def _chunk(head: dict[str, Any], delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+    return event({**head, "choices": [choice]})
+
+
+def _end(head: dict[str, Any], values: dict[str, Any], turn: Turn) -> Iterator[bytes]:
+    yield _chunk(head, {}, turn.finish_reason)
+    options = values.get("stream_options")
+    if isinstance(options, dict) and options.get("include_usage"):
+        yield event({**head, "choices": [], "usage": _usage(turn)})
+    yield DONE
+
+
+def _head(values: dict[str, Any], turn: Turn | BegunTurn, kind: str) -> dict[str, Any]:
     model = str(values.get("model") or "")
     return {"id": f"chatcmpl-{turn.id}", "object": kind, "created": int(time.time()), "model": model}
 

@@ -11,6 +11,7 @@ import msgspec
 from ...api.refusals import RequestRefused
 from ..chat import Translation, refused
 from ..sessions import Session
+from ..streams import BegunTurn
 from ..turns import Turn
 from .base import content_of, event, read_fields, server_error
 
@@ -174,16 +175,18 @@ class AnthropicMessages:
 
     def events(self, values: dict[str, Any], turn: Turn) -> Iterator[bytes]:
         """The head of a message, its blocks one after another, its end."""
-        head = {**_head(values, turn), "content": [], "stop_reason": None, "stop_sequence": None}
-        yield _event("message_start", message={**head, "usage": _usage(turn, 0)})
+        yield _start(values, turn)
         for index, block in enumerate(_blocks(turn)):
             empty, deltas = _in_parts(block)
             yield _event("content_block_start", index=index, content_block=empty)
             for delta in deltas:
                 yield _event("content_block_delta", index=index, delta=delta)
             yield _event("content_block_stop", index=index)
-        yield _event("message_delta", delta=_stopped(turn), usage=_usage(turn, len(turn.sampled)))
-        yield _event("message_stop")
+        yield from _end(turn)
+
+    def live(self, values: dict[str, Any], turn: BegunTurn) -> _LiveBlock:
+        """The events of a message with one block of text."""
+        return _LiveBlock(values, turn)
 
     def error(self, exc: RequestRefused) -> dict[str, Any]:
         """Anthropic's form, with the server's own words where they count."""
@@ -194,6 +197,34 @@ class AnthropicMessages:
     def error_events(self, exc: RequestRefused) -> Iterator[bytes]:
         """One event."""
         yield event(self.error(exc), "error")
+
+
+class _LiveBlock:
+    """See [`LiveAnswer`]."""
+
+    def __init__(self, values: dict[str, Any], turn: BegunTurn):
+        self.values, self.turn = values, turn
+
+    def begin(self) -> Iterator[bytes]:
+        yield _start(self.values, self.turn)
+        yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+
+    def text(self, text: str) -> bytes:
+        return _event("content_block_delta", index=0, delta={"type": "text_delta", "text": text})
+
+    def end(self, turn: Turn) -> Iterator[bytes]:
+        yield _event("content_block_stop", index=0)
+        yield from _end(turn)
+
+
+def _start(values: dict[str, Any], turn: Turn | BegunTurn) -> bytes:
+    head = {**_head(values, turn), "content": [], "stop_reason": None, "stop_sequence": None}
+    return _event("message_start", message={**head, "usage": _usage(turn, 0)})
+
+
+def _end(turn: Turn) -> Iterator[bytes]:
+    yield _event("message_delta", delta=_stopped(turn), usage=_usage(turn, len(turn.sampled)))
+    yield _event("message_stop")
 
 
 def _said(message: User | Assistant | System) -> Iterator[dict[str, Any]]:
@@ -254,12 +285,12 @@ def _output(config: OutputConfig) -> dict[str, Any]:
     return {"reasoning_effort": config.effort, "response_format": response_format}
 
 
-def _head(values: dict[str, Any], turn: Turn) -> dict[str, Any]:
+def _head(values: dict[str, Any], turn: Turn | BegunTurn) -> dict[str, Any]:
     model = str(values.get("model") or "")
     return {"id": f"msg_{turn.id}", "type": "message", "role": "assistant", "model": model}
 
 
-def _usage(turn: Turn, num_sampled: int) -> dict[str, int]:
+def _usage(turn: Turn | BegunTurn, num_sampled: int) -> dict[str, int]:
     return {"input_tokens": turn.num_prompt_tokens, "output_tokens": num_sampled}
 
 

@@ -12,6 +12,7 @@ import msgspec
 from ...api.refusals import RequestRefused
 from ..chat import Translation
 from ..sessions import Session
+from ..streams import BegunTurn
 from ..turns import Turn
 from .base import content_of, event, openai_error, read_fields
 
@@ -186,26 +187,18 @@ class Responses:
 
     def events(self, values: dict[str, Any], turn: Turn) -> Iterator[bytes]:
         """The response as it begins, its items one after another, the response as it is."""
-        numbers = itertools.count()
-
-        def made(kind: str, **fields: Any) -> bytes:
-            return event({"type": f"response.{kind}", "sequence_number": next(numbers), **fields}, f"response.{kind}")
-
-        begun = {
-            **_head(values, turn),
-            "status": "in_progress",
-            "incomplete_details": None,
-            "output": [],
-            "usage": None,
-        }
-        yield made("created", response=begun)
-        yield made("in_progress", response=begun)
+        made = _Events()
+        yield from _begun(made, values, turn)
         for index, item in enumerate(_items(turn, values)):
             yield made("output_item.added", output_index=index, item=_as_begun(item))
             for kind, fields in _growth(item):
                 yield made(kind, item_id=item["id"], output_index=index, **fields)
             yield made("output_item.done", output_index=index, item=item)
         yield made(_status(turn), response=self.answer(values, turn))
+
+    def live(self, values: dict[str, Any], turn: BegunTurn) -> _LiveMessage:
+        """The events of a response with one message."""
+        return _LiveMessage(self, values, turn)
 
     def error(self, exc: RequestRefused) -> dict[str, Any]:
         """OpenAI's form."""
@@ -215,6 +208,57 @@ class Responses:
         """One event, in the form of the reference and in that which the SDK raises."""
         error = openai_error(exc)["error"]
         yield event({"type": "error", "sequence_number": 0, **error, "error": error}, "error")
+
+
+class _Events:
+    """Makes the numbered events of one response."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+
+    def __call__(self, kind: str, **fields: Any) -> bytes:
+        number = next(self._numbers)
+        return event({"type": f"response.{kind}", "sequence_number": number, **fields}, f"response.{kind}")
+
+
+class _LiveMessage:
+    """See [`LiveAnswer`]."""
+
+    def __init__(self, responses: Responses, values: dict[str, Any], turn: BegunTurn):
+        self.responses, self.values, self.turn = responses, values, turn
+        self._made = _Events()
+
+    def begin(self) -> Iterator[bytes]:
+        yield from _begun(self._made, self.values, self.turn)
+        head = {"id": f"msg_{self.turn.id}", "type": "message", "role": "assistant"}
+        yield self._made("output_item.added", output_index=0, item={**head, "content": [], "status": "in_progress"})
+        yield self._of_part("content_part.added", part={"type": "output_text", "text": "", **NO_EXTRAS})
+
+    def text(self, text: str) -> bytes:
+        return self._of_part("output_text.delta", delta=text, logprobs=[])
+
+    def end(self, turn: Turn) -> Iterator[bytes]:
+        (item,) = _items(turn, self.values)
+        (part,) = item["content"]
+        yield self._of_part("output_text.done", text=part["text"], logprobs=[])
+        yield self._of_part("content_part.done", part=part)
+        yield self._made("output_item.done", output_index=0, item=item)
+        yield self._made(_status(turn), response=self.responses.answer(self.values, turn))
+
+    def _of_part(self, kind: str, **fields: Any) -> bytes:
+        return self._made(kind, item_id=f"msg_{self.turn.id}", output_index=0, content_index=0, **fields)
+
+
+def _begun(made: _Events, values: dict[str, Any], turn: Turn | BegunTurn) -> Iterator[bytes]:
+    begun = {
+        **_head(values, turn),
+        "status": "in_progress",
+        "incomplete_details": None,
+        "output": [],
+        "usage": None,
+    }
+    yield made("created", response=begun)
+    yield made("in_progress", response=begun)
 
 
 def _with_types(values: dict[str, Any]) -> dict[str, Any]:
@@ -331,7 +375,7 @@ def _response_format(asked: dict[str, Any] | None) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": schema}
 
 
-def _head(values: dict[str, Any], turn: Turn) -> dict[str, Any]:
+def _head(values: dict[str, Any], turn: Turn | BegunTurn) -> dict[str, Any]:
     """What a response says of its request."""
     return {
         "id": f"resp_{turn.id}",
