@@ -352,6 +352,55 @@ def test_an_agent_is_trained_on_what_it_samples_through_a_gateway_of_the_launch(
     assert launch.leftovers() == []
 
 
+# Generates as environments do, tries what only the trainer may, and says what came of it.
+ASKING_ENVIRONMENT = """
+import json, os, sys, time
+import requests
+
+def value(flag):
+    return sys.argv[sys.argv.index(flag) + 1]
+
+url = value("--openai.base_url").removesuffix("/v1")
+headers = {"Authorization": "Bearer " + value("--openai.api_key")}
+prompts = [[number * 1000 + i for i in range(64)] for number in range(4)]
+bodies = [("/generate", {"prompt": {"prompt_token_ids": prompt}}) for prompt in prompts]
+asked = [(path, requests.post(url + path, json=body, headers=headers).status_code) for path, body in bodies]
+asked += [(path, requests.post(url + path, headers=headers).status_code) for path in ("/pause", "/update_weights", "/session")]
+asked += [("without a key", requests.post(url + "/generate", json=bodies[0][1]).status_code)]
+with open(os.environ["ASKED"] + ".part", "w") as file:
+    json.dump({"url": url, "asked": asked}, file)
+os.rename(os.environ["ASKED"] + ".part", os.environ["ASKED"])
+time.sleep(60)
+"""
+
+
+def test_environments_reach_several_servers_through_a_gateway_and_only_the_trainer_has_them(tmp_path: Path) -> None:
+    with TokenServer() as first, TokenServer() as second:
+        first.replies, second.replies = ["yes"] * 4, ["yes"] * 4
+        launch = Launch(tmp_path, f"{first.url}, {second.url}")
+        (tmp_path / "environment.py").write_text(ASKING_ENVIRONMENT)
+        asked_path = launch.run_dir / "asked.json"
+        launch.content["environments"]["first"]["env"] = {"ASKED": str(asked_path)}
+        launch.content["trainer_env"] = {"TRAINER_WAITS_FOR": "../asked.json"}
+        (tmp_path / "trainer.py").write_text(TRAINER + "print(*sys.argv, flush=True)\n")
+        finished = launch.run()
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        both = [{path for path, _ in server.requests} for server in (first, second)]
+    asked = json.loads(asked_path.read_text())
+    assert asked["asked"] == [
+        *[["/generate", 200]] * 4,
+        *(["/pause", 404], ["/update_weights", 404], ["/session", 401], ["without a key", 404]),
+    ]
+    assert both == [{"/generate"}] * 2
+    assert f"gateway  ready at {asked['url']}" in re.sub(" +", "  ", finished.stdout)
+    assert f"--vllm_server_base_url {first.url},{second.url}" in (launch.logs / "trainer.log").read_text()
+    for name in ("gateway.key", "environment.key"):
+        path = launch.run_dir / name
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert path.read_text() not in "".join(log.read_text() for log in launch.logs.glob("*.log"))
+    assert launch.leftovers() == []
+
+
 REGISTRATION = {
     **{"wandb_group": "", "wandb_project": "", "batch_size": 2, "max_token_len": 9, "checkpoint_dir": ""},
     **{"save_checkpoint_interval": 0, "starting_step": 0, "num_steps": 1},
@@ -415,6 +464,28 @@ def test_sglang_is_started_in_its_own_environment(launch: Launch) -> None:
     assert "--model-path served" in said and "--context-length 64 --disable-overlap-schedule variable 7" in said
     assert "--openai.server_type sglang" in (launch.logs / "first.log").read_text()
     assert json.loads((launch.run_dir / "summary.json").read_text())["server_weight_version"] == 1
+
+
+def test_several_servers_are_started_on_ports_and_with_logs_of_their_own(launch: Launch) -> None:
+    python = launch.directory / "python"
+    python.write_text(SGLANG.format(python=sys.executable))
+    python.chmod(0o755)
+    del launch.content["vllm_url"]
+    launch.content |= {
+        "server": "sglang",
+        "num_servers": 2,
+        "sglang_python": str(python),
+        "sglang_env": {"OF_SGLANG": 7},
+        "environments": "external",
+        "gateway": False,
+    }
+    finished = launch.run()
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    urls = re.findall(r"sglang-[12] +ready at (http://127\.0\.0\.1:\d+)", finished.stdout)
+    assert len(set(urls)) == 2
+    for number in (1, 2):
+        assert "--model-path served" in (launch.logs / f"sglang-{number}.log").read_text()
+    assert launch.leftovers() == []
 
 
 def test_an_external_server_is_asked_which_kind_it_is(launch: Launch) -> None:

@@ -266,10 +266,10 @@ def _gateway(launch: LaunchConfig | None, args: AtroposConfig | None) -> list[Fi
         return [Finding("gateway_options", "error", what, "It would end at its start.", "Correct `gateway_args`.")]
     missing: Any = {}
     if launch.vllm_url is not None:
-        look = look_at_server(launch.vllm_url, os.environ.get("VLLM_API_KEY"), TIMEOUT_S)
-        missing = Unread("The server does not show its routes.")
-        if look is not None and look[0] is not None:
-            missing = {launch.vllm_url: look[0]}
+        key = os.environ.get("VLLM_API_KEY")
+        looks = {url: look_at_server(url, key, TIMEOUT_S) for url in launch.external_server_urls}
+        seen = {url: look[0] for url, look in looks.items() if look is not None and look[0] is not None}
+        missing = seen or Unread("The server does not show its routes.")
     facts = GatewayFacts(
         "127.0.0.1 (to be started)",
         missing_routes=missing,

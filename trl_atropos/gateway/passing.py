@@ -15,12 +15,14 @@ from ..api.refusals import RequestRefused
 from .counts import GatewayCounts
 from .options import GatewayOptions
 from .prefixes import Prefixes
-from .servers import Affinity, InferenceServer, InferenceServers, ServerReply
+from .servers import DERENDER_TEXT, DETOKENIZE, ROUTES, Affinity, InferenceServer, InferenceServers, ServerReply
 
 
 logger = logging.getLogger(__name__)
 
 GENERATING = ("/generate", "/v1/completions", "/v1/chat/completions")
+FOR_TOKENS = (*ROUTES, DERENDER_TEXT, DETOKENIZE)
+"""What an [`AgentEnv`] asks, whose own gateway stands behind this one."""
 MODELS = "/v1/models"
 HEALTH = "/health"
 
@@ -40,6 +42,7 @@ class _Asked(msgspec.Struct):
     """Where the prompt of a request is: in one of these, depending on the route. SGLang's `/generate` has the last."""
 
     prompt: msgspec.Raw = msgspec.Raw()
+    token_ids: msgspec.Raw = msgspec.Raw()
     messages: msgspec.Raw = msgspec.Raw()
     input_ids: msgspec.Raw = msgspec.Raw()
 
@@ -85,7 +88,7 @@ class PassThrough:
             await json_answer({}, 200 if is_there else 503).send(request)
         elif (request.method, request.path) == ("GET", MODELS):
             await self._pass(request, b"")
-        elif request.method == "POST" and request.path in GENERATING:
+        elif request.method == "POST" and request.path in (*GENERATING, *FOR_TOKENS):
             request.content_length(self.options.max_body_bytes)
             await self._pass(request, await request.body(self.options.max_body_bytes))
         else:
@@ -146,4 +149,4 @@ def _prompt_of(body: bytes) -> bytes:
         # The server says what is wrong with it.
         return b""
     # Without the bracket that closes a list, so that what goes on with it begins with it.
-    return bytes(asked.prompt or asked.messages or asked.input_ids).rstrip(b"]}")
+    return bytes(asked.prompt or asked.token_ids or asked.messages or asked.input_ids).rstrip(b"]}")

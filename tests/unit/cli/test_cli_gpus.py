@@ -39,6 +39,15 @@ def test_numbers_count_what_the_launch_itself_may_see() -> None:
     }
 
 
+def test_several_servers_get_equal_shares_in_their_order() -> None:
+    assert split_gpus(config("0,2,1", "3", num_servers=3)) == {
+        "trainer": {"CUDA_VISIBLE_DEVICES": "7"},
+        "vllm-1": {"CUDA_VISIBLE_DEVICES": "4"},
+        "vllm-2": {"CUDA_VISIBLE_DEVICES": "6"},
+        "vllm-3": {"CUDA_VISIBLE_DEVICES": "5"},
+    }
+
+
 def test_nothing_is_split_if_nothing_is_told() -> None:
     assert split_gpus(config()) == {}
 
@@ -54,6 +63,8 @@ def test_external_part_needs_no_gpus_here() -> None:
         (config("0"), "`vllm_gpus` is given and `trainer_gpus` is not"),
         (config(None, "0"), "`trainer_gpus` is given and `vllm_gpus` is not"),
         (config("0,1", "1,2"), "both name GPU 1"),
+        (config("0,1,2", "3", num_servers=2), "names 3 GPUs for 2 servers"),
+        (config("0", "3", num_servers=2), "names 1 GPUs for 2 servers"),
         (config("0", "4"), "`trainer_gpus` names GPU 4, and 4 can be seen"),
         (config("0,0", "1"), "each once"),
         (config("all", "1"), "`vllm_gpus` is 'all'"),

@@ -158,6 +158,13 @@ ENVIRONMENTS = "environments"
         ({"gateway": False, "agents": {"a": {"command": "x"}}}, "`gateway` in .* is false, and there are `agents`: a"),
         ({"gateway": "yes"}, "`gateway` in .* is 'yes', a str"),
         ({"gateway_args": {"group_size": 4}}, "and no gateway is started"),
+        ({"gateway": False, "num_servers": 2}, "`gateway` in .* is false, and there are several inference servers"),
+        ({"num_servers": 0}, "`num_servers` in .* is 0"),
+        ({"num_servers": 2, "vllm_port": 9001}, "`num_servers` in .* is 2, .* `vllm_port` is 9001"),
+        ({"num_servers": 2, "vllm_url": "http://h:1"}, "`vllm_url` is 'http://h:1'.*with commas between them"),
+        ({"vllm_url": "http://h:1, http://h:2/v1"}, "`vllm_url` in .* is 'http://h:2/v1'"),
+        ({"gateway": True, "gateway_args": {"environment_key_file": "k"}}, "has `environment_key_file`"),
+        ({ENVIRONMENTS: {"vllm-2": {"command": "x"}}}, "cannot be the name"),
         ({"gateway": True, "gateway_args": {"key-file": "k"}}, "`gateway_args` in .* has `key_file`"),
         ({"agents": {"first": {"command": "x"}}}, "`first` in .* is an environment and an agent"),
         ({"agents": {"gateway": {"command": "x"}}}, "`agents.gateway` of .* cannot be the name"),
@@ -284,7 +291,7 @@ def test_a_gateway_is_started_where_there_are_agents_with_what_it_shares_with_th
     # The gateway does not know the rewards of a whole batch.
     assert flags_of(command) == {
         **{"--servers": VLLM, "--api_url": API, "--host": "127.0.0.1", "--port": "1234"},
-        **{"--key_file": "r/gateway.key", "--temperature": "0.7"},
+        **{"--key_file": "r/gateway.key", "--environment_key_file": "r/environment.key", "--temperature": "0.7"},
     }
     assert agent_env(config, "http://g", "k") == {
         **{"TRL_ATROPOS_GATEWAY_URL": "http://g", "TRL_ATROPOS_GATEWAY_KEY": "k"},
@@ -295,6 +302,33 @@ def test_a_gateway_is_started_where_there_are_agents_with_what_it_shares_with_th
     flags = flags_of(build_gateway_command(config, 1234, API, VLLM))
     assert (flags["--max_rollout_tokens"], flags["--group_size"], flags["--temperature"]) == ("64", "2", "1.5")
     assert agent_env(config, "http://g", "k")["TRL_ATROPOS_GROUP_SIZE"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"num_servers": 2}, ["vllm-1", "vllm-2"]),
+        ({"vllm_url": "http://a:1, http://b:2"}, ["vllm-1", "vllm-2"]),
+        ({}, ["vllm"]),
+    ],
+)
+def test_a_gateway_is_started_where_there_are_several_servers(
+    tmp_path: Path, change: dict[str, Any], names: list[str]
+) -> None:
+    config = load_launch_config(write(tmp_path / "l.yaml", {**FILE, **change}), {})
+    assert (config.has_gateway, config.server_names) == (len(names) > 1, names)
+    assert not load_launch_config(
+        write(tmp_path / "l.yaml", {**FILE, ENVIRONMENTS: "external", **change, "gateway": False}), {}
+    ).has_gateway
+
+
+def test_an_environment_gets_the_key_of_the_gateway_and_no_other_server_does() -> None:
+    config = LaunchConfig(**REQUIRED)
+    flags = flags_of(build_env_command(config, ENVIRONMENT, API, "http://g", "secret"))
+    assert (flags["--openai.base_url"], flags["--openai.api_key"]) == ("http://g/v1", "secret")
+    for given in ("--openai.base_url U", "--openai.base_url=U", "--openai.api_key own"):
+        command = build_env_command(config, EnvironmentConfig(f"python e.py serve {given}"), API, "http://g", "secret")
+        assert "secret" not in command
 
 
 def test_environments_of_a_launch_with_vllm_ask_vllm() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from gateway_agents import client
 from hypothesis import given
 from hypothesis import strategies as st
 from token_server import SGLangTokenServer, TokenServer
@@ -99,6 +100,33 @@ def test_no_other_route_of_a_server_can_be_reached(path: str):
     with TokenServer() as server:
         asyncio.run(run())
         assert server.requests == []
+
+
+def test_an_agent_behind_two_gateways_is_recorded_by_its_own():
+    async def run() -> None:
+        async with (
+            environment_of(server) as environment,
+            Gateway([environment.gateway.address], api_key=KEY) as inner,
+            inner.session() as session,
+        ):
+            messages: list[Any] = [{"role": "user", "content": "tell"}]
+            for is_streamed in (False, True):
+                async with client(session.base_url) as openai:
+                    asked = openai.chat.completions.create(model="m", messages=messages, stream=is_streamed)
+                    if is_streamed:
+                        texts = [chunk.choices[0].delta.content or "" async for chunk in await asked]
+                        assert "".join(texts) == "the second"
+                    else:
+                        text = (await asked).choices[0].message.content
+                        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "more"}]
+            session.reward = 1.0
+            (rollout,) = session.finished().rollouts
+            sampled = [*server.sampled_ids("yes"), server.end, *server.sampled_ids("the second"), server.end]
+            assert [label for label in rollout.masks if label != -100] == sampled
+
+    with TokenServer() as server:
+        server.replies = ["yes", "the second"]
+        asyncio.run(run())
 
 
 def test_nobody_generates_without_the_key_of_environments():

@@ -24,7 +24,10 @@ def add_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--model_name_or_path", help="hub id or directory of the model")
     parser.add_argument("--trainer_args", help="further arguments of the trainer, as one string")
     parser.add_argument("--api_url", help="root of an Atropos API that runs already; none is started then")
-    parser.add_argument("--vllm_url", help="root of an inference server that runs already; none is started then")
+    parser.add_argument(
+        "--vllm_url",
+        help="root of an inference server that runs already, or several with commas between them; none is started then",
+    )
     parser.add_argument(
         "--show_all_logs",
         action="store_true",

@@ -32,6 +32,9 @@ OPTIONS_OF_THE_TRAINER = {
 }
 """Option of the gateway -> the trainer's that says the same."""
 
+BASE_URL = "--openai.base_url"
+"""The flag of an environment that says where it generates."""
+
 AGENT_VARIABLES = ("TRL_ATROPOS_GATEWAY_URL", "TRL_ATROPOS_GATEWAY_KEY", "TRL_ATROPOS_GROUP_SIZE")
 
 
@@ -64,7 +67,7 @@ def build_server_command(config: LaunchConfig, port: int) -> list[str]:
 
 
 def build_gateway_command(config: LaunchConfig, port: int, api_url: str, vllm_url: str) -> list[str]:
-    """Return the command line of the gateway.
+    """Return the command line of the gateway; `vllm_url` has commas between several servers.
 
     What it shares with the trainer is the trainer's, as far as that is told, unless `gateway_args` say otherwise.
 
@@ -73,6 +76,7 @@ def build_gateway_command(config: LaunchConfig, port: int, api_url: str, vllm_ur
     """
     command = ["trl-atropos", "gateway", "--servers", vllm_url, "--api_url", api_url]
     command += ["--host", HOST, "--port", str(port), "--key_file", str(config.gateway_key_file)]
+    command += ["--environment_key_file", str(config.environment_key_file)]
     for name, value in gateway_arguments(config).items():
         command += [f"--{name}", str(value)]
     return command
@@ -101,18 +105,25 @@ def agent_env(config: LaunchConfig, gateway_url: str, key: str) -> dict[str, str
     return dict(zip(AGENT_VARIABLES, (gateway_url, key, str(group_size)), strict=True))
 
 
-def build_env_command(config: LaunchConfig, environment: EnvironmentConfig, api_url: str, vllm_url: str) -> list[str]:
-    """Return the command line of an environment. A flag that the user gave is not given again.
+def build_env_command(
+    config: LaunchConfig, environment: EnvironmentConfig, api_url: str, model_url: str, key: str | None = None
+) -> list[str]:
+    """Return the command line of an environment. A flag that the user gave is not given again, and `key` not to a server of the
+    user's own.
 
     The `--openai.*` flags reach an environment whose `config_init` returns a list with one server config. For a single
     object BaseEnv drops the address, and with several configs it refuses the flags.
     """
     command = shlex.split(environment.command)
-    return command + _missing_flags(command, env_flags(config, api_url, vllm_url))
+    if flag_value(command, BASE_URL) is not None:
+        key = None
+    return command + _missing_flags(command, env_flags(config, api_url, model_url, key))
 
 
-def env_flags(config: LaunchConfig, api_url: str, vllm_url: str) -> dict[str, str]:
-    """Return the flags that connect an environment to the run."""
+def env_flags(config: LaunchConfig, api_url: str, model_url: str, key: str | None = None) -> dict[str, str]:
+    """Return the flags that connect an environment to the run. `model_url` is that of the inference server, or of the gateway
+    with the `key` that it asks for.
+    """
     return {
         "--env.rollout_server_url": api_url,
         "--env.tokenizer_name": config.model_name_or_path,
@@ -120,10 +131,11 @@ def env_flags(config: LaunchConfig, api_url: str, vllm_url: str) -> dict[str, st
         # An environment leaves by itself once the API has formed `total_steps` batches, which is before the trainer has
         # trained them. The launcher ends it instead.
         "--env.total_steps": str(2**31 - 1),
-        "--openai.base_url": f"{vllm_url}/v1",
+        BASE_URL: f"{model_url}/v1",
         "--openai.model_name": config.model_name_or_path,
         "--openai.tokenizer_name": config.model_name_or_path,
         "--openai.server_type": config.server,
+        **({} if key is None else {"--openai.api_key": key}),
     }
 
 

@@ -44,6 +44,9 @@ PARTS = (API_PART, SERVER_PART, GATEWAY_PART, ENVIRONMENTS_PART, AGENTS_PART)
 RESERVED_NAMES = frozenset({"api", *SERVERS, GATEWAY_PART, "trainer", "launch", "combined"})
 """Names of the other processes and logs."""
 
+NUMBERED_SERVER = re.compile(rf"(?:{'|'.join(SERVERS)})-\d+")
+"""Names of servers where there are several."""
+
 EXAMPLE = "examples/configs/quickstart_launch.yaml"
 
 
@@ -64,11 +67,11 @@ class EnvironmentConfig:
 class LaunchConfig:
     """What one launch runs. docs/launch.md explains each key.
 
-    An `api_url` or `vllm_url` that is not None is a server that runs already. `server`, one of `SERVERS`, is the kind of
-    the inference server that is started, and `vllm_url`, `vllm_port` and `vllm_gpus` are those of either kind. `sglang_python` is the
+    An `api_url` or `vllm_url` that is not None is a server that runs already; `vllm_url` can name several, with commas between them.
+    `server`, one of `SERVERS`, is the kind of the `num_servers` inference servers that are started, and `vllm_url`, `vllm_port` and `vllm_gpus` are those of either kind. `sglang_python` is the
     interpreter that has SGLang, None for this one. Of what is started, a port of 0 is any free one. `environments` is empty and `trainer_command` is `EXTERNAL` where somebody else starts them.
-    `agents` reach the model through a gateway, which is started where there are agents, unless `gateway` says so or otherwise.
-    `gateway_args` are arguments of `trl-atropos gateway`.
+    `agents` and environments reach the model through a gateway, which is started where there are agents or several servers, unless
+    `gateway` says so or otherwise. `gateway_args` are arguments of `trl-atropos gateway`.
     `api` is one of `APIS`; with an `api_url` it is external. `startup_timeout_s` is in seconds, for the API and the inference server together.
     `on_exit` has values of `ON_EXITS` for some of `PARTS`. A part is started again at most `max_restarts` times within
     `restart_window_s` seconds.
@@ -83,6 +86,7 @@ class LaunchConfig:
     api: str = DURABLE_API
     api_url: str | None = None
     server: str = VLLM
+    num_servers: int = 1
     vllm_url: str | None = None
     api_port: int = 0
     vllm_port: int = 0
@@ -118,12 +122,33 @@ class LaunchConfig:
     @property
     def has_gateway(self) -> bool:
         """Whether the launch starts a gateway."""
-        return bool(self.agents) if self.gateway is None else self.gateway
+        return bool(self.agents) or self.has_several_servers if self.gateway is None else self.gateway
+
+    @property
+    def external_server_urls(self) -> list[str]:
+        """The inference servers that run already."""
+        return [] if self.vllm_url is None else [url.strip() for url in self.vllm_url.split(",")]
+
+    @property
+    def has_several_servers(self) -> bool:
+        """Whether there is more than one inference server, started or external."""
+        return max(self.num_servers, len(self.external_server_urls)) > 1
+
+    @property
+    def server_names(self) -> list[str]:
+        """Names of the inference servers, which are those of their logs."""
+        num_servers = len(self.external_server_urls) or self.num_servers
+        return [self.server] if num_servers == 1 else [f"{self.server}-{i}" for i in range(1, num_servers + 1)]
 
     @property
     def gateway_key_file(self) -> Path:
         """Holds the key of the gateway's control routes, which agents get."""
         return Path(self.run_dir) / "gateway.key"
+
+    @property
+    def environment_key_file(self) -> Path:
+        """Holds the key with which environments generate through the gateway."""
+        return Path(self.run_dir) / "environment.key"
 
     @property
     def server_env(self) -> dict[str, str]:
@@ -208,7 +233,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _environment(where: str, key: str, name: str, content: Any) -> EnvironmentConfig:
     where = f"`{key}.{name}` of {where}"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in RESERVED_NAMES:
+    is_taken = name in RESERVED_NAMES or NUMBERED_SERVER.fullmatch(name) is not None
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or is_taken:
         raise PreflightError(
             f"{where} cannot be the name of a process.",
             f"It names a log file beside {', '.join(sorted(RESERVED_NAMES))}.",
@@ -276,8 +302,9 @@ def _check_values(where: str, config: LaunchConfig) -> None:
     _check_server(where, config)
     _check_gateway(where, config)
     _check_exits(where, config)
-    for key in ("api_url", "vllm_url"):
-        _check_url(where, key, getattr(config, key))
+    _check_url(where, "api_url", config.api_url)
+    for url in config.external_server_urls:
+        _check_url(where, "vllm_url", url)
     for key in ("api_port", "vllm_port", "gateway_port"):
         if not 0 <= getattr(config, key) < 65536:
             raise PreflightError(
@@ -306,6 +333,12 @@ def _check_server(where: str, config: LaunchConfig) -> None:
             "It says which inference server is started, and which kind environments ask.",
             f"Choose one of: {', '.join(SERVERS)}.",
         )
+    if config.num_servers < 1 or (config.num_servers > 1 and (config.vllm_url is not None or config.vllm_port)):
+        raise PreflightError(
+            f"`num_servers` in {where} is {config.num_servers}, `vllm_url` is {config.vllm_url!r}, `vllm_port` is {config.vllm_port}.",
+            "It counts the inference servers that are started, each on a free port.",
+            "Set it to 1 or more; name servers that run already in `vllm_url`, with commas between them.",
+        )
     unused = [key for key in OTHER_SERVERS_KEYS[config.server] if getattr(config, key)]
     if unused:
         raise PreflightError(
@@ -328,6 +361,12 @@ def _check_gateway(where: str, config: LaunchConfig) -> None:
             "They reach the model through a gateway alone.",
             "Remove `gateway`, or make environments of them.",
         )
+    if config.environments and config.has_several_servers and not config.has_gateway:
+        raise PreflightError(
+            f"`gateway` in {where} is false, and there are several inference servers.",
+            "An environment of Atropos is given one, and the others would idle.",
+            "Remove `gateway`, or start the environments elsewhere.",
+        )
     twice = sorted(config.environments.keys() & config.agents.keys())
     if twice:
         raise PreflightError(
@@ -341,12 +380,12 @@ def _check_gateway(where: str, config: LaunchConfig) -> None:
             "It would be ignored.",
             "Remove it, name `agents`, or set `gateway` to true.",
         )
-    ours = {"servers", "api_url", "host", "port", "key_file"}
+    ours = {"servers", "api_url", "host", "port", "key_file", "environment_key_file"}
     given = sorted(ours & {name.replace("-", "_") for name in config.gateway_args})
     if given:
         raise PreflightError(
             f"`gateway_args` in {where} has {', '.join(f'`{name}`' for name in given)}.",
-            "The launch gives the gateway its addresses and its key.",
+            "The launch gives the gateway its addresses and its keys.",
             "Remove it; `gateway_port` chooses the port.",
         )
 

@@ -39,11 +39,14 @@ def visible_gpus() -> list[str]:
 def split_gpus(config: LaunchConfig) -> dict[str, dict[str, str]]:
     """Return the environment variables that give `vllm`, a server of either kind, and `trainer` their GPUs; empty if the file names no GPUs.
 
+    Several servers, `vllm-1` and so on, get equal shares of `vllm_gpus` in their order.
+
     The numbers of `vllm_gpus` and `trainer_gpus` count what this process sees: with `CUDA_VISIBLE_DEVICES=4,5`, GPU 1
     is the device 5.
 
     Raises:
-        PreflightError: What stands there is no number, a GPU that does not exist, or one that the other process has, too.
+        PreflightError: What stands there is no number, a GPU that does not exist, or one that the other process has, too; or the
+            servers cannot share theirs equally.
     """
     told = {
         name: _parse(name, gpus)
@@ -70,9 +73,26 @@ def split_gpus(config: LaunchConfig) -> dict[str, dict[str, str]]:
             )
     _check_overlap(config, told)
     return {
-        name.removesuffix("_gpus"): {"CUDA_VISIBLE_DEVICES": ",".join(visible[gpu] for gpu in gpus)}
-        for name, gpus in told.items()
+        name: {"CUDA_VISIBLE_DEVICES": ",".join(visible[gpu] for gpu in gpus)}
+        for name, gpus in _shares(config, told).items()
     }
+
+
+def _shares(config: LaunchConfig, told: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The GPUs of each process by its name."""
+    shares = {name.removesuffix("_gpus"): gpus for name, gpus in told.items()}
+    if config.num_servers == 1 or "vllm" not in shares:
+        return shares
+    of_servers = shares.pop("vllm")
+    size, num_left = divmod(len(of_servers), config.num_servers)
+    if num_left or not size:
+        raise PreflightError(
+            f"`vllm_gpus` names {len(of_servers)} GPUs for {config.num_servers} servers.",
+            "Each gets as many as the others, in the order of the list.",
+            "Name a multiple of `num_servers`, or start fewer servers.",
+        )
+    parts = [of_servers[start : start + size] for start in range(0, len(of_servers), size)]
+    return {**shares, **{f"vllm-{number}": part for number, part in enumerate(parts, 1)}}
 
 
 def _parse(name: str, gpus: str) -> list[int]:

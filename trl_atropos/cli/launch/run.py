@@ -88,20 +88,22 @@ def run_launch(config: LaunchConfig) -> dict[str, Any] | None:
     ):
         launch = _Launch(config, gpus, group, output)
         try:
-            api, server = launch.start_servers()
-            launch.ask_external_server(server.url)
+            api, servers = launch.start_servers()
+            launch.ask_external_servers()
             if not config.has_trainer:
-                launch.serve(api, server)
+                launch.serve(api, servers)
                 return None
-            before = launch.complete(server.url)
-            gateway = launch.start_gateway(api, server)
-            launch.start_environments(api, server)
-            launch.wait_for_trainer(launch.start_trainer(api.url, server.url), gateway, api)
+            # All of them hold the same policy.
+            first = servers[0]
+            before = launch.complete(first.url)
+            gateway = launch.start_gateway(api, servers)
+            launch.start_environments(api, servers, gateway)
+            launch.wait_for_trainer(launch.start_trainer(api.url, _urls(servers)), gateway, api)
             wall_s = output.elapsed_s()
             launch.read_gateway(gateway)
-            launch.wait_for_server(server)
-            after = launch.complete(server.url)
-            weight_version = _weight_version(server.url, config.server)
+            launch.wait_for_server(first)
+            after = launch.complete(first.url)
+            weight_version = _weight_version(first.url, first.name)
         finally:
             if group.names:
                 output.say("launch", f"ending {', '.join(group.names)}")
@@ -131,9 +133,9 @@ class _Launch:
         """How often each part was started again, by name; only those that were."""
         return self._supervisor.num_restarts
 
-    def start_servers(self) -> tuple[AnyService, AnyService]:
-        """Start the Atropos API and the inference server side by side, those of them that are not external; return when
-        both answer.
+    def start_servers(self) -> tuple[AnyService, list[AnyService]]:
+        """Start the Atropos API and the inference servers side by side, those of them that are not external; return when
+        all answer.
         """
         config = self._config
 
@@ -144,7 +146,7 @@ class _Launch:
             return build_server_command(config, port)
 
         api: AnyService
-        server: AnyService
+        servers: list[AnyService]
         if config.api_url is not None:
             api = ExternalService("api", config.api_url, "/")
         else:
@@ -155,33 +157,37 @@ class _Launch:
                 "api", "/", api_command, self._log_path("api"), env, self._group, self._output, config.api_port
             )
         if config.vllm_url is not None:
-            server = ExternalService(config.server, config.vllm_url, "/health")
+            urls = config.external_server_urls
+            servers = [
+                ExternalService(name, url, "/health") for name, url in zip(config.server_names, urls, strict=True)
+            ]
         else:
-            env = self._child_env({**self._gpus.get("vllm", {}), **config.server_env})
-            server = Service(
-                config.server,
-                "/health",
-                server_command,
-                self._log_path(config.server),
-                env,
-                self._group,
-                self._output,
-                config.vllm_port,
-                port_key="vllm_port",
-            )
-        wait_until_ready([api, server], config.startup_timeout_s, self._group, self._output)
-        for part, service in ((API_PART, api), (SERVER_PART, server)):
+            servers = [
+                Service(
+                    name,
+                    "/health",
+                    server_command,
+                    self._log_path(name),
+                    self._child_env({**self._gpus.get(name.replace(SGLANG, VLLM), {}), **config.server_env}),
+                    self._group,
+                    self._output,
+                    config.vllm_port,
+                    port_key="vllm_port",
+                )
+                for name in config.server_names
+            ]
+        wait_until_ready([api, *servers], config.startup_timeout_s, self._group, self._output)
+        for part, service in ((API_PART, api), *((SERVER_PART, server) for server in servers)):
             if isinstance(service, Service):
                 self._supervisor.add(service, config.on_exit_of(part))
-        return api, server
+        return api, servers
 
-    def ask_external_server(self, url: str) -> None:
-        """Find out which kind an inference server is that the launch did not start, so that environments are told."""
-        if self._config.vllm_url is None:
-            return
-        with ServerSession(url, COMPLETION_TIMEOUT_S, os.environ.get("VLLM_API_KEY"), kind=UNKNOWN) as session:
-            kind = SGLANG if find_kind(session, timeout_s=0.0) == SGLANG_KIND else VLLM
-        self._config = replace(self._config, server=kind)
+    def ask_external_servers(self) -> None:
+        """Find out which kind inference servers are that the launch did not start, so that environments are told."""
+        for url in self._config.external_server_urls:
+            with ServerSession(url, COMPLETION_TIMEOUT_S, os.environ.get("VLLM_API_KEY"), kind=UNKNOWN) as session:
+                kind = SGLANG if find_kind(session, timeout_s=0.0) == SGLANG_KIND else VLLM
+            self._config = replace(self._config, server=kind)
 
     def _keep_earlier_database(self) -> None:
         """Move the groups of an earlier run aside, as the trainer does with its journal; a run that resumes goes on with them."""
@@ -191,13 +197,14 @@ class _Launch:
             return
         self._output.say("launch", f"the database of an earlier run is now {set_aside(database, 'api-{}.db')}")
 
-    def start_gateway(self, api: AnyService, server: AnyService) -> Service | None:
-        """Start the gateway in front of the inference server, if there is to be one; return when it answers."""
+    def start_gateway(self, api: AnyService, servers: Sequence[AnyService]) -> Service | None:
+        """Start the gateway in front of the inference servers, if there is to be one; return when it answers."""
         config = self._config
         if not config.has_gateway:
             return None
-        _write_secret(config.gateway_key_file, secrets.token_urlsafe(24))
-        command = functools.partial(build_gateway_command, config, api_url=api.url, vllm_url=server.url)
+        for key_file in (config.gateway_key_file, config.environment_key_file):
+            _write_secret(key_file, secrets.token_urlsafe(24))
+        command = functools.partial(build_gateway_command, config, api_url=api.url, vllm_url=_urls(servers))
         gateway = Service(
             GATEWAY_PART,
             "/healthz",
@@ -209,7 +216,7 @@ class _Launch:
             config.gateway_port,
         )
         wait_until_ready([gateway], config.startup_timeout_s, self._group, self._output)
-        self._supervisor.add(gateway, config.on_exit_of(GATEWAY_PART), needs=[api, server])
+        self._supervisor.add(gateway, config.on_exit_of(GATEWAY_PART), needs=[api, *servers])
         return gateway
 
     def start_agents_in_time(self, gateway: Service | None, api: AnyService) -> None:
@@ -237,16 +244,27 @@ class _Launch:
         status = _request("GET", f"{gateway.url}/status", {}, GATEWAY_PART, key)
         self.of_gateway = {name: status[name] for name in summary.OF_GATEWAY}
 
-    def start_environments(self, api: AnyService, server: AnyService) -> None:
-        """Start the environments, which wait by themselves until the trainer has registered."""
-        for name, environment in self._config.environments.items():
-            command = build_env_command(self._config, environment, api.url, server.url)
+    def start_environments(self, api: AnyService, servers: Sequence[AnyService], gateway: Service | None) -> None:
+        """Start the environments, which wait by themselves until the trainer has registered. With a gateway that is all that they
+        see of the servers.
+        """
+        config = self._config
+        model = servers[0] if gateway is None else gateway
+        key = None if gateway is None else config.environment_key_file.read_text(encoding="utf-8")
+        for name, environment in config.environments.items():
+            command = build_env_command(config, environment, api.url, model.url, key)
             start = functools.partial(self._start, command=command, env=environment.env)
-            on_exit = environment.on_exit or self._config.on_exit_of(ENVIRONMENTS_PART)
-            self._start_copies(name, environment, start, on_exit, needs=[api, server])
-        if not self._config.environments and not self._config.agents:
-            flags = shlex.join(_flat(env_flags(self._config, api.url, server.url)))
-            self._output.say("launch", f"start the environments with: python ENVIRONMENT.py serve {flags}")
+            on_exit = environment.on_exit or config.on_exit_of(ENVIRONMENTS_PART)
+            self._start_copies(name, environment, start, on_exit, needs=[api, model])
+        if not config.environments and not config.agents:
+            flags = shlex.join(_flat(env_flags(config, api.url, model.url)))
+            # Read where it is needed: what is said here is in logs.
+            shown = (
+                ""
+                if gateway is None
+                else f' --openai.api_key "$(cat {shlex.quote(str(config.environment_key_file))})"'
+            )
+            self._output.say("launch", f"start the environments with: python ENVIRONMENT.py serve {flags}{shown}")
 
     def _start_copies(
         self,
@@ -288,11 +306,11 @@ class _Launch:
                 return
             time.sleep(POLL_S)
 
-    def serve(self, api: AnyService, server: AnyService) -> None:
+    def serve(self, api: AnyService, servers: Sequence[AnyService]) -> None:
         """Keep servers and environments running for a trainer that somebody else starts, until Ctrl-C."""
-        gateway = self.start_gateway(api, server)
-        self.start_environments(api, server)
-        flags = shlex.join(_flat(trainer_flags(self._config, api.url, server.url)))
+        gateway = self.start_gateway(api, servers)
+        self.start_environments(api, servers, gateway)
+        flags = shlex.join(_flat(trainer_flags(self._config, api.url, _urls(servers))))
         self._output.say("launch", f"start the trainer with: python TRAINER.py {flags}")
         self._output.say("launch", "the others run until Ctrl-C")
         self._output.wait_for("launch", "serving", only_on_terminal=True)
@@ -312,7 +330,7 @@ class _Launch:
         self._output.wait_for("launch", f"the server continues {len(prompts)} prompts")
         body = {"model": self._config.model_name_or_path, "prompt": prompts, **self._config.completion_args}
         key = os.environ.get("VLLM_API_KEY")
-        choices = _request("POST", f"{vllm_url}/v1/completions", body, self._config.server, key)["choices"]
+        choices = _request("POST", f"{vllm_url}/v1/completions", body, self._config.server_names[0], key)["choices"]
         texts = [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
         # The choices of the first prompt come first, then those of the second.
         num_each = len(texts) // len(prompts)
@@ -369,6 +387,11 @@ def _own_run_dir(run_dir: Path) -> Iterator[None]:
         for log in (run_dir / "logs").glob("*.log"):
             log.unlink()
         yield
+
+
+def _urls(servers: Sequence[AnyService]) -> str:
+    """Their addresses, as trainer and gateway take them."""
+    return ",".join(server.url for server in servers)
 
 
 def _flat(flags: Mapping[str, str]) -> list[str]:
