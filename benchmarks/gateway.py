@@ -1,12 +1,16 @@
 """What a gateway adds to generation: `trl-atropos gateway` in front of a stand-in server, and the stand-in alone.
 
-    python benchmarks/gateway.py [--num_sessions 64] [--num_turns 4] [--history_tokens 32000] [--generation_s 15]
+    python benchmarks/gateway.py [--num_sessions 64] [--num_turns 4] [--history_tokens 32000] [--generation_s 15] [--num_streams 100]
 
 Prints one JSON line a case and one with what is held against `LIMITS`. Gateway, server and clients are processes of their own on the same
 cores.
 
 `passing`: an environment's `/generate` with prompts of 512 tokens and answers of 128, straight and through the gateway: one client that asks
 one request after another of a server that answers at once, and 64 that ask a server that samples for a second.
+
+`streams`: one client that asks one chat request after another, with a message of 512 tokens, for a stream of an answer that is sampled in
+parts, straight and through the gateway: seconds to the first text, and between one part and the next. Straight is what vLLM's own chat
+completions would do: the same text from the same stand-in in one request.
 
 `sessions`: agents that begin with a message of `--history_tokens` tokens and go on for `--num_turns` turns, all at once, each from another
 moment of the first `--generation_s` seconds. The stand-in knows its answers by heart and sleeps so long in each generation; what a client
@@ -51,6 +55,8 @@ from trl_atropos.network import listening_socket  # noqa: E402
 
 HOST = "127.0.0.1"
 KEY = "benchmark"
+CHAT = "/v1/chat/completions"
+STREAM = b"stream"
 LETTERS = "bcdfgjkmpqvwxyz"
 """That no merge of the stand-in's tokenizer joins."""
 
@@ -59,15 +65,22 @@ NUM_ANSWER_TOKENS = 128
 NUM_SEQUENTIAL = 300
 NUM_CLIENTS = 64
 NUM_OF_A_CLIENT = 8
+NUM_PARTS = 8
+PART_S = 0.01
 SAMPLING_S = 1.0
 REPLY = LETTERS * 8
 LIMITS = {
     "passing_added_p50_ms": 2.0,
     "passing_rate_share": 0.97,
+    "first_text_added_p50_ms": 15.0,
     "turn_added_p50_ms": 15.0,
     "turn_added_p95_ms": 50.0,
     "bytes_per_token": 40.0,
 }
+
+
+def _event(values: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(values) + b"\n\n"
 
 
 class Server:
@@ -82,6 +95,9 @@ class Server:
         model = {"id": "policy", "max_model_len": max_model_len, "parent": None, "owned_by": "vllm"}
         self.models = json.dumps({"data": [model]}).encode()
         self.known: dict[bytes, bytes] = {}
+        self.tokens.replies = [lambda: [LETTERS] * NUM_PARTS]
+        self.parts = [_event(part) for part in self.tokens.parts({})]
+        self.chunks = [_event({"choices": [{"index": 0, "delta": {"content": LETTERS}}]})] * NUM_PARTS
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer."""
@@ -91,6 +107,9 @@ class Server:
             parts.append(message.get("body", b""))
             has_more = message.get("more_body", False)
         answer = await self._answer(scope["path"], b"".join(parts))
+        if answer == STREAM:
+            await self._stream(scope["path"], send)
+            return
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(answer)).encode())]
         await send({"type": "http.response.start", "status": 200 if answer else 404, "headers": headers})
         await send({"type": "http.response.body", "body": answer})
@@ -104,6 +123,8 @@ class Server:
         if path == "/sampling":
             self.sampling_s = float(body)
             return b"{}"
+        if path == CHAT or (path == GENERATE and msgspec.json.decode(body)["stream"]):
+            return STREAM
         if path not in (*ROUTES, DERENDER_TEXT, DETOKENIZE):
             return b""
         key = path.encode() + hashlib.blake2b(body).digest()
@@ -113,6 +134,16 @@ class Server:
         if path == GENERATE:
             await asyncio.sleep(self.generation_s)
         return self.known[key]
+
+    async def _stream(self, path: str, send: Any) -> None:
+        """Send the answer in parts, of which each takes `PART_S`."""
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+        )
+        for part in self.chunks if path == CHAT else self.parts:
+            await asyncio.sleep(PART_S)
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 
 def serve(generation_s: float, max_model_len: int, ports: Connection) -> None:
@@ -205,6 +236,47 @@ async def measure_passing(server_url: str, gateway_url: str) -> dict[str, float]
     }
 
 
+async def streamed(http: aiohttp.ClientSession, url: str, message: str) -> tuple[float, float]:
+    """Seconds of one streamed answer to its first text, and from there to the last, for each part."""
+    body = {"messages": [{"role": "user", "content": message}], "stream": True, "model": "policy"}
+    start = time.perf_counter()
+    came = []
+    async with http.post(f"{url}/chat/completions", json=body) as response:
+        async for line in response.content:
+            if LETTERS[-1].encode() in line.partition(b'"content":')[2]:
+                came.append(time.perf_counter())
+    if len(came) < 2:
+        raise RuntimeError(f"A stream was answered {response.status} with {len(came)} parts")
+    return came[0] - start, (came[-1] - came[0]) / (len(came) - 1)
+
+
+async def measure_streams(server_url: str, gateway_url: str, num_streams: int) -> dict[str, float]:
+    """Straight and through the gateway, in turn."""
+    rng = random.Random(0)
+    first: dict[str, list[float]] = {"straight": [], "through": []}
+    between: dict[str, list[float]] = {"straight": [], "through": []}
+    async with aiohttp.ClientSession() as http:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        async with http.post(f"{gateway_url}/session", json={"group": "streams"}, headers=headers) as response:
+            urls = {"straight": f"{server_url}/v1", "through": (await response.json())["base_url"]}
+        # Both learn what they ask for once.
+        for url in urls.values():
+            await streamed(http, url, "first")
+        for _ in range(num_streams):
+            message = "".join(rng.choices(LETTERS, k=NUM_PROMPT_TOKENS))
+            for name, url in urls.items():
+                to_first, to_next = await streamed(http, url, message)
+                first[name].append(to_first)
+                between[name].append(to_next)
+    p50_ms = {name: percentile_ms(times, 0.5) for name, times in first.items()}
+    return {
+        **{f"{name}_first_text_p50_ms": value for name, value in p50_ms.items()},
+        "first_text_added_p50_ms": round(p50_ms["through"] - p50_ms["straight"], 2),
+        "first_text_ratio": round(p50_ms["through"] / p50_ms["straight"], 3),
+        **{f"{name}_between_parts_p50_ms": percentile_ms(times, 0.5) for name, times in between.items()},
+    }
+
+
 async def measure_sessions(gateway_url: str, process: psutil.Process, args: argparse.Namespace) -> dict[str, float]:
     """Agents that talk at once."""
     first = "".join(random.Random(0).choices(LETTERS, k=args.history_tokens))
@@ -251,6 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_sessions", type=int, default=64)
     parser.add_argument("--num_turns", type=int, default=4)
+    parser.add_argument("--num_streams", type=int, default=100)
     parser.add_argument("--history_tokens", type=int, default=32_000)
     parser.add_argument("--generation_s", type=float, default=15.0)
     args = parser.parse_args()
@@ -261,7 +334,12 @@ def main() -> None:
         running_server(args.generation_s, max_model_len) as server_url,
         running_gateway(server_url, Path(name)) as (gateway_url, process),
     ):
-        for case in (measure_passing(server_url, gateway_url), measure_sessions(gateway_url, process, args)):
+        cases = (
+            measure_passing(server_url, gateway_url),
+            measure_sessions(gateway_url, process, args),
+            measure_streams(server_url, gateway_url, args.num_streams),
+        )
+        for case in cases:
             values = asyncio.run(case)
             print(json.dumps(values), flush=True)
             measured |= values

@@ -44,8 +44,10 @@ def test_a_restart_finds_the_whole_queue(tmp_path: Path) -> None:
 
 def test_sessions_and_environments_are_answered_through_a_gateway() -> None:
     arguments = ["--num_sessions", "3", "--num_turns", "2", "--history_tokens", "300", "--generation_s", "0.1"]
-    passing, sessions, held = run_benchmark("gateway.py", *arguments)
+    arguments += ["--num_streams", "3"]
+    passing, sessions, streams, held = run_benchmark("gateway.py", *arguments)
     assert passing["through_p50_ms"] > 0
     # One session more, in which the stand-in learns its answers.
     assert (sessions["num_turns"], sessions["spliced_share"]) == (8, 1.0)
-    assert all(name in passing | sessions for name in held.keys() - {"num_cpus"})
+    assert streams["through_first_text_p50_ms"] > 0 and streams["through_between_parts_p50_ms"] > 0
+    assert all(name in passing | sessions | streams for name in held.keys() - {"num_cpus"})
