@@ -203,7 +203,8 @@ class _Launch:
         if not config.has_gateway:
             return None
         for key_file in (config.gateway_key_file, config.environment_key_file):
-            _write_secret(key_file, secrets.token_urlsafe(24))
+            # Without signs: a value of a command line must not look like an option.
+            _write_secret(key_file, secrets.token_hex(24))
         command = functools.partial(build_gateway_command, config, api_url=api.url, vllm_url=_urls(servers))
         gateway = Service(
             GATEWAY_PART,
