@@ -28,13 +28,23 @@ from test_split_invariance import (
     policy,
     ragged_rollouts,
 )
-from transformers import Trainer
+from transformers import (
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Trainer,
+)
 
 from trl_atropos.data.micro_batches import deal_by_count, deal_by_tokens
 from trl_atropos.distributed import run_on_main_process
-from trl_atropos.errors import NonFiniteGradientError
+from trl_atropos.errors import NonFiniteGradientError, PreflightError
 from trl_atropos.loss.losses import LossFunction, LossInputs, LossOutputs
 from trl_atropos.policy.logprobs import MAX_LOGITS
+from trl_atropos.policy.plan import plan_forward
+from trl_atropos.policy.sequence_parallel import SequenceParallel
 from trl_atropos.trainer.atropos_trainer import AtroposTrainer
 from trl_atropos.trainer.callbacks import StepCallback
 from trl_atropos.weight_sync.client import AtroposVLLMClient
@@ -145,7 +155,8 @@ def run_case(
     Returns:
         `dict[str, Any]`: `weights`, those after training; `published`, the metrics of the publish; `change`, weights before minus weights after, divided by the learning rate: after a single step
         the gradient; `loss`, mean of the steps; `error`, of a run that [`NonFiniteGradientError`] ended; `items`, for
-        each call of `training_step` the number of rollouts of its micro-batches.
+        each call of `training_step` the number of rollouts of its micro-batches; `refusals`, where ranks share sequences,
+        why the models of `OF_PIECES` cannot.
     """
     descent = {"optim": "sgd", "learning_rate": case.learning_rate, "lr_scheduler_type": "constant"}
     run = {"max_steps": case.num_steps, "max_grad_norm": 0.0, "save_strategy": "no"}
@@ -169,6 +180,8 @@ def run_case(
     published = None if publish_url is None else publish(trainer, publish_url)
     # The publish left everything where it was.
     check_parallelism(trainer, parallelism)
+    sharing = trainer._sequence_parallel
+    refusals = {} if sharing is None else {name: why_not_in_pieces(name, sharing) for name in OF_PIECES}
     before, after = policy().state_dict(), whole_weights(trainer, parallelism)
     return {
         "weights": after,
@@ -177,6 +190,7 @@ def run_case(
         "loss": loss,
         "error": error,
         "items": [[len(micro_batch) for micro_batch in item] for item in items],
+        "refusals": refusals,
     }
 
 
@@ -194,6 +208,38 @@ def publish(trainer: AtroposTrainer, url: str) -> dict[str, float]:
     report = publisher.publish(trainer.accelerator.unwrap_model(trainer.model), 1)
     publisher.close()
     return report.metrics()
+
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+OF_PIECES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "everything before": (LlamaForCausalLM, LlamaConfig, {}),
+    "a window": (MistralForCausalLM, MistralConfig, {"sliding_window": 8}),
+    "a state": (Lfm2ForCausalLM, Lfm2Config, {"layer_types": ["conv", "full_attention"], "block_ff_dim": 64}),
+}
+"""What layers of a model attend to: model class, config class and options."""
+
+
+def why_not_in_pieces(name: str, sequence_parallel: SequenceParallel) -> str | None:
+    """What the check at start says of a model whose sequences ranks share; None if it takes them."""
+    model_class, config_class, options = OF_PIECES[name]
+    # DeepSpeed's attention knows the heads of the model that it came with.
+    sizes = {key: getattr(policy().config, key) for key in SIZES}
+    torch.manual_seed(0)
+    # Not by `_from_config`, which would cut the weights in pieces, too.
+    model = model_class(config_class(**sizes, **options, initializer_range=0.1, attn_implementation="sdpa"))
+    whole = {"max_length": 20, "dtype": torch.float32, "device": torch.device("cpu")}
+    try:
+        plan_forward(model, model, "padded", **whole, sequence_parallel=sequence_parallel)
+    except PreflightError as exc:
+        return exc.what
+    return None
 
 
 def deal(case: Case, rank: int) -> list[Any]:

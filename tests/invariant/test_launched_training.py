@@ -230,6 +230,21 @@ def test_a_loss_that_is_not_finite_stops_every_rank_before_any_weight_changes(re
     ]
 
 
+@pytest.mark.parametrize("launch", ["ulysses-zero2", "ulysses-zero3"])
+def test_models_that_pieces_of_a_sequence_would_change_are_refused(results_of, launch):
+    case = LAUNCHES[launch].cases[0]
+    for result in results_of(launch):
+        refusals = result[case]["refusals"]
+        refused = [name for name, why in refusals.items() if why is not None]
+        assert refused == ["a window", "a state"]
+        assert refusals["a window"].startswith(
+            "The model's sliding window of 8 tokens is shorter than max_length (20)"
+        )
+        assert refusals["a state"].startswith(
+            "A sequence whose pieces lie on 2 ranks gets other logprobs than the whole"
+        )
+
+
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_the_trained_policy_is_published_whole_and_proven(results_of, launch):
     """From DDP, ZeRO-2 and ZeRO-3 after real optimizer steps. In float32, so that equal means every bit."""

@@ -69,6 +69,7 @@ def make_forward(
         device=accelerator.device,
         autocast=accelerator.autocast,
         has_float32_head=has_float32_head,
+        sequence_parallel=sequence_parallel,
     )
     reference = None
     if needs_reference:

@@ -279,8 +279,15 @@ def _shift_left(values: Tensor, fill: float) -> Tensor:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module has the mode that it had before."""
+    with keeping_modes(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module has the mode (training or eval) that it had before."""
     were_training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
         yield
     finally:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..distributed import largest_over_ranks
 from ..errors import PreflightError
 from .layouts import lay_out, layout_inputs
 from .log_softmax import why_not_compiled
-from .logprobs import evaluating
+from .logprobs import evaluating, keeping_modes
 from .scoring import ForwardPlan, PolicyScorer
 from .tree_attention import (
     MIN_FLEX_LENGTH,
@@ -32,6 +33,8 @@ from .tree_attention import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .sequence_parallel import SequenceParallel
 
 
 logger = logging.getLogger(__name__)
@@ -83,6 +86,7 @@ def plan_forward(
     device: torch.device,
     autocast: Callable[[], Any] = nullcontext,
     has_float32_head: bool = False,
+    sequence_parallel: SequenceParallel | None = None,
 ) -> ForwardPlan:
     """Find the best way to make forward passes that gives the logprobs of each sequence run alone.
 
@@ -91,13 +95,14 @@ def plan_forward(
     `model` is the unwrapped model, with or without an adapter; `wrapped` is the model as it will be called.
     `requested` is `"auto"` or one of `layouts.LAYOUTS`. `max_length` is the longest rollout in tokens, prompt
     included. The forward computes in `dtype` on `device`; `autocast` is that of [`~policy.scoring.PolicyScorer`], and
-    `has_float32_head` that of [`~policy.scoring.ForwardPlan`].
+    `has_float32_head` that of [`~policy.scoring.ForwardPlan`]. With `sequence_parallel`, which takes padded rows only, a
+    sequence in pieces is compared, too.
 
     The `fallbacks` of the plan are logged as warnings.
 
     Raises:
-        PreflightError: the layout that was asked for gives other logprobs, or even padded rows do; or the head cannot
-            compute in float32.
+        PreflightError: the layout that was asked for gives other logprobs, or even padded rows or pieces do; or the head
+            cannot compute in float32.
     """
     if has_float32_head:
         _check_float32_head(model)
@@ -122,6 +127,8 @@ def plan_forward(
             scorer = PolicyScorer(model, padded, autocast)
             _check_long_neighbour(scorer, wrapped, max_length, device, padded_tolerance)
         tolerance = max(CHECK_TOLERANCE, eps, LAYOUT_TOLERANCE_RATIO * padded_difference)
+        if sequence_parallel is not None:
+            _check_pieces(comparison, padded, sequence_parallel, tolerance)
         for layout in ("tree", "packed", "padded") if requested == "auto" else (requested,):
             has_windows = comparison.takes_tree_attention
             reason = _cannot(layout, config, max_length, has_windows) or _needless(layout, config, requested, device)
@@ -178,6 +185,21 @@ class _Comparison:
         scorer = PolicyScorer(self.model, replace(plan, has_float32_head=self.has_float32_head), self.autocast)
         self.run_alone(length)
         return largest_over_ranks(_difference(scorer, self.wrapped, groups, self.alone[length], self.device))
+
+    def difference_in_pieces(self, plan: ForwardPlan, sequence_parallel: SequenceParallel, length: int) -> float:
+        """Mean |logprob difference| in nats of one sequence of up to `length` tokens that ranks share, the largest of all
+        ranks.
+        """
+        self.run_alone(length)
+        plan = replace(plan, has_float32_head=self.has_float32_head)
+        scorer = PolicyScorer(self.model, plan, self.autocast, sequence_parallel)
+        # The first is the longest.
+        sequence = self._groups(length)[0][0]
+        alone = self.alone[length][: sequence.numel() - 1]
+        with keeping_modes(self.model):
+            for module in self.model.modules():
+                module.training = not isinstance(module, _DropoutNd)
+            return largest_over_ranks(_difference(scorer, self.wrapped, [[sequence]], alone, self.device))
 
     def run_alone(self, length: int) -> None:
         """Run each sequence of up to `length` tokens alone, unless that is done."""
@@ -273,6 +295,41 @@ def _check_padded(comparison: _Comparison, tolerance: float) -> tuple[ForwardPla
             "Set --per_device_train_batch_size 1, or another --attn_implementation.",
         )
     return ForwardPlan("padded", False), distance
+
+
+def _check_pieces(
+    comparison: _Comparison, plan: ForwardPlan, sequence_parallel: SequenceParallel, tolerance: float
+) -> None:
+    """Refuse a model that computes something else of pieces of a sequence than of the whole; collective.
+
+    DeepSpeed's attention puts the pieces together; other layers see their rank's piece only. It leaves masks out, in evaluation, too,
+    so that the comparison would not show a window that a kernel takes from a mask.
+    """
+    config, max_length = comparison.config, comparison.max_length
+    window = _short_window(config, max_length)
+    if window is not None and (window[0] in ROW_COUNTS or "flash" not in config._attn_implementation):
+        name, size = window
+        raise PreflightError(
+            f"The model's {_in_words(name)} of {size} tokens is shorter than max_length ({max_length}), and "
+            f"{sequence_parallel.size} ranks share a sequence.",
+            f"DeepSpeed's attention leaves masks out, and with {config._attn_implementation} this model has it in the mask.",
+            f"Lower --max_length to {size}, or take `parallelism_config` out of the accelerate configuration.",
+        )
+    if getattr(config, "attention_dropout", 0.0):
+        logger.warning(
+            "Pieces of sequences are not compared with whole ones, because the model has attention_dropout."
+        )
+        return
+    length = CHECK_LENGTH + (0 if window is None else window[1])
+    distance = comparison.difference_in_pieces(plan, sequence_parallel, length)
+    if not distance <= tolerance:
+        raise PreflightError(
+            f"A sequence whose pieces lie on {sequence_parallel.size} ranks gets other logprobs than the whole: mean difference "
+            f"{distance:.2g} nats with {length} tokens.",
+            "Layers of this model carry a state from token to token, or look at neighbours otherwise than by attention: each rank "
+            "has only its piece of them.",
+            "Take `parallelism_config` out of the accelerate configuration; --max_length shortens what one device holds.",
+        )
 
 
 def _check_float32_head(model: PreTrainedModel) -> None:
