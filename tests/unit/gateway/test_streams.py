@@ -222,6 +222,14 @@ def test_a_message_that_is_not_what_was_shown_is_kept_as_shown_and_the_next_ones
         run(server, agent)
 
 
+async def at_home(session: GatewaySession, first: TokenServer, second: TokenServer) -> tuple[TokenServer, TokenServer]:
+    """Ask once; return the server that answers for a session, and the other one."""
+    await ask(session.base_url, [user("tell")])
+    home = session.recorded.affinity.server
+    assert home is not None
+    return (first, second) if home.url == first.url else (second, first)
+
+
 class TestBrokenOff:
     @pytest.mark.parametrize("asking", ASKINGS)
     def test_nothing_is_recorded_of_what_a_client_left(self, asking: Asking):
@@ -269,10 +277,7 @@ class TestBrokenOff:
 
         async def held() -> None:
             async with gateway_of(first, second) as gateway, Clients() as clients, gateway.session() as session:
-                await ask(session.base_url, [user("tell")])
-                home = session.recorded.affinity.server
-                assert home is not None
-                dead, other = (first, second) if home.url == first.url else (second, first)
+                dead, other = await at_home(session, first, second)
                 dead.replies, other.replies = [lambda: dying(dead)], ["whole"]
                 seen = []
                 with pytest.raises((openai.APIError, anthropic.APIError), match="broke an answer off") as caught:
@@ -297,10 +302,7 @@ class TestBrokenOff:
 
         async def held() -> None:
             async with gateway_of(first, second) as gateway, Clients() as clients, gateway.session() as session:
-                await ask(session.base_url, [user("tell")])
-                home = session.recorded.affinity.server
-                assert home is not None
-                dead, other = (first, second) if home.url == first.url else (second, first)
+                dead, other = await at_home(session, first, second)
                 dead.replies, other.replies = [lambda: dying(dead)], ["whole"]
                 assert "".join([text async for text in chat(session, clients)]) == "whole"
                 assert (len(session.recorded.turns), gateway.servers.num_moves) == (2, 1)
