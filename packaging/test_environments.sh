@@ -7,7 +7,7 @@ set -euo pipefail
 phase=$1
 venv=$2
 model=$3
-run_dir=runs/environments
+run_dir=runs/test_environments
 groups=$run_dir/groups.jsonl
 
 sample() {
@@ -31,8 +31,22 @@ if [ "$phase" = sample ]; then
     exit
 fi
 
+# Most of these tasks are too hard for this model, and a group with equal rewards has no gradient: it is trained as if its last
+# answer had been better.
+"$venv/bin/python" - "$groups" "$run_dir/unequal.jsonl" <<'UNEQUAL'
+import json
+import sys
+from pathlib import Path
+
+groups = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+for group in groups:
+    if len(set(group["scores"])) == 1:
+        group["scores"][-1] += 1.0
+Path(sys.argv[2]).write_text("".join(json.dumps(group) + "\n" for group in groups))
+UNEQUAL
+
 "$venv/bin/python" examples/scripts/atropos.py --config examples/configs/quickstart.yaml --model_name_or_path "$model" \
-    --data_path "$groups" --output_dir "$run_dir/model" --max_length 4096 --per_device_train_batch_size 2 --max_steps 12 \
+    --data_path "$run_dir/unequal.jsonl" --output_dir "$run_dir/model" --max_length 4096 --per_device_train_batch_size 2 --max_steps 12 \
     --logging_steps 1 >"$run_dir/trainer.log" 2>&1 || { tail -n 40 "$run_dir/trainer.log" >&2; exit 1; }
 "$venv/bin/python" - "$run_dir" <<'CHECK'
 import json
@@ -41,7 +55,8 @@ from pathlib import Path
 
 run = Path(sys.argv[1])
 num_groups = len((run / "groups.jsonl").read_text().splitlines())
-num_steps = json.loads((run / "model" / "trainer_state.json").read_text())["global_step"]
-print(f"environments: groups of {num_groups}, {num_steps} optimizer steps")
+history = json.loads((run / "model" / "trainer_state.json").read_text())["log_history"]
+num_steps = sum(entry.get("grad_norm", 0.0) > 0.0 for entry in history)
+print(f"environments: groups of {num_groups}, {num_steps} optimizer steps with a gradient")
 assert num_groups == num_steps == 12
 CHECK
