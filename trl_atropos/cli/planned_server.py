@@ -6,10 +6,11 @@ import functools
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ..checks.finding import Finding, Unread
 from ..checks.server import ServerConfigFacts, TrainerSide
@@ -110,9 +111,19 @@ def _same_of_both_kinds(launch: LaunchConfig, given: dict[str, Any], tokenizer_n
         "has_lora": "enable_lora" in given,
         "served_model": config if isinstance(config, Unread) else describe_model(config),
         "served_tokenizer": tokenizer if is_unread else tokenizer_facts(tokenizer),
-        "served_chat_ids": NOT_RUNNING if "chat_template" in given or is_unread else chat_ids(tokenizer),
+        "served_chat_ids": NOT_RUNNING if is_unread else _planned_chat_ids(tokenizer, given.get("chat_template")),
         "free_shared_memory_bytes": free_bytes(SEGMENT_DIR),
     }
+
+
+def _planned_chat_ids(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tuple[int, ...] | Unread | None:
+    """What the server will make of a conversation: by its `--chat-template`, where that is a file, or its tokenizer's."""
+    if template is None:
+        return chat_ids(tokenizer)
+    try:
+        return chat_ids(tokenizer, Path(template).read_text(encoding="utf-8"))
+    except OSError:
+        return Unread(f"`--chat-template {template}` is no file here.")
 
 
 def check_sglang(launch: LaunchConfig) -> Finding:

@@ -54,15 +54,19 @@ def read_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         return Unread(f"The tokenizer of {name} cannot be read here ({type(exc).__name__}: {reason}).")
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...] | Unread | None:
-    """Return the tokens of `CONVERSATION`; None without a chat template."""
-    if tokenizer.chat_template is None:
+def chat_ids(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> tuple[int, ...] | Unread | None:
+    """Return the tokens of `CONVERSATION`, by `template` or else the tokenizer's own; None without a chat template."""
+    if template is None and tokenizer.chat_template is None:
         return None
     from jinja2 import TemplateError
 
     try:
         # transformers 5 returns a dictionary otherwise.
-        return tuple(tokenizer.apply_chat_template(CONVERSATION, add_generation_prompt=True, return_dict=False))
+        return tuple(
+            tokenizer.apply_chat_template(
+                CONVERSATION, chat_template=template, add_generation_prompt=True, return_dict=False
+            )
+        )
     except (TemplateError, ValueError) as exc:
         return Unread(f"The chat template of {tokenizer.name_or_path} cannot be rendered: {exc}.")
 

@@ -291,6 +291,21 @@ def test_launch_file_is_checked_before_anything_is_started(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_template_that_the_server_will_be_told_is_compared_with_the_trainers(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(model)
+    (tmp_path / "same.jinja").write_text(tokenizer.chat_template)
+    (tmp_path / "other.jinja").write_text("user: {{ messages[0]['content'] }}")
+    for name, level in {"same": "ok", "other": "warning", "absent": "unknown"}.items():
+        told = {"max_model_len": 64, "chat-template": str(tmp_path / f"{name}.jinja")}
+        _, found = preflight(capsys, "-c", str(launch_file(tmp_path, model, vllm_args=told)))
+        assert found["chat_template"]["level"] == level
+    assert "absent.jinja` is no file here." in found["chat_template"]["what"]
+
+
 def test_every_trap_of_a_launch_file_is_found_at_once(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
