@@ -98,13 +98,16 @@ class CompletionsTable:
         return sorted(rows, key=lambda row: row["environment"])
 
     def _split(self, rollout: Rollout) -> tuple[Turns | str, Turns | str]:
-        """What the policy was asked and what it did: from its first turn, or its first trained token, on."""
+        """What the policy was asked and what it did: from its first trained turn, or its first trained token, on."""
+        is_trained = (rollout.labels != IGNORE_INDEX).tolist()
         turns = [_plain_turn(turn) for turn in rollout.messages or ()]
-        start = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), None)
-        if start is not None:
+        of_assistant = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if of_assistant:
+            # Examples in a prompt have turns of an assistant, too: as many as were sampled are its own, from the end.
+            num_sampled = sum(1 for is_sampled, _ in groupby(is_trained) if is_sampled)
+            start = of_assistant[-num_sampled if 0 < num_sampled <= len(of_assistant) else 0]
             return turns[:start], turns[start:]
         # Without one: an environment that only set `include_messages` sends all of its text as one turn of a user.
-        is_trained = (rollout.labels != IGNORE_INDEX).tolist()
         first = is_trained.index(True) if any(is_trained) else len(is_trained)
         ids = rollout.input_ids.tolist()
         return self._decode(ids[:first]), self._decode(ids[first:])

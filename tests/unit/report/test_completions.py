@@ -93,6 +93,20 @@ class TestFile:
         assert row["prompt"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
         assert row["completion"] == [{"role": "assistant", "content": "4"}, {"role": "user", "content": "Sure?"}]
 
+    def test_examples_in_a_prompt_are_no_completions(self, tokenizer, tmp_path, make_rollout):
+        example = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+        asked = [{"role": "user", "content": "2+2?"}]
+        answered = [
+            {"role": "assistant", "content": "add(2, 2)"},
+            {"role": "tool", "content": "4"},
+            {"role": "assistant", "content": "4"},
+        ]
+        texts = (("example ask ", False), ("call ", True), ("result ", False), ("answer", True))
+        rollout = make_rollout(*texts, messages=(*example, *asked, *answered))
+        table(tokenizer, tmp_path).log([RolloutGroup((rollout,), 0)], 1)
+        (row,) = rows(tmp_path, 1)
+        assert (row["prompt"], row["completion"]) == ([*example, *asked], answered)
+
     def test_turns_without_an_assistant_are_all_of_the_text_and_say_less_than_the_tokens(
         self, tokenizer, tmp_path, make_rollout
     ):
