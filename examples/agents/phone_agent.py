@@ -22,7 +22,7 @@ PHONE_BOOK = {
 }  # fmt: skip
 PARAMETERS = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 LOOK_UP = {"name": "look_up", "description": "Look up the number of a person.", "parameters": PARAMETERS}
-MAX_TURNS, MAX_TOKENS = 3, 40
+MAX_TURNS, MAX_TOKENS = 3, 36
 
 
 def question(name: str) -> dict[str, Any]:

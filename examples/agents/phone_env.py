@@ -1,4 +1,4 @@
-"""Train the model behind phone_agent.py: tasks, and what each conversation is worth. It needs a minute per ten steps on a CPU:
+"""Train the model behind phone_agent.py: tasks, and what each conversation is worth. On two CPU cores:
 
     trl-atropos launch -c examples/configs/launch_phone_agent.yaml
 
@@ -23,7 +23,7 @@ class PhoneAgent(AgentEnv):
     """One group per person: several conversations, each with its reward."""
 
     name = "phone-agent"
-    tasks = tuple(PHONE_BOOK)
+    tasks = tuple(PHONE_BOOK)[:20]  # the last four are left to be asked for afterwards
 
     async def setup(self) -> None:
         """Make the one client of all attempts, beside the gateway."""
