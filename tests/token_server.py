@@ -348,9 +348,9 @@ class SGLangTokenServer(TokenServer):
 
     def _separate_reasoning(self, body: dict[str, Any]) -> dict[str, Any]:
         assert body["reasoning_parser"] == "thoughts"
-        thoughts, is_parted, text = body["text"].removeprefix("<think>").partition("</think>")
-        if not is_parted:
-            thoughts, text = "", body["text"]
+        thoughts, text = "", body["text"]
+        if "<think>" in text:
+            thoughts, _, text = text.removeprefix("<think>").partition("</think>")
         return {"reasoning_text": thoughts.strip("\n"), "text": text.lstrip("\n")}
 
     def _parse_function_call(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ ARGUMENTS = {
     "mem-fraction-static": 0.3,
     "max-total-tokens": 8192,
     "context-length": 256,
+    "tool-call-parser": "qwen25",
+    "reasoning-parser": "qwen3",
 }
 """What a server on a CPU is started with, as `sglang_args` of a launch file has it."""
 

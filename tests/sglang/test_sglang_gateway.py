@@ -5,15 +5,17 @@ records is what the policy samples.
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import requests
 import torch
-from gateway_agents import ask, user
+from gateway_agents import ADD, CALL, ask, user
 from inference_server_contract import Served
 
 from trl_atropos import Gateway
 from trl_atropos.gateway.gateway import GatewaySession
+from trl_atropos.gateway.servers import DERENDER, Affinity
 from trl_atropos.gateway.turns import Turn
 
 
@@ -66,6 +68,7 @@ def test_a_conversation_is_recorded_token_by_token_through_publishes(served: Ser
 
 
 def test_the_prompt_is_that_of_the_servers_own_chat_completions(served: Served) -> None:
+    # Of few bytes, each of which is a token.
     add = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -78,6 +81,7 @@ def test_the_prompt_is_that_of_the_servers_own_chat_completions(served: Served) 
         answer = requests.post(
             f"{served.url}/v1/chat/completions", json={**asked, "model": str(served.model_dir)}, timeout=60
         )
+        assert answer.status_code == 200, answer.text
         (turn,) = asyncio.run(turns_of(served, asked))
         assert len(turn.added) == answer.json()["usage"]["prompt_tokens"]
         if not more:
@@ -93,3 +97,42 @@ async def turns_of(served: Served, asked: dict[str, Any]) -> list[Turn]:
         options = {name: value for name, value in asked.items() if name != "messages"}
         await ask(session.base_url, list(asked["messages"]), **options)
     return session.recorded.turns
+
+
+def test_what_was_sampled_is_parsed_by_the_parsers_of_the_server(served: Served) -> None:
+    """Replies that a model without a training never samples, as tokens."""
+
+    def ids_of(text: str) -> list[int]:
+        return served.tokenizer.encode(text, add_special_tokens=False)
+
+    async def parse(gateway: Gateway, text: str, prompt: str = "a:", **asked: Any) -> dict[str, Any]:
+        response = {
+            "request_id": "r",
+            "choices": [{"index": 0, "token_ids": ids_of(text)}],
+            "prompt_token_ids": ids_of(prompt),
+        }
+        body = {"stream": False, "generate_response": response, "chat_request": {"messages": [], **asked}}
+        answer = await gateway.servers.post(Affinity(), DERENDER, body)
+        return answer.values["choices"][0]["message"]
+
+    async def run() -> list[dict[str, Any]]:
+        async with Gateway([served.url]) as gateway:
+            call = "<think>so</think>Well.\n" + CALL.replace("<tool_call>", "<tool_call>\n").replace(
+                "</tool", "\n</tool"
+            )
+            return [
+                await parse(gateway, "plain"),
+                await parse(gateway, "<think>so</think>Well."),
+                await parse(gateway, "so</think>Well.", prompt="a:<think>\n"),
+                await parse(gateway, call, tools=[ADD]),
+                await parse(gateway, call, tools=[ADD], tool_choice="none"),
+            ]
+
+    plain, thoughtful, begun, calling, forbidden = asyncio.run(run())
+    assert plain == {"role": "assistant", "content": "plain"}
+    assert (thoughtful["reasoning"], thoughtful["content"]) == ("so", "Well.")
+    assert begun == thoughtful
+    (called,) = calling["tool_calls"]
+    assert called["function"]["name"] == "add" and json.loads(called["function"]["arguments"]) == {"a": 3}
+    assert calling["reasoning"] == "so" and calling["content"].strip() == "Well."
+    assert "tool_calls" not in forbidden and "<tool_call>" in forbidden["content"]

@@ -33,6 +33,12 @@ PARAMETERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_pe
 ALL_TOKENS = -1
 """SGLang's `top_k` for no limit, which is vLLM's 0."""
 
+THOUGHTS_BEGIN = "<think>"
+"""Written by a template that opens the thoughts by itself. Most parsers of SGLang look for it."""
+
+NUM_LAST_TOKENS = 16
+"""Of a prompt, in which that stands if it stands at its end, also where it is no token of its own."""
+
 Ask = Callable[[str, dict[str, Any]], Awaitable[Any]]
 """Asks a route of the server with a body and returns its JSON."""
 
@@ -102,7 +108,12 @@ class SGLangRoutes:
         text = await self._text(ask, choice["token_ids"], skip_special_tokens=not tools)
         message: dict[str, Any] = {"role": "assistant"}
         if self.reasoning_parser is not None:
-            separated = await ask(SEPARATE_REASONING, {"text": text, "reasoning_parser": self.reasoning_parser})
+            prompt_ids = body["generate_response"]["prompt_token_ids"][-NUM_LAST_TOKENS:]
+            prompt = await self._text(ask, prompt_ids, skip_special_tokens=False)
+            begun = THOUGHTS_BEGIN if prompt.rstrip().endswith(THOUGHTS_BEGIN) else ""
+            separated = await ask(
+                SEPARATE_REASONING, {"text": begun + text, "reasoning_parser": self.reasoning_parser}
+            )
             text = separated["text"] or ""
             if separated["reasoning_text"]:
                 message["reasoning"] = separated["reasoning_text"]

@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 from gateway_agents import ADD, CALL, ask, gateway_of, in_session, tool, user
-from token_server import Refused, SGLangTokenServer, TokenServer
+from token_server import CHATML, Refused, SGLangTokenServer, TokenServer
 
 from trl_atropos.errors import PreflightError
 from trl_atropos.gateway.gateway import Gateway, GatewaySession
@@ -32,7 +32,7 @@ async def converse(session: GatewaySession) -> list[Any]:
     return answers
 
 
-def recorded_by(server: TokenServer) -> tuple[list[Any], list[Any], dict[str, int]]:
+def recorded_by(server: TokenServer, replies: list[str]) -> tuple[list[Any], list[Any], dict[str, int]]:
     """What the agent saw, what was recorded, and what was counted as changed."""
     seen: list[Any] = []
 
@@ -40,7 +40,7 @@ def recorded_by(server: TokenServer) -> tuple[list[Any], list[Any], dict[str, in
         seen.extend(await converse(session))
 
     with server:
-        server.replies = list(REPLIES)
+        server.replies = list(replies)
         session, gateway = in_session(server, agent)
     told = [
         (answer.finish_reason, answer.message.content, [call.function for call in answer.message.tool_calls or []])
@@ -57,8 +57,16 @@ def recorded_by(server: TokenServer) -> tuple[list[Any], list[Any], dict[str, in
     return told, [turns, session.finished().rollouts], dict(gateway.counts.changed)
 
 
-def test_what_is_recorded_is_what_is_recorded_of_vllm():
-    of_vllm, of_sglang = recorded_by(TokenServer(parses_thoughts=True)), recorded_by(SGLangTokenServer())
+@pytest.mark.parametrize("opens_thoughts", [False, True])
+def test_what_is_recorded_is_what_is_recorded_of_vllm(opens_thoughts: bool):
+    template, replies = CHATML, list(REPLIES)
+    if opens_thoughts:
+        template = CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif")
+        replies[0] = replies[0].removeprefix("<think>")
+        # What is cut off in its thoughts has no text.
+        replies[1:] = ["</think>" + reply for reply in replies[1:]]
+    of_vllm = recorded_by(TokenServer(template, parses_thoughts=True), replies)
+    of_sglang = recorded_by(SGLangTokenServer(template), replies)
     assert of_sglang == of_vllm
     (turns, rollouts) = of_sglang[1]
     assert len(turns) == 4 and {rollout.policy_version for rollout in rollouts} == {3}
