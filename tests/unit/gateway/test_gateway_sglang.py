@@ -9,7 +9,7 @@ from typing import Any
 
 import openai
 import pytest
-from gateway_agents import ADD, CALL, ask, gateway_of, in_session, tool, user
+from gateway_agents import ADD, CALL, ask, client, gateway_of, in_session, tool, user
 from token_server import CHATML, Refused, SGLangTokenServer, TokenServer
 
 from trl_atropos.errors import PreflightError
@@ -91,6 +91,23 @@ def test_sampling_is_told_in_sglangs_words():
         **{"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0},
         **{"max_new_tokens": 7, "stop": ["x"], "no_stop_trim": True, "skip_special_tokens": False},
     }
+
+
+def test_a_streamed_answer_comes_whole():
+    server = SGLangTokenServer()
+    shown: list[str] = []
+
+    async def agent(session: GatewaySession) -> None:
+        async with client(session.base_url) as agent:
+            for _ in range(2):
+                stream = await agent.chat.completions.create(model="m", messages=[user("hi")], stream=True)
+                shown.append("".join([part.choices[0].delta.content or "" async for part in stream if part.choices]))
+
+    with server:
+        server.replies = ["hello there"] * 2
+        session, _ = in_session(server, agent)
+    assert shown == ["hello there"] * 2
+    assert [turn.message["content"] for turn in session.recorded.turns] == shown
 
 
 @pytest.mark.parametrize(
