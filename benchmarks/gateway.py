@@ -1,12 +1,15 @@
 """What a gateway adds to generation: `trl-atropos gateway` in front of a stand-in server, and the stand-in alone.
 
     python benchmarks/gateway.py [--num_sessions 64] [--num_turns 4] [--history_tokens 32000] [--generation_s 15] [--num_streams 100]
+        [--router "vllm-router --host 127.0.0.1 --worker-urls {server} --port {port} --prometheus-port {metrics_port}"]
+        [--router "smg launch --host 127.0.0.1 --worker-urls {server} --port {port} --prometheus-port {metrics_port}"]
 
 Prints one JSON line a case and one with what is held against `LIMITS`. Gateway, server and clients are processes of their own on the same
 cores.
 
-`passing`: an environment's `/generate` with prompts of 512 tokens and answers of 128, straight and through the gateway: one client that asks
-one request after another of a server that answers at once, and 64 that ask a server that samples for a second.
+`passing`: an environment's `/v1/completions` with prompts of 512 tokens and answers of 128, straight and through the gateway: one client that
+asks one request after another of a server that answers at once, and 64 that ask a server that samples for a second. Each `--router` is the
+command line of another proxy, which is measured beside the gateway, in turn with it; the gateway's own figures are those without a name.
 
 `streams`: one client that asks one chat request after another, with a message of 512 tokens, for a stream of an answer that is sampled in
 parts, straight and through the gateway: seconds to the first text, and between one part and the next. Straight is what vLLM's own chat
@@ -27,13 +30,14 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -56,6 +60,7 @@ from trl_atropos.network import listening_socket  # noqa: E402
 HOST = "127.0.0.1"
 KEY = "benchmark"
 CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
 STREAM = b"stream"
 LETTERS = "bcdfgjkmpqvwxyz"
 """That no merge of the stand-in's tokenizer joins."""
@@ -68,6 +73,7 @@ NUM_OF_A_CLIENT = 8
 NUM_PARTS = 8
 PART_S = 0.01
 SAMPLING_S = 1.0
+ROUTER_START_S = 60.0
 REPLY = LETTERS * 8
 LIMITS = {
     "passing_added_p50_ms": 2.0,
@@ -90,8 +96,10 @@ class Server:
         self.tokens = TokenServer(max_model_len=max_model_len)
         self.generation_s = generation_s
         self.sampling_s = 0.0
-        content = [[{str(number % 500): -1.25}] for number in range(NUM_ANSWER_TOKENS)]
-        self.passed = json.dumps({"logprobs": [content], "finish_reasons": ["stop"]}).encode()
+        tokens = [f"token_id:{number % 500}" for number in range(NUM_ANSWER_TOKENS)]
+        logprobs = {"tokens": tokens, "token_logprobs": [-1.25] * NUM_ANSWER_TOKENS}
+        choice = {"index": 0, "text": REPLY, "logprobs": logprobs, "finish_reason": "stop"}
+        self.passed = json.dumps({"object": "text_completion", "model": "policy", "choices": [choice]}).encode()
         model = {"id": "policy", "max_model_len": max_model_len, "parent": None, "owned_by": "vllm"}
         self.models = json.dumps({"data": [model]}).encode()
         self.known: dict[bytes, bytes] = {}
@@ -117,7 +125,9 @@ class Server:
     async def _answer(self, path: str, body: bytes) -> bytes:
         if path == "/v1/models":
             return self.models
-        if path == "/generate":
+        if path == "/health":
+            return b"{}"
+        if path == COMPLETIONS:
             await asyncio.sleep(self.sampling_s)
             return self.passed
         if path == "/sampling":
@@ -191,6 +201,38 @@ def running_gateway(server_url: str, directory: Path) -> Iterator[tuple[str, psu
         process.wait(timeout=30)
 
 
+@contextmanager
+def running_router(command: str, server_url: str, directory: Path) -> Iterator[tuple[str, str]]:
+    """Name and URL of another proxy, once a request goes through it."""
+    with listening_socket(HOST, 0, backlog=1) as first, listening_socket(HOST, 0, backlog=1) as second:
+        port, metrics_port = (listener.getsockname()[1] for listener in (first, second))
+    arguments = shlex.split(command.format(server=server_url, port=port, metrics_port=metrics_port))
+    name, url = Path(arguments[0]).name.replace("-", "_"), f"http://{HOST}:{port}"
+
+    async def is_ready() -> bool:
+        async with aiohttp.ClientSession() as http:
+            try:
+                await passed(http, url, [1])
+            except (aiohttp.ClientError, RuntimeError):
+                return False
+            return True
+
+    log_file = directory / f"{name}.log"
+    with log_file.open("w") as log:
+        process = subprocess.Popen(arguments, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + ROUTER_START_S
+        while not asyncio.run(is_ready()):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command} does not pass requests on: {log_file.read_text()[-2000:]}")
+            time.sleep(0.2)
+        yield name, url
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
 def percentile_ms(values: Sequence[float], share: float) -> float:
     """A percentile of seconds, in milliseconds."""
     return round(1000 * sorted(values)[min(int(share * len(values)), len(values) - 1)], 2)
@@ -198,19 +240,20 @@ def percentile_ms(values: Sequence[float], share: float) -> float:
 
 async def passed(http: aiohttp.ClientSession, url: str, prompt: list[int]) -> float:
     """Seconds of one request of an environment."""
-    body = {"prompt": {"prompt_token_ids": prompt}, "max_tokens": NUM_ANSWER_TOKENS}
+    # As text: smg takes no token ids.
+    body = {"model": "policy", "prompt": " ".join(map(str, prompt)), "max_tokens": NUM_ANSWER_TOKENS, "logprobs": 1}
     start = time.perf_counter()
-    async with http.post(f"{url}/generate", json=body, headers={"Authorization": f"Bearer {KEY}"}) as response:
+    async with http.post(f"{url}{COMPLETIONS}", json=body, headers={"Authorization": f"Bearer {KEY}"}) as response:
         content = await response.read()
     if response.status != 200:
-        raise RuntimeError(f"/generate answered {response.status}: {content[:300]!r}")
+        raise RuntimeError(f"{COMPLETIONS} of {url} answered {response.status}: {content[:300]!r}")
     return time.perf_counter() - start
 
 
-async def measure_passing(server_url: str, gateway_url: str) -> dict[str, float]:
-    """Straight and through the gateway, in turn."""
+async def measure_passing(server_url: str, proxies: dict[str, str]) -> dict[str, float]:
+    """Straight and through each proxy, in turn; `proxies` are URLs by what goes before their figures."""
     rng = random.Random(0)
-    one_by_one: dict[str, list[float]] = {server_url: [], gateway_url: []}
+    one_by_one: dict[str, list[float]] = {url: [] for url in (server_url, *proxies.values())}
     seconds: dict[str, float] = {}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         for _ in range(NUM_SEQUENTIAL):
@@ -223,17 +266,19 @@ async def measure_passing(server_url: str, gateway_url: str) -> dict[str, float]
             for _ in range(NUM_OF_A_CLIENT):
                 await passed(http, url, [rng.randrange(150_000) for _ in range(NUM_PROMPT_TOKENS)])
 
-        for url in (server_url, gateway_url):
+        for url in one_by_one:
             start = time.perf_counter()
             await asyncio.gather(*(client(url) for _ in range(NUM_CLIENTS)))
             seconds[url] = time.perf_counter() - start
     p50_ms = {url: percentile_ms(times, 0.5) for url, times in one_by_one.items()}
-    return {
-        "straight_p50_ms": p50_ms[server_url],
-        "through_p50_ms": p50_ms[gateway_url],
-        "passing_added_p50_ms": round(p50_ms[gateway_url] - p50_ms[server_url], 2),
-        "passing_rate_share": round(seconds[server_url] / seconds[gateway_url], 3),
-    }
+    values = {"straight_p50_ms": p50_ms[server_url]}
+    for name, url in proxies.items():
+        values |= {
+            f"{name}through_p50_ms": p50_ms[url],
+            f"{name}passing_added_p50_ms": round(p50_ms[url] - p50_ms[server_url], 2),
+            f"{name}passing_rate_share": round(seconds[server_url] / seconds[url], 3),
+        }
+    return values
 
 
 async def streamed(http: aiohttp.ClientSession, url: str, message: str) -> tuple[float, float]:
@@ -326,6 +371,13 @@ def main() -> None:
     parser.add_argument("--num_streams", type=int, default=100)
     parser.add_argument("--history_tokens", type=int, default=32_000)
     parser.add_argument("--generation_s", type=float, default=15.0)
+    parser.add_argument(
+        "--router",
+        action="append",
+        default=[],
+        metavar="COMMAND",
+        help="another proxy, with {server}, {port} and {metrics_port}",
+    )
     args = parser.parse_args()
     measured: dict[str, float] = {}
     max_model_len = 2 * args.history_tokens + 4096
@@ -333,9 +385,14 @@ def main() -> None:
         tempfile.TemporaryDirectory() as name,
         running_server(args.generation_s, max_model_len) as server_url,
         running_gateway(server_url, Path(name)) as (gateway_url, process),
+        ExitStack() as stack,
     ):
+        proxies = {"": gateway_url}
+        for command in args.router:
+            router, url = stack.enter_context(running_router(command, server_url, Path(name)))
+            proxies[f"{router}_"] = url
         cases = (
-            measure_passing(server_url, gateway_url),
+            measure_passing(server_url, proxies),
             measure_sessions(gateway_url, process, args),
             measure_streams(server_url, gateway_url, args.num_streams),
         )
