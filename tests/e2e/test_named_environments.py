@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import requests
 import torch
+import yaml
 from fork_server import ForkedProcess
 from gateway_agents import ADD, AGENTS, ChatAgent, Clients, MessagesAgent, ResponsesAgent, ask, client, user
 from live_api import ApiProcess
@@ -27,6 +28,7 @@ from trl_atropos import Gateway
 from trl_atropos.envs.ecosystems import ECOSYSTEMS
 from trl_atropos.gateway.gateway import GatewaySession
 from trl_atropos.gateway.groups import SessionRollout
+from trl_atropos.wire.journal import Journal
 
 
 GROUP_SIZE = 4
@@ -304,3 +306,34 @@ def test_an_agent_as_an_environment_posts_what_was_sampled(model, vllm_url, tmp_
         for position, label in enumerate(masks):
             expected = 1.0 if label == -100 else computed[position - 1, label].item()
             assert abs(logprobs[position] - expected) < MAX_TURN_LOGPROB_ERROR
+
+
+# The last test: it publishes to the server.
+def test_two_ecosystems_are_trained_in_one_launch_with_metrics_of_their_own(model, vllm_url, tmp_path):
+    launch = yaml.safe_load((ROOT / "examples" / "configs" / "launch_environments.yaml").read_text())
+    for row in launch["environments"].values():
+        # This model knows no answer, and every group has equal rewards.
+        row["command"] += " --env.ensure_scores_are_not_same false --env.group_size 4 --env.max_token_length 1024"
+        # Half of each batch is promised to each, or the faster one might fill the few steps.
+        row["command"] += " --env.max_turns 2 --env.max_turn_tokens 8 --env.min_batch_allocation 0.5"
+    launch["trainer_command"] = launch["trainer_command"].replace("512", "1024")
+    path = tmp_path / "launch.yaml"
+    path.write_text(yaml.safe_dump(launch))
+    command = [
+        *(sys.executable, "-m", "trl_atropos.cli.main", "launch", "-c", str(path), "--run_dir", str(tmp_path / "run")),
+        *("--model_name_or_path", str(model), "--vllm_url", vllm_url),
+        *("--trainer_args", "--max_steps 6 --logging_steps 1 --per_device_train_batch_size 8 --report_html false"),
+    ]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    history = json.loads((tmp_path / "run" / "model" / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in history if "loss" in entry]
+    shares = [[entry.get(f"env/env_{env_id}/batch_frac", 0.0) for env_id in range(2)] for entry in steps]
+    assert len(steps) == 6 and all(sum(of_step) == pytest.approx(1.0) for of_step in shares)
+    assert all(max(of_environment) > 0.0 for of_environment in zip(*shares, strict=True))
+    assert {"env/env_0/reward", "env/env_1/reward"} <= set().union(*steps)
+    batches = Journal(tmp_path / "run" / "model" / "journal").batches()
+    questions = {
+        group["env_id"]: group["messages"][0][0]["content"] for batch in batches for group in batch.raw_groups
+    }
+    assert sorted("guess" in question.lower() for question in questions.values()) == [False, True]
