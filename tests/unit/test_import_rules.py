@@ -37,7 +37,7 @@ IMPORTS_OF = {
     "trainer": {"wire", "policy", "loss", "weight_sync", "checks", "data", "report"},
     "api": set(),
     "envs": set(),
-    "gateway": {"api.http", "api.refusals", "serving.asgi", "serving.generate_endpoint"},
+    "gateway": {"api.http", "api.refusals", "serving.asgi", "serving.generate_endpoint", "wire.rollout_key"},
     "verl": {"wire", "policy", "loss", "weight_sync", "data", "trainer"},
     "cli": {"wire", "weight_sync", "checks", "report", "trainer", "api", "envs", "gateway"},
 }

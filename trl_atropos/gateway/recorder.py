@@ -18,6 +18,7 @@ from typing import Any
 from ..api.refusals import RequestRefused
 from ..network import POLICY_VERSION_HEADER
 from ..serving.generate_endpoint import FINAL_ONLY, NEUTRAL_SAMPLING_PARAMS, distribution_changes
+from ..wire.rollout_key import oldest_version
 from .chat import REFUSED_FIX, ChatRequest, refused, shown_message
 from .counts import GatewayCounts
 from .options import MASK, TEMPLATE, GatewayOptions
@@ -402,10 +403,4 @@ def _policy_version(answer: ServerAnswer, choice: dict[str, Any]) -> int | None:
     one, not of the one that the answer began with.
     """
     header = answer.headers.get(POLICY_VERSION_HEADER, "")
-    if header.isdecimal():
-        return int(header)
-    versions = [span["version"] for span in choice.get("weight_versions") or []]
-    # A server that was never published to labels its weights "default".
-    if not versions or not all(version.isdecimal() for version in versions):
-        return None
-    return min(map(int, versions))
+    return int(header) if header.isdecimal() else oldest_version(choice.get("weight_versions"))
