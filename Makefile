@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SGLANG_VENV := $(VENV)-sglang
 VERL_VENV := $(VENV)-verl
+AGENTS_VENV := $(VENV)-agents
 # Ecosystems that the pinned packages leave out.
 BESIDE := $(foreach name,verifiers gem reasoning-core,$(VENV)-$(name)/.installed)
 SMOLLM2 := .models/SmolLM2-135M-Instruct
@@ -17,7 +18,7 @@ ARGS ?=
 export ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart replay test test-environments test-sglang test-verl check types unit docs bench lock clean
+.PHONY: help install quickstart replay test test-agents test-environments test-sglang test-verl check types unit docs bench lock clean
 
 help: ## Show the targets.
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -62,6 +63,13 @@ test-sglang: $(SGLANG_VENV)/.installed ## Make .venv-sglang and run the tests on
 
 $(SGLANG_VENV)/.installed: requirements/sglang.txt packaging/install_beside.sh $(INSTALLED)
 	@packaging/install_beside.sh "$(VENV)" "$(SGLANG_VENV)" requirements/sglang.txt
+	@touch $@
+
+test-agents: $(AGENTS_VENV)/.installed ## Make .venv-agents and train on agents of the package index, as they are.
+	TRL_ATROPOS_AGENTS_PYTHON="$(abspath $(AGENTS_VENV))/bin/python" $(BIN)/pytest -q tests/agents $$ARGS
+
+$(AGENTS_VENV)/.installed: requirements/agents.txt packaging/install_apart.sh $(INSTALLED)
+	@packaging/install_apart.sh "$(VENV)" "$(AGENTS_VENV)" requirements/agents.txt agents
 	@touch $@
 
 test-verl: $(VERL_VENV)/.installed ## Make .venv-verl and run the tests of verl's trainer.

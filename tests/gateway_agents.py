@@ -8,12 +8,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
+import torch
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 from token_server import TokenServer
+from transformers import PreTrainedModel
 
 from trl_atropos.gateway.gateway import Gateway, GatewaySession
 from trl_atropos.gateway.options import GatewayOptions
+from trl_atropos.gateway.turns import Turn
 
 
 ADD = {
@@ -25,6 +29,8 @@ ADD = {
         "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
     },
 }
+MAX_LOGPROB_ERROR = 1e-3
+"""Nats between two sides that compute in float32, in another order."""
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 3}}</tool_call>'
 """With other white space than the template writes."""
 
@@ -210,6 +216,16 @@ def recorded(
         server.replies = replies
         session, gateway = in_session(server, agent, **options)
     return server, session, gateway
+
+
+def check_logprobs(turn: Turn, policy: PreTrainedModel) -> None:
+    """Its logprobs are those of the policy for its tokens, teacher forced."""
+    tokens = torch.tensor([turn.token_ids().tolist()])
+    with torch.no_grad():
+        logprobs = policy(tokens).logits[0].log_softmax(-1)
+    first = tokens.shape[1] - len(turn.sampled)
+    expected = [logprobs[first - 1 + i, token].item() for i, token in enumerate(turn.sampled)]
+    assert turn.logprobs.tolist() == pytest.approx(expected, abs=MAX_LOGPROB_ERROR)
 
 
 def user(text: str) -> dict[str, Any]:

@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from gateway_agents import AGENTS, Clients, ask, user
+from gateway_agents import AGENTS, Clients, ask, check_logprobs, user
 from publishing import Publishing, load
 from servers import VLLMServer, add_chat_template, save_tiny_model
 from transformers import PreTrainedModel
 
 from trl_atropos import Gateway
 from trl_atropos.gateway.gateway import GatewaySession
-from trl_atropos.gateway.turns import Turn
 
 
 NUM_SESSIONS = 16
@@ -30,8 +29,6 @@ KILLED_BEHIND = 4
 MAX_TOKENS = 2048
 MAX_TURNS = 40
 MAX_TURN_TOKENS = 16
-# Both sides compute in float32, in another order.
-MAX_LOGPROB_ERROR = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +99,6 @@ class Publisher(threading.Thread):
         for publishing in self.publishing:
             publishing.publish(policy, version)
         self.spans.append((start, time.monotonic()))
-
-
-def check_logprobs(turn: Turn, policy: PreTrainedModel) -> None:
-    """Its logprobs are those of the policy for its tokens, teacher forced."""
-    tokens = torch.tensor([turn.token_ids().tolist()])
-    with torch.no_grad():
-        logprobs = policy(tokens).logits[0].log_softmax(-1)
-    first = tokens.shape[1] - len(turn.sampled)
-    expected = [logprobs[first - 1 + i, token].item() for i, token in enumerate(turn.sampled)]
-    assert turn.logprobs.tolist() == pytest.approx(expected, abs=MAX_LOGPROB_ERROR)
 
 
 @pytest.mark.parametrize("kind", AGENTS)
