@@ -105,6 +105,8 @@ ALL_CASES = {**CASES, **CORRECTED_CASES}
 
 # The model is in float64; TRL takes the log-softmax in float32 nevertheless.
 RELATIVE_ERROR = 1e-6
+# The weight of a rollout is the exponential of a sum over its tokens, which makes that rounding larger, on some processors.
+VESPO_RELATIVE_ERROR = 4e-6
 
 
 @dataclass(frozen=True)
@@ -332,8 +334,9 @@ def test_loss_gradient_and_metrics_are_those_of_trl(name, make_trainer):
     theirs = result_of_trl(trainer, inputs)
     ours = result_of_ours(trainer.model, inputs, options)
 
-    assert ours.loss == pytest.approx(theirs.loss, rel=RELATIVE_ERROR, abs=RELATIVE_ERROR)
-    assert relative_difference(ours.gradient, theirs.gradient) < RELATIVE_ERROR
+    error = VESPO_RELATIVE_ERROR if options.loss_type == "vespo" else RELATIVE_ERROR
+    assert ours.loss == pytest.approx(theirs.loss, rel=error, abs=error)
+    assert relative_difference(ours.gradient, theirs.gradient) < error
     names = same_metrics(options)
     assert {name: ours.metrics[name] for name in names} == pytest.approx(
         {name: theirs.metrics[name] for name in names}, rel=1e-5, abs=1e-6
