@@ -34,8 +34,9 @@ def test_a_conversation_is_recorded_token_by_token_through_publishes(served: Ser
         async with gateway.session() as session:
             messages = [user(f"Tell me of {number}.")]
             for turn in range(NUM_TURNS):
-                # The first answers end at a text, so that what was sampled beyond it is seen.
-                await ask(session.base_url, messages, max_tokens=MAX_TURN_TOKENS, stop=["e"] if turn == 0 else None)
+                # The last answers may end at a text, so that what was sampled beyond it is seen. Nothing continues such an answer.
+                stop = ["e"] if turn == NUM_TURNS - 1 else None
+                await ask(session.base_url, messages, max_tokens=MAX_TURN_TOKENS, stop=stop)
                 messages.append(user("More."))
                 if number == 0 and turn == 1:
                     await asyncio.to_thread(served.publish, 31)

@@ -66,7 +66,8 @@ def test_launch_trains_on_environments_and_agents(content: dict[str, Any], tmp_p
     assert steps[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=0.05)
     groups = [group for batch in Journal(run_dir / "model" / "journal").batches() for group in batch.raw_groups]
     assert {len(group["tokens"]) for group in groups} == {8}
-    assert "shim policy_version" in (run_dir / "logs" / "capitals.log").read_text()
+    # The agents may be so quick that none of its groups is trained; test_sglang_rollouts.py trains an environment's.
+    assert "Registered as environment 0" in (run_dir / "logs" / "capitals.log").read_text()
     left = [process for process in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(process.info["cmdline"])]
     assert left == []
 
