@@ -173,6 +173,14 @@ class _Comparison:
         return self.model.config.get_text_config()
 
     @property
+    def length(self) -> int:
+        """Longest made-up sequence in tokens: beyond a window, too, because whether the layers say theirs shows in no shorter
+        one.
+        """
+        window = _short_window(self.config, self.max_length)
+        return CHECK_LENGTH + (0 if window is None else window[1])
+
+    @property
     def takes_tree_attention(self) -> bool:
         """Whether the model may be given attention of ours over trees."""
         implementation = self.config._attn_implementation
@@ -231,12 +239,10 @@ class _Comparison:
         if not self.takes_tree_attention:
             return self.refuses(plan, tolerance)
         register_tree_attention()
-        window = _short_window(self.config, self.max_length)
-        # Beyond a window, too: whether the layers say theirs shows in no shorter sequence.
-        length = CHECK_LENGTH + (0 if window is None else window[1])
+        window, length = _short_window(self.config, self.max_length), self.length
         implementation = TREE_SDPA if self.device.type == "cpu" else TREE_FLEX
         skipping = None
-        must_be_ours = window is not None or any(getattr(self.config, name, None) is not None for name in ROW_COUNTS)
+        must_be_ours = window is not None or _row_count(self.config) is not None
         # Otherwise, there is nothing to skip in the short rows of a GPU.
         if self.device.type == "cpu" or must_be_ours or self.max_length >= MIN_FLEX_LENGTH:
             # By the model's own attention.
@@ -320,7 +326,7 @@ def _check_pieces(
             "Pieces of sequences are not compared with whole ones, because the model has attention_dropout."
         )
         return
-    length = CHECK_LENGTH + (0 if window is None else window[1])
+    length = comparison.length
     distance = comparison.difference_in_pieces(plan, sequence_parallel, length)
     if not distance <= tolerance:
         raise PreflightError(
@@ -401,7 +407,7 @@ def _cannot(layout: str, config: Any, max_length: int, has_windows: bool) -> str
     """
     if layout == "padded":
         return None
-    counts = next((name for name in ROW_COUNTS if getattr(config, name, None) is not None), None)
+    counts = _row_count(config)
     if layout == "packed":
         return None if counts is None else f"layers of the model count {_in_words(counts)} from the start of a row"
     implementation = config._attn_implementation
@@ -421,6 +427,11 @@ def _cannot(layout: str, config: Any, max_length: int, has_windows: bool) -> str
             f"paths, not {implementation}"
         )
     return None
+
+
+def _row_count(config: Any) -> str | None:
+    """Which of `ROW_COUNTS` a model has; None if none."""
+    return next((name for name in ROW_COUNTS if getattr(config, name, None) is not None), None)
 
 
 def _short_window(config: Any, max_length: int) -> tuple[str, int] | None:
