@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 SECTIONS = {
     "environment": 60,
+    "server": 260,
+    "nccl": 200,
     "exactness": 200,
     "training": 120,
     "sharded": 120,

@@ -67,6 +67,8 @@ class Bench:
 
 
 def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 

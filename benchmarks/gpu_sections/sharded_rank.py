@@ -7,6 +7,7 @@ not sharded, quantised or adapted, and compares the two.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -34,10 +35,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def main(directory: Path, variant: str, device: torch.device) -> None:
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if device.type == "cuda" and torch.cuda.device_count() < num_ranks:
+        # All of them on the one card: read by accelerate and DeepSpeed, which would each take a card of its own.
+        os.environ["LOCAL_RANK"] = "0"
     bench = Bench("sharded", device, is_tiny=True)
     model = quantised(bench, directory / "base") if variant == "qlora" else None
     trainer = make_trainer(
-        bench, directory / "groups.jsonl", str(directory / "run"), model=model, **{"bf16": True, **VARIANTS[variant]}
+        bench,
+        directory / "groups.jsonl",
+        str(directory / "run"),
+        model=model,
+        # The same batch, whoever has a part of it.
+        per_device_train_batch_size=8 // num_ranks,
+        **{"bf16": True, **VARIANTS[variant]},
     )
     trainer.train()
     result = {**what_it_did(trainer), "distributed": str(trainer.accelerator.distributed_type)}

@@ -6,6 +6,7 @@ The first run is in float32 on this device; the first loss and gradient norm of 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -111,7 +112,10 @@ def make_trainer(
     **options: Any,
 ) -> AtroposTrainer:
     """A trainer of a small policy, or of `model`, on recorded groups that are written to `path`."""
-    path.write_text("".join(json.dumps(group(number, num_tokens)) + "\n" for number in range(NUM_STEPS)))
+    # Every rank writes the same, and none may read a part of it.
+    written = path.with_name(f"{path.name}.{os.getpid()}")
+    written.write_text("".join(json.dumps(group(number, num_tokens)) + "\n" for number in range(NUM_STEPS)))
+    written.replace(path)
     if model is None:
         model = small_policy(bench, attn_implementation=attention).to(dtype)
     args = AtroposConfig(

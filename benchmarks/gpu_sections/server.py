@@ -1,0 +1,66 @@
+"""A server on this device, beside the trainer: publishes over shared memory and gloo, and sleep mode, which lends memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .bench import Bench
+from .serving import EAGER, Server, change, generate, load_policy, make_publisher, measure, save_policy, serve
+
+
+SERVERS = {"shm": ("trl_atropos_shm", EAGER), "gloo": ("trl_atropos_gloo", EAGER)}
+
+GPU_SERVERS = {
+    "sleep": ("trl_atropos_shm", (*EAGER, "--enable-sleep-mode")),
+    # As `trl vllm-serve` runs by itself: what was captured in graphs has to read the weights that are published. The last,
+    # because it compiles.
+    "graphs": ("trl_atropos_shm", ()),
+}
+
+
+def run(bench: Bench) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        bench.report(skipped="needs vLLM")
+        return
+    with tempfile.TemporaryDirectory() as name:
+        model_dir = Path(name) / "model"
+        tokenizer = save_policy(bench, model_dir)
+        with serve(bench, model_dir, SERVERS | (GPU_SERVERS if bench.is_cuda else {})) as servers:
+            for name, server in servers.items():
+                if name == "sleep":
+                    bench.attempt(lambda s=server: sleeping(bench, s, model_dir, tokenizer), server=name)
+                else:
+                    measure(bench, name, server, model_dir, tokenizer)
+                server.kill()
+
+
+def sleeping(bench: Bench, server: Server, model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Three turns: the server sleeps, is woken by a publish, and generates."""
+    start = server.wait()
+    model = load_policy(bench, model_dir)
+    free: dict[str, list[float]] = {"asleep": [], "awake": []}
+    seconds: dict[str, list[float]] = {"sleep": [], "publish": []}
+    diffs = []
+    publisher = make_publisher(bench, server.url, model, tokenizer, vllm_enable_sleep_mode=True)
+    publisher.publish(model, 1)
+    for version in range(2, 5):
+        before = time.perf_counter()
+        publisher.sleep()
+        seconds["sleep"].append(time.perf_counter() - before)
+        free["asleep"].append(torch.cuda.mem_get_info()[0] / 1e9)
+        change(model, version)
+        report = publisher.publish(model, version)
+        assert report.probe is not None
+        seconds["publish"].append(report.total_s)
+        diffs.append(report.probe.mean_abs_diff)
+        free["awake"].append(torch.cuda.mem_get_info()[0] / 1e9)
+        generate(server, number=8)
+    publisher.close()
+    return {**start, "free_gb": free, "s": seconds, "mean_abs_logprob_diff": max(diffs)}

@@ -1,0 +1,70 @@
+"""Zeroes in a library what a card of one compute capability does not run, so that it packs into a fraction of its size.
+
+    python packaging/slim_fatbin.py SOURCE TARGET CAPABILITY     (90 for H100 and H200)
+
+The library keeps its layout: only machine code for other cards, and PTX wherever there is machine code for this one, become
+zeros.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+FATBIN_MAGIC = 0xBA55ED50
+FATBIN_HEADER = struct.Struct("<IHHQ")
+"""Magic, version, size of the header, size of the entries."""
+
+ENTRY_HEADER = struct.Struct("<HHIQ")
+"""Kind, version, size of the header, size of the code."""
+
+ARCH_OFFSET = 28
+PTX, ELF = 1, 2
+
+
+def main() -> None:
+    source, target, capability = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    data = bytearray(source.read_bytes())
+    for start, end in sections(source):
+        for entries in fatbins(data, start, end):
+            has_code = any((kind, arch) == (ELF, capability) for kind, arch, _, _ in entries)
+            for kind, arch, position, size in entries:
+                is_run = (kind, arch) == (ELF, capability) or (kind == PTX and arch <= capability and not has_code)
+                if not is_run:
+                    data[position : position + size] = bytes(size)
+    target.write_bytes(data)
+
+
+def sections(library: Path) -> Iterator[tuple[int, int]]:
+    """Start and end in the file of what holds code for cards."""
+    listed = subprocess.run(["readelf", "-S", "-W", library], capture_output=True, text=True, check=True).stdout
+    for found in re.finditer(r"nv_\w*fatbin\s+PROGBITS\s+\w+\s+(\w+)\s+(\w+)", listed):
+        start, size = (int(number, 16) for number in found.groups())
+        yield start, start + size
+
+
+def fatbins(data: bytearray, position: int, end: int) -> Iterator[list[tuple[int, int, int, int]]]:
+    """Of each collection of one program for several cards: kind, capability, position and size of every entry."""
+    while position < end:
+        magic, _, header_size, size = FATBIN_HEADER.unpack_from(data, position)
+        if magic != FATBIN_MAGIC:
+            # Collections are aligned.
+            position += 8
+            continue
+        entries, at, stop = [], position + header_size, position + header_size + size
+        while at < stop:
+            kind, _, entry_header_size, code_size = ENTRY_HEADER.unpack_from(data, at)
+            (arch,) = struct.unpack_from("<I", data, at + ARCH_OFFSET)
+            entries.append((kind, arch, at + entry_header_size, code_size))
+            at += entry_header_size + code_size
+        yield entries
+        position = stop
+
+
+if __name__ == "__main__":
+    main()
