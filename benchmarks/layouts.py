@@ -186,6 +186,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     parser.add_argument("--model", help="directory of a model; its vocabulary has at least 4,096 entries")
     args = parser.parse_args()
+    # A fork of a process whose OpenMP threads have worked would wait for them for ever.
+    torch.set_num_threads(1)
     lines = []
     for case in args.cases:
         lines.append(compare(case, args.threads, args.model))

@@ -20,6 +20,7 @@ A last line, `"mode": "load"`, streams from the server with 16 clients while the
     num_requests, num_failed     of the clients
     ttft_s, ttft_publish_s       median time to the first token of requests that met no publish, and of those that did
     ttft_publish_max_s           the longest of the latter
+    publish_s, paused_s          medians over the publishes
 
 Ratios: total_vs_floor = total_s / floor_s, paused_vs_copy = paused_s / (memcpy_s + load_s), and for the adapter total_vs_full,
 against the full publish over shared memory of the same run.
@@ -225,13 +226,13 @@ def measure_load(
     transport = make_transport(facts.backend, client, torch.device("cpu"), timeout_s=300)
     publisher = make_publisher(client, transport, facts.dtype, model, tokenizer)
     stop = threading.Event()
-    windows = []
+    windows, reports = [], []
     with ThreadPoolExecutor(max_workers=num_clients) as executor:
         futures = [executor.submit(stream_until, stop, url, client.model, seed) for seed in range(num_clients)]
         try:
             for version in range(num_publishes):
                 start = time.perf_counter()
-                publisher.publish(model, version)
+                reports.append(publisher.publish(model, version))
                 windows.append((start, time.perf_counter()))
                 # As long between publishes as in them.
                 time.sleep(windows[-1][1] - start)
@@ -253,6 +254,8 @@ def measure_load(
         "ttft_s": round(statistics.median(times[False]), 4),
         "ttft_publish_s": round(statistics.median(times[True]), 4),
         "ttft_publish_max_s": round(max(times[True]), 4),
+        "publish_s": round(statistics.median(report.total_s for report in reports), 4),
+        "paused_s": round(statistics.median(report.paused_s for report in reports), 4),
     }
 
 

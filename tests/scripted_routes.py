@@ -55,11 +55,11 @@ UNKNOWN_ROUTE = b'{"detail":"Not Found"}'
 class Segment:
     """Receives a policy through shared memory, as the worker of `trl_atropos_shm` does."""
 
-    def __init__(self, init_info: dict[str, Any]):
+    def __init__(self, init_info: dict[str, Any], why_not_beside: str):
         self.data_bytes = init_info["data_bytes"]
         with open(segment_path(init_info["segment"]), "r+b") as file:
             self.mapping = mmap.mmap(file.fileno(), 0)
-        self.report(WorkerReport(sequence=0, num_tensors=0, num_bytes=0, checksum=0))
+        self.report(WorkerReport(0, num_tensors=0, num_bytes=0, checksum=0, why_not_beside=why_not_beside))
 
     def load(self, update: dict[str, Any], model: torch.nn.Module) -> None:
         """Copy what the update names into the model, and report it."""
@@ -86,12 +86,14 @@ class State:
     weight_version: str = "default"
     is_paused: bool = False
     is_updating: bool = False
+    is_torn: bool = False
     is_initialised: bool = False
     asleep: set[str] = field(default_factory=set)
     adapters: dict[str, str] = field(default_factory=dict)
     routed_adapter: str | None = None
     segment: Segment | None = None
     unsent: set[str] = field(default_factory=set)
+    next_model: torch.nn.Module | None = None
 
 
 class ScriptedRoutes:
@@ -99,6 +101,8 @@ class ScriptedRoutes:
 
     def __init__(self, model: torch.nn.Module | None = None):
         self.model = model
+        # Of its worker; empty: it loads a policy beside the served one.
+        self.why_not_beside = "it holds its weights as a script does"
         self.offences: list[str] = []
         self.segment_names: set[str] = set()
         self.state = State()
@@ -141,7 +145,7 @@ class ScriptedRoutes:
 
     def _wait_for_weights(self, route: str) -> None:
         with self._changed:
-            if self.state.is_updating and not self.state.is_paused:
+            if self.state.is_torn and not self.state.is_paused:
                 self.offences.append(f"{route} while the model has no weights")
                 raise Refusal(500, "EngineCore encountered an issue. See stack trace (above) for the root cause.")
             self._changed.wait_for(lambda: not self.state.is_paused or self.ended.is_set(), MAX_WAIT_S)
@@ -169,7 +173,7 @@ class ScriptedRoutes:
         if self.state.asleep:
             self.offences.append("POST /resume while asleep")
         self.state.is_paused = False
-        if self.state.is_updating:
+        if self.state.is_torn:
             self.offences.append("POST /resume while the model has no weights")
         return {"status": "resumed"}
 
@@ -198,8 +202,9 @@ class ScriptedRoutes:
     def post_init_weight_transfer_engine(self, request: Request) -> Any:
         init_info = request.body["init_info"]
         self.segment_names.add(init_info.get("segment", ""))
-        self.state.segment = Segment(init_info) if "segment" in init_info else None
+        self.state.segment = Segment(init_info, self.why_not_beside) if "segment" in init_info else None
         self.state.is_initialised = True
+        self.state.next_model = None
         return {"message": "Weight transfer initialized"}
 
     def post_shutdown_weight_transfer_engine(self, request: Request) -> Any:
@@ -214,11 +219,13 @@ class ScriptedRoutes:
             raise WorkerError(
                 "start_weight_update called while a weight update is already active. Call finish_weight_update first."
             )
-        if not self.state.is_paused:
+        if not self.state.is_paused and self.why_not_beside:
             self.offences.append("POST /start_weight_update while requests are answered")
         if "weights" in self.state.asleep:
             self.offences.append("POST /start_weight_update while the weights sleep")
         self.state.is_updating = True
+        self.state.is_torn = bool(self.why_not_beside)
+        self.state.next_model = None
         self.state.unsent = set()
         return {"message": "Weight update started"}
 
@@ -229,6 +236,10 @@ class ScriptedRoutes:
         if not self.state.is_initialised:
             self.state.is_updating = False
             raise WorkerError("Call /init_weight_transfer_engine first.")
+        if update.get("is_beside"):
+            self.state.next_model = copy.deepcopy(self.model)
+        else:
+            self.state.is_torn = True
         self.load(update)
         return {"message": "Weights updated"}
 
@@ -237,7 +248,14 @@ class ScriptedRoutes:
             raise WorkerError("finish_weight_update called without a matching start_weight_update.")
         if self.state.unsent:
             raise WorkerError(f"{len(self.state.unsent)} parameters of the served model were not sent.")
-        self.state.is_updating = False
+        if self.state.next_model is None and not self.state.is_torn and not self.why_not_beside:
+            raise WorkerError("No parameter of the served model was sent.")
+        if not self.state.is_paused:
+            self.offences.append("POST /finish_weight_update while requests are answered")
+        if self.state.next_model is not None and self.model is not None:
+            self.model.load_state_dict(self.state.next_model.state_dict())
+        self.state.is_updating = self.state.is_torn = False
+        self.state.next_model = None
         if request.body and request.body.get("weight_version") is not None:
             self.state.weight_version = request.body["weight_version"]
         return {"message": "Weight update finished"}
@@ -287,6 +305,6 @@ class ScriptedRoutes:
     def _load(self, update: dict[str, Any]) -> None:
         if self.state.segment is None or self.model is None:
             return
-        self.state.segment.load(update, self.model)
+        self.state.segment.load(update, self.state.next_model or self.model)
         if update.get("is_complete", True):
             self.state.unsent = {name for name, _ in self.model.named_parameters()} - set(update["names"])

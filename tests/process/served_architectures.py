@@ -4,13 +4,16 @@ Usage: python served_architectures.py DIRECTORY NAME...
 
 A line has `name`, and either `error`, or the logprobs of the server at the `start` and after `again` (the same weights),
 `other` (weights of another seed) and `back` (those of the start), and the trainer's own for both, `start_trainer` and
-`other_trainer`: lists by sequence.
+`other_trainer`: lists by sequence. `why_not_beside` says why its policies are not loaded beside the served one; where it is
+empty, those of `other` and `back` were, and `meanwhile` are the logprobs of the server between the loading and the finish of
+`other`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import queue
 import sys
 import traceback
 from collections.abc import Callable
@@ -33,6 +36,7 @@ from vllm.model_executor.models import registry
 
 from trl_atropos.policy.rotary import pin_rotary_frequencies
 from trl_atropos.weight_sync.transports.layerwise_engine import LayerwiseEngine, LayerwiseUpdateInfo
+from trl_atropos.weight_sync.transports.reports import WorkerReport
 from trl_atropos.weight_sync.weights.source import PolicyWeights
 
 
@@ -82,6 +86,9 @@ PRELOADED = (vllm.v1.engine.core, vllm.v1.worker.cpu_worker)
 _SENT: dict[str, torch.Tensor] = {}
 """What the engine of this process is sent."""
 
+_REPORTS: queue.SimpleQueue[WorkerReport] = queue.SimpleQueue()
+"""What it answers."""
+
 
 @dataclass
 class NoInitInfo(WeightTransferInitInfo):
@@ -97,9 +104,14 @@ class MemoryEngine(LayerwiseEngine[NoInitInfo, LayerwiseUpdateInfo]):
     def connect(self, init_info: NoInitInfo) -> None:
         """Do nothing."""
 
-    def receive_weights(self, update_info: LayerwiseUpdateInfo) -> None:
+    def receive(self, update_info: LayerwiseUpdateInfo) -> WorkerReport:
         """Load all."""
         self.load(update_info, iter(_SENT.items()))
+        return WorkerReport(update_info.sequence, len(_SENT), 0, 0)
+
+    def report(self, report: WorkerReport) -> None:
+        """Put it where `publish` waits for it."""
+        _REPORTS.put(report)
 
     def shutdown(self) -> None:
         """Do nothing."""
@@ -142,8 +154,8 @@ def server_logprobs(server: LLM) -> list[list[float]]:
     ]
 
 
-def publish(server: LLM, model: PreTrainedModel) -> None:
-    """Send what a trainer sends."""
+def publish(server: LLM, model: PreTrainedModel, *, is_beside: bool) -> list[list[float]]:
+    """Send what a trainer sends, and return what the server answers meanwhile, if it does."""
     source = PolicyWeights(model, torch.bfloat16)
     specs = source.manifest()
     _SENT.clear()
@@ -154,6 +166,7 @@ def publish(server: LLM, model: PreTrainedModel) -> None:
             "update_info": {
                 "sequence": 1,
                 "is_complete": True,
+                "is_beside": is_beside,
                 "names": [spec.name for spec in specs],
                 "dtype_names": [str(spec.dtype).removeprefix("torch.") for spec in specs],
                 "shapes": [list(spec.shape) for spec in specs],
@@ -161,7 +174,12 @@ def publish(server: LLM, model: PreTrainedModel) -> None:
             }
         }
     )
+    report = _REPORTS.get(timeout=60)
+    if report.error:
+        raise RuntimeError(report.error)
+    meanwhile = server_logprobs(server) if is_beside else []
     server.finish_weight_update()
+    return meanwhile
 
 
 def serve(directory: Path, name: str) -> dict[str, Any]:
@@ -175,10 +193,18 @@ def serve(directory: Path, name: str) -> dict[str, Any]:
     )  # fmt: skip
     logprobs = {"start": server_logprobs(server)}
     server.init_weight_transfer_engine({"init_info": {}})
+    (why,) = server.collective_rpc(lambda worker: worker.weight_transfer_engine.why_not_beside())
     for moment, model in (("again", start), ("other", other), ("back", start)):
-        publish(server, model)
+        meanwhile = publish(server, model, is_beside=not why and moment != "again")
         logprobs[moment] = server_logprobs(server)
-    return {**logprobs, "start_trainer": trainer_logprobs(start), "other_trainer": trainer_logprobs(other)}
+        if moment == "other":
+            logprobs["meanwhile"] = meanwhile
+    return {
+        **logprobs,
+        "why_not_beside": why,
+        "start_trainer": trainer_logprobs(start),
+        "other_trainer": trainer_logprobs(other),
+    }
 
 
 def in_a_child(run: Callable[[], dict[str, Any]]) -> None:

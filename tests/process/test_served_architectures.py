@@ -55,6 +55,15 @@ def test_the_same_weights_change_no_logprob_and_others_arrive(served, family):
     assert mean_difference(logprobs["other"], logprobs["start"]) > 10 * NOISE
 
 
+def test_plain_layers_are_loaded_beside_those_that_serve(served):
+    whys = {family: served[family]["why_not_beside"] for family in FAMILIES}
+    assert [family for family, why in whys.items() if not why] == ["Gemma3", "Mistral", "Phi3"]
+    assert "holds its weights as" in whys["Mixtral"]
+    assert "computes with a view of its weights" in whys["FalconH1"]
+    for family in ("Gemma3", "Mistral", "Phi3"):
+        assert served[family]["meanwhile"] == served[family]["start"]
+
+
 def test_what_cannot_arrive_is_refused_when_a_trainer_connects(served):
     import torch
 

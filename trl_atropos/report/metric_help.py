@@ -158,8 +158,10 @@ METRICS: dict[str, str] = {
     "perf/weight_sync_merge_s": "Part of the publish that merges LoRA into the weights, in seconds.",
     "perf/weight_sync_stage_s": "Part of the publish that casts and copies weights before the pause, in seconds.",
     "perf/weight_sync_pause_s": "Part of the publish that freezes generation, in seconds.",
-    "perf/weight_sync_transfer_s": "Part of the publish that moves and loads the weights, in seconds.",
-    "perf/weight_sync_load_s": "Part of the transfer that the slowest worker spends in loading, in seconds.",
+    "perf/weight_sync_build_s": "Part of the publish that moves and loads the weights beside those that are served, in seconds.",
+    "perf/weight_sync_transfer_s": "Part of the publish that moves and loads the weights of a paused server, in seconds. 0: they were "
+    "loaded beside the served ones.",
+    "perf/weight_sync_load_s": "What of moving and loading the slowest worker spends in loading, in seconds.",
     "perf/weight_sync_finish_s": "Part of the publish that puts the weights in place, in seconds.",
     "perf/weight_sync_resume_s": "Part of the publish that lets requests run again, in seconds.",
     "perf/weight_sync_verify_s": "Part of the publish that reads back version and logprob probe, in seconds.",

@@ -39,7 +39,7 @@ class Plot:
     is_stacked: bool = False
 
 
-PHASES = ("gather", "merge", "stage", "pause", "transfer", "finish", "resume", "verify")
+PHASES = ("gather", "merge", "stage", "build", "pause", "transfer", "finish", "resume", "verify")
 REST = "rest_s"
 PLOTS = (
     Plot("reward", "Reward", "reward", {"reward": "mean of the step"}, "every run with --logging_steps 1 logs it"),

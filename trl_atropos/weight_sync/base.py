@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 
 if TYPE_CHECKING:
@@ -167,6 +167,24 @@ class WeightTransport(Protocol):
 
     def close(self) -> None:
         """Release everything on this side. Safe to call twice, and after a failure."""
+        ...
+
+
+@runtime_checkable
+class BuildsBeside(Protocol):
+    """A `WeightTransport` whose workers may load a policy beside the one that they serve, and only swap at the finish."""
+
+    @property
+    def can_build(self) -> bool:
+        """Whether the workers that are connected can: they have the memory, and know how the model holds its weights."""
+        ...
+
+    def build(self, specs: Sequence[TensorSpec]) -> TransferReport:
+        """As `send`, for a server that goes on serving. Returns when every worker has the policy ready.
+
+        Raises:
+            [`WeightSyncError`]: if one does not; the server has what it had.
+        """
         ...
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from .probe import ProbeResult
 
 
-PHASES = ("gather", "merge", "stage", "pause", "transfer", "load", "finish", "resume", "verify")
-"""In order of time; `load` is a part of `transfer`."""
+PHASES = ("gather", "merge", "stage", "build", "pause", "transfer", "load", "finish", "resume", "verify")
+"""In order of time; `load` is a part of `build`, or of `transfer`."""
 
 PAUSED_PHASES = ("pause", "transfer", "finish", "resume")
 """Between the first and the last of them the server does not generate."""
@@ -52,6 +52,7 @@ class PublishReport:
             "perf/weight_sync_gather_s": self.phase_s.get("gather", 0.0),
             "perf/weight_sync_merge_s": self.phase_s.get("merge", 0.0),
             "perf/weight_sync_stage_s": self.phase_s.get("stage", 0.0),
+            "perf/weight_sync_build_s": self.phase_s.get("build", 0.0),
             "perf/weight_sync_pause_s": self.phase_s.get("pause", 0.0),
             "perf/weight_sync_transfer_s": self.phase_s.get("transfer", 0.0),
             "perf/weight_sync_load_s": self.phase_s.get("load", 0.0),

@@ -2,7 +2,7 @@
 
     plan      connect to servers that are new or were restarted; which tensors
     stage     gather, merge, cast, copy          every server serves version v
-    deliver   per server: pause, transfer, finish, resume, verify (`server_link.py`)
+    deliver   per server: build and pause, or pause and transfer; finish, resume, verify (`server_link.py`)
 
 Only `stage` is collective, if the policy is sharded over ranks (`publisher.py`). What was staged stays staged, so that a server
 that fails in `deliver` can be given everything again without the other ranks.
@@ -151,8 +151,13 @@ class ServerGroup:
         link.prepare(specs)
         if not link.is_paused:
             link.phase_s = {}
+        if link.builds_beside:
+            transferred = link.build(specs)
             link.pause()
-        transferred = link.transfer(specs)
+        else:
+            if not link.is_paused:
+                link.pause()
+            transferred = link.transfer(specs)
         link.finish(version)
         link.resume()
         probe = link.verify(version, expected)

@@ -1,8 +1,9 @@
 """One server and the way to it: the states of a publish.
 
     idle          the server serves version v
+    building      start, move, load beside version v, which is served; where the workers can (`BuildsBeside`)
     paused        generation is frozen: requests in flight and new ones wait
-    transferring  start, move, load: the server has no complete weights
+    transferring  start, move, load: the server has no complete weights; where they were not built before
     finishing     put the weights in place and name them
     resuming      the server holds version v+1; the waiting requests run
     verified      version read back and logprobs compared; on disagreement the server is paused again
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import PublishConflictError, WeightSyncError, WeightSyncTimeout
-from .base import PolicyLayout, TensorSpec, TransferReport, WeightTransport
+from .base import BuildsBeside, PolicyLayout, TensorSpec, TransferReport, WeightTransport
 from .options import WeightSyncOptions
 from .probe import ProbeReference, ProbeResult, check_probe
 
@@ -40,6 +41,7 @@ SLEEP_LEVEL = 1
 
 SERVER_STATES = {
     "idle": "The server serves the previous policy.",
+    "building": "The server serves the previous policy.",
     "paused": "The server may be paused; it holds the previous policy.",
     "transferring": "The server is paused and holds no complete policy.",
     "finishing": "The server is paused and may hold no complete policy.",
@@ -51,8 +53,8 @@ SERVER_STATES = {
 class ServerLink:
     """Brings staged policies onto one server, which serves in `dtype`.
 
-    `state` is a key of `SERVER_STATES`, and `phase_s` holds the seconds of each phase of the last publish: pause,
-    transfer, load (a part of transfer), finish, resume, verify. `memory`, uint8, is where the policy is staged, and
+    `state` is a key of `SERVER_STATES`, and `phase_s` holds the seconds of each phase of the last publish: build, pause,
+    transfer, load (a part of build or transfer), finish, resume, verify. `memory`, uint8, is where the policy is staged, and
     None until `open`. `is_paused` says whether this link has frozen the server and not let it go on since. `version`
     is what this link published last, and None if the server does not hold a complete policy of this trainer.
     """
@@ -155,6 +157,21 @@ class ServerLink:
             self.client.pause(clear_cache=not self.options.vllm_keep_kv_cache)
         self.is_paused = True
 
+    @property
+    def builds_beside(self) -> bool:
+        """Whether the next policy can be built while the server serves: not if it is paused already, or asleep."""
+        is_served = not self.is_paused and not self.options.vllm_enable_sleep_mode
+        return is_served and isinstance(self.transport, BuildsBeside) and self.transport.can_build
+
+    def build(self, specs: Sequence[TensorSpec]) -> TransferReport:
+        """Move and load tensors beside the policy that is served."""
+        assert isinstance(self.transport, BuildsBeside)
+        with self._phase("build", "building"):
+            self.client.begin_weight_update()
+            report = self.transport.build(specs)
+        self._take(report)
+        return report
+
     def transfer(self, specs: Sequence[TensorSpec]) -> TransferReport:
         """Move and load tensors."""
         with self._phase("transfer", "transferring"):
@@ -162,13 +179,17 @@ class ServerLink:
             self.version = None
             self.client.begin_weight_update()
             report = self.transport.send(specs)
+        self._take(report)
+        return report
+
+    def _take(self, report: TransferReport) -> None:
         self._has_checksums = report.has_checksums
         self.phase_s["load"] = report.load_s
-        return report
 
     def finish(self, version: int) -> None:
         """Put the weights in place under a version."""
         with self._phase("finish", "finishing"):
+            self.version = None
             self.client.finish_weight_update(str(version))
 
     def resume(self) -> None:

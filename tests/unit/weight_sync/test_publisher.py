@@ -110,7 +110,8 @@ class TestOrder:
         perturb(model, seed=0, scale=0.01)
         report = publishing.publish(model, 3)
         assert report.num_bytes == 2 * sum(parameter.numel() for parameter in model.parameters())
-        assert set(report.phase_s) == set(PHASES)
+        # This server's worker loads while it is paused.
+        assert set(report.phase_s) == {*PHASES} - {"build"}
         assert report.paused_s < report.total_s
         metrics = report.metrics()
         assert metrics.keys() <= METRICS.keys()

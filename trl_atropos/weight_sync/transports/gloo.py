@@ -185,6 +185,7 @@ class GlooTransport(GroupTransport):
         update_info = {
             "sequence": self._sequence,
             "is_complete": len(specs) == len(layout.specs),
+            "is_beside": False,
             **describe_tensors(specs),
             "offsets": [layout.offsets[spec.name] - chunk.start for chunk in chunks for spec in chunk.specs],
             "chunk_num_tensors": [len(chunk.specs) for chunk in chunks],

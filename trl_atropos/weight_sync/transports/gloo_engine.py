@@ -73,8 +73,8 @@ class GlooEngine(LayerwiseEngine[GlooInitInfo, GlooUpdateInfo]):
             init_info.timeout_s,
         )
 
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Receive and load every announced tensor and leave a report in the trainer's store."""
+    def receive(self, update_info: GlooUpdateInfo) -> WorkerReport:
+        """Receive and load every announced tensor."""
         if self._group is None or self._store is None:
             raise RuntimeError("No trainer is connected. Call /init_weight_transfer_engine first.")
         start = time.perf_counter()
@@ -104,14 +104,18 @@ class GlooEngine(LayerwiseEngine[GlooInitInfo, GlooUpdateInfo]):
             # The trainer sees the connection end and stops to send.
             self.shutdown()
             raise
-        report = WorkerReport(
+        return WorkerReport(
             update_info.sequence,
             len(update_info.names),
             num_bytes,
             total % CHECKSUM_MODULUS,
             time.perf_counter() - start,
         )
-        self._store.set(report_key(update_info.sequence, self.worker), report.to_json().decode())
+
+    def report(self, report: WorkerReport) -> None:
+        """Leave a report in the trainer's store."""
+        assert self._store is not None
+        self._store.set(report_key(report.sequence, self.worker), report.to_json().decode())
 
     def shutdown(self) -> None:
         """Leave the trainer's group."""

@@ -1,21 +1,24 @@
 """What our vLLM worker engines share: a policy is loaded layer by layer, and half of one is never served.
 
-vLLM imports this file inside its workers. Between start and finish of an update every parameter lies on the meta
-device; vLLM collects what is loaded and puts a layer in place, prepacked, as soon as it is complete. A layer of which
-nothing is loaded gets its kernel tensors back at the end, a layer of which a part is loaded would be filled up with
-uninitialised memory.
+vLLM imports this file inside its workers. A policy is loaded in the place of the served one, or, `is_beside`, into a twin
+beside it (`twin.py`) while the server goes on. From the first tensor to the finish of the update every parameter of what is
+loaded lies on the meta device; vLLM collects what is loaded and puts a layer in place, prepacked, as soon as it is
+complete. A layer of which nothing is loaded gets its kernel tensors back at the end, a layer of which a part is loaded
+would be filled up with uninitialised memory.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import sys
+import threading
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -34,6 +37,11 @@ from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
+from .reports import WorkerReport
+from .twin import ModelTwin, loaded_modules, why_no_twin
+
+
+SWITCH_INTERVAL_S = 1e-4
 
 NUM_NAMED = 3
 """How many names an error lists."""
@@ -47,13 +55,15 @@ class LayerwiseUpdateInfo(WeightTransferUpdateInfo):
     """What a transfer carries, one entry per tensor and in loading order.
 
     `sequence` is the number of this transfer, repeated in the worker's report. `is_complete` says whether every
-    parameter of the served model is sent; if not, the modules that are not named stay. `names` are checkpoint names,
+    parameter of the served model is sent; if not, the modules that are not named stay. `is_beside` says that the server
+    goes on with its policy meanwhile, and takes the new one at the finish. `names` are checkpoint names,
     `dtype_names` are spelt like `"bfloat16"`, and `offsets` are the byte offsets of the tensors in the memory that
     they travel in.
     """
 
     sequence: int
     is_complete: bool
+    is_beside: bool
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
@@ -67,7 +77,7 @@ TUpdateInfo = TypeVar("TUpdateInfo", bound=LayerwiseUpdateInfo)
 class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
     """Base of engines that load whole tensors into vLLM's layerwise reload.
 
-    A subclass connects in `connect` and calls `load` from `receive_weights`.
+    A subclass connects in `connect`, calls `load` from `receive`, and brings what that returns to the trainer in `report`.
 
     One update takes one transfer; a second one replaces the first and so has to be complete. An update that a trainer
     left open is ended by the next one. A partial transfer needs a worker that holds a complete policy of the trainer
@@ -80,6 +90,14 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         super().__init__(*args, **kwargs)
         self._is_updating = False
         self._is_complete = False
+        # What is loaded into: the served model, or its twin; None until the first tensor of an update.
+        self._root: nn.Module | None = None
+        self._twin: ModelTwin | None = None
+        # Loads the twin, and ends with the error that has kept it from that.
+        self._builder: threading.Thread | None = None
+        self._build_error: BaseException | None = None
+        # Of the twin, once it is whole.
+        self._built: set[nn.Module] | None = None
         # Whether the model, outside of an update, is a complete policy of the connected trainer.
         self._has_policy = False
         self._expected: set[str] = set()
@@ -92,8 +110,8 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         self._copies_itself: bool | None = None
         # What computes with the experts of a layer, by the method that packs them.
         self._expert_kernels: dict[FusedMoEMethodBase, Any] = {}
-        # What a complete policy fills of the layers that are allocated larger than it.
-        self._padded_numel: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        # What a complete policy fills of the layers that are allocated larger than it, by the name of the layer.
+        self._padded_numel: dict[str, int] = {}
 
     @property
     def worker(self) -> int:
@@ -104,10 +122,18 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
 
     def init_transfer_engine(self, init_info: TInitInfo) -> None:
         """Connect to a trainer. A second call replaces the first: the trainer was restarted, or connects again."""
+        # Whatever was built was built for the trainer that was connected before.
+        self._drop_twin()
         self.shutdown()
         self._has_policy = False
         self._check_model()
         self.connect(init_info)
+
+    def why_not_beside(self) -> str:
+        """Why this worker cannot load a policy beside the served one; empty if it can."""
+        if self.parallel_config.pipeline_parallel_size > 1:
+            return "the server has pipeline stages"
+        return why_no_twin(self.model, self.device) or ""
 
     def _check_model(self) -> None:
         for name, module in self.model.named_modules():
@@ -122,18 +148,72 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         """Connect to a trainer. The engine is not connected when this is called."""
 
     def start_weight_update(self) -> None:
-        """Move the parameters to the meta device; from here to `finish_weight_update` the model cannot run."""
+        """Begin an update; the served model changes with the first tensor that is not loaded beside it."""
         if self._is_updating:
-            # An update that was never finished left some layers processed and others with half of their tensors
-            # buffered. Ending it gives every layer its kernel tensors, of which a complete policy replaces all.
-            finalize_layerwise_reload(self.model, self.model_config)
+            self._drop_twin()
+            if self._root is not None:
+                # An update that was never finished left some layers processed and others with half of their tensors
+                # buffered. Ending it gives every layer its kernel tensors, of which a complete policy replaces all.
+                finalize_layerwise_reload(self._root, self.model_config)
         self._is_updating = True
+        self._root = None
         # Asked before the move, which gives a tied parameter a tensor of its own that nobody will send.
         self._tied = _tied_names(self.model)
-        initialize_layerwise_reload(self.model)
-        self._set_expert_kernels_aside()
         self._expected = {_plain_name(name) for name, _ in self.model.named_parameters()} - self._tied.keys()
         self._loaded = set()
+
+    def receive_weights(self, update_info: TUpdateInfo) -> None:
+        """Receive and load what is announced, and report it. What is loaded beside the served policy is loaded on a thread of
+        its own: this returns at once, and the report says how it ended.
+        """
+        # An update that was left open has taken the served model apart: there is nothing beside which to load.
+        if not update_info.is_beside or self._root is self.model:
+            self.report(self.receive(update_info))
+            return
+        self._drop_twin()
+        self._builder = threading.Thread(
+            target=self._build, args=(update_info,), name="trl_atropos-next-policy", daemon=True
+        )
+        self._builder.start()
+
+    @abstractmethod
+    def receive(self, update_info: TUpdateInfo) -> WorkerReport:
+        """Receive and load every announced tensor, and return what is to be reported."""
+
+    @abstractmethod
+    def report(self, report: WorkerReport) -> None:
+        """Bring a report to the trainer."""
+
+    def _build(self, update_info: TUpdateInfo) -> None:
+        interval = sys.getswitchinterval()
+        try:
+            _use_every_core()
+            # The thread that serves asks for work without a pause: at the usual interval each of some thousand operations here
+            # would wait five milliseconds for the interpreter.
+            sys.setswitchinterval(SWITCH_INTERVAL_S)
+            if self.device.type != "cpu":
+                torch.cuda.set_device(self.device)
+            with torch.no_grad():
+                report = self.receive(update_info)
+                self._built = self._place()
+            if self.device.type != "cpu":
+                torch.cuda.current_stream().synchronize()
+        except BaseException as exc:
+            # The trainer is told, and the finish of the update is refused.
+            self._build_error = exc
+            report = WorkerReport(update_info.sequence, 0, 0, 0, error=f"{type(exc).__name__}: {exc}")
+        finally:
+            sys.setswitchinterval(interval)
+        self.report(report)
+
+    def _drop_twin(self) -> None:
+        """Wait for what is being built, and forget it."""
+        if self._builder is not None:
+            self._builder.join()
+        self._builder = self._build_error = self._built = None
+        if self._twin is not None:
+            self._twin = self._root = None
+            self._loaded = set()
 
     def load(self, update_info: TUpdateInfo, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load the tensors of a transfer, which come in the order of `update_info` and are kept until their layer is
@@ -146,15 +226,15 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
             self.start_weight_update()
         self._check_names(update_info)
         self._is_complete = update_info.is_complete
-        self._has_policy = False
+        root = self._begin(update_info)
         is_known = self._known.issuperset(update_info.names)
         recorder = None if is_known or not self._holds_all_layers() else ReadRecorder()
         if self.parallel_config.tensor_parallel_size > 1:
             weights = _with_own_biases(weights)
-        copies = None if self._copies_itself is False else DirectCopies(self.model)
+        copies = None if self._copies_itself is False else DirectCopies(root)
         with recorder or nullcontext(), copies or nullcontext():
             watched = iter(weights) if recorder is None else recorder.watch(weights)
-            self._loaded |= {_plain_name(name) for name in self.model.load_weights(watched) or ()}
+            self._loaded |= {_plain_name(name) for name in root.load_weights(watched) or ()}
         if copies is not None:
             self._copies_itself = self._copies_itself or copies.num_caught > 0
         if recorder is not None:
@@ -167,8 +247,41 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
                 )
             self._known |= set(update_info.names)
 
+    def _begin(self, update_info: LayerwiseUpdateInfo) -> Any:
+        """Move what is loaded into to the meta device, and return it: a `load_weights` and the parameters it fills."""
+        if update_info.is_beside and self._root is None:
+            self._twin = ModelTwin(self.model)
+            self._root = self._twin.root
+            initialize_layerwise_reload(self._root)
+        elif self._root is None:
+            # From here to the finish the model cannot run.
+            self._has_policy = False
+            self._root = self.model
+            initialize_layerwise_reload(self._root)
+            self._set_expert_kernels_aside()
+        return self._root
+
     def finish_weight_update(self) -> None:
         """Put the parameters back into the tensors that the compiled model runs on; refuse half a policy."""
+        if self._builder is not None:
+            self._builder.join()
+        if self._build_error is not None:
+            raise RuntimeError(
+                f"The next policy could not be built beside the served one: {self._build_error}. The served one stays, and the "
+                "weight update stays open."
+            ) from self._build_error
+        if self._twin is None:
+            self._place()
+        else:
+            assert self._built is not None
+            self._twin.swap(self._built)
+        self._drop_twin()
+        self._root = None
+        self._is_updating = False
+        self._has_policy = True
+
+    def _place(self) -> set[nn.Module]:
+        """Put what was loaded together, refusing half a policy, and return the modules of which something was loaded."""
         missing = sorted(self._expected - self._loaded) if self._is_complete or not self._loaded else []
         if missing:
             raise RuntimeError(
@@ -181,12 +294,13 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
                 f"{len(torn)} layers of the served model were sent in part, first {torn[:NUM_NAMED]}. The rest of them "
                 "would be uninitialised memory: the weight update stays open. Send every parameter of a module."
             )
-        finalize_layerwise_reload(self.model, self.model_config)
+        assert self._root is not None
+        loaded = loaded_modules(self._root)
+        finalize_layerwise_reload(self._root, self.model_config)
         self._restore_expert_kernels()
-        self._repack_tied_heads()
+        loaded.update(self._repack_tied_heads())
         self._refresh_convolutions()
-        self._is_updating = False
-        self._has_policy = True
+        return loaded
 
     def _check_names(self, update_info: LayerwiseUpdateInfo) -> None:
         names = set(update_info.names)
@@ -223,7 +337,8 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
 
     def _half_loaded_layers(self) -> list[str]:
         torn = []
-        for name, layer in self.model.named_modules():
+        assert self._root is not None
+        for name, layer in self._root.named_modules():
             info = get_layerwise_info(layer)
             if not info.can_load() or not 0 < info.load_numel < info.load_numel_total:
                 continue
@@ -231,8 +346,8 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
                 torn.append(name)
             elif self._is_complete:
                 # Allocated with padding, which no checkpoint fills.
-                self._padded_numel[layer] = info.load_numel
-            elif info.load_numel != self._padded_numel.get(layer):
+                self._padded_numel[name] = info.load_numel
+            elif info.load_numel != self._padded_numel.get(name):
                 torn.append(name)
         return torn
 
@@ -254,19 +369,22 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
                 method.moe_kernel = kernel
         self._expert_kernels = {}
 
-    def _repack_tied_heads(self) -> None:
+    def _repack_tied_heads(self) -> Iterator[nn.Module]:
         # vLLM's CPU backend prepacks the output head at load. A tied head owns no parameter, so the layerwise reload
         # never processes it and it would go on answering with the weights of the start.
-        for name, module in self.model.named_modules():
+        assert self._root is not None
+        for name, module in self._root.named_modules():
             if not isinstance(module, ParallelLMHead) or getattr(module, "cpu_linear", None) is None:
                 continue
             if self._tied.get(_plain_name(f"{name}.weight")) in self._loaded:
                 module.quant_method.process_weights_after_loading(module)
+                yield module
 
     def _refresh_convolutions(self) -> None:
         # Mamba layers compute with a view of the weight of their convolution. Where vLLM's CPU backend packs that weight, the
         # view is one of the tensor that it packed at load.
-        for module in self.model.modules():
+        assert self._root is not None
+        for module in self._root.modules():
             unpacked = getattr(getattr(module, "conv1d", None), "_cpu_unpacked_conv_weight", None)
             view = getattr(module, "conv_weights", None)
             if unpacked is not None and view is not None:
@@ -318,6 +436,12 @@ class DirectCopies(TorchDispatchMode):
         info.load_numel += tensor.numel()
         if info.load_numel >= info.load_numel_total:
             _layerwise_process(layer, info)
+
+
+def _use_every_core() -> None:
+    """Let this thread run where the process that started the worker may: vLLM binds the thread that serves to a core of its
+    own, which this one would share."""
+    os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
 
 
 def _with_own_biases(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,11 @@ CHECKSUM_MODULUS = 2**64
 WORD_BYTES = 8
 
 POLL_INTERVAL_S = 0.001
+
+CHECK_INTERVAL_S = 1.0
+
+MAX_ERROR_CHARS = 500
+"""Of which each may be six bytes of the slot of a report."""
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> int:
@@ -68,7 +73,8 @@ class WorkerReport:
 
     `sequence` is the number of the transfer. The worker loaded `num_tensors` tensors of together `num_bytes` bytes
     without padding; `checksum` is that of their bytes as they arrived. Loading took `load_s` seconds, over gloo with
-    the receiving.
+    the receiving. `error` says why it loaded nothing, and `why_not_beside`, in the report of a connection, why it cannot
+    load a policy beside the served one; both are empty otherwise.
     """
 
     sequence: int
@@ -76,10 +82,12 @@ class WorkerReport:
     num_bytes: int
     checksum: int
     load_s: float = 0.0
+    error: str = ""
+    why_not_beside: str = ""
 
     def to_json(self) -> bytes:
-        """The report as JSON in UTF-8, for the way back to the trainer."""
-        return json.dumps(asdict(self)).encode()
+        """The report as JSON in ASCII, for the way back to the trainer; it has room for the beginning of an error."""
+        return json.dumps(asdict(replace(self, error=self.error[:MAX_ERROR_CHARS]))).encode()
 
     @staticmethod
     def from_json(payload: bytes) -> WorkerReport | None:
@@ -99,7 +107,11 @@ def expected_report(sequence: int, specs: Sequence[TensorSpec], checksum: int) -
 
 
 def check_reports(
-    read: Callable[[int], WorkerReport | None], num_workers: int, expected: WorkerReport, timeout_s: float
+    read: Callable[[int], WorkerReport | None],
+    num_workers: int,
+    expected: WorkerReport,
+    timeout_s: float,
+    check_server: Callable[[], object] | None = None,
 ) -> TransferReport:
     """Collect the reports of all workers and compare them with what was sent.
 
@@ -107,12 +119,13 @@ def check_reports(
     vLLM's executor takes a worker's answer to the last request for its answer to this one.
 
     `read` returns the report of a worker, None if there is none yet. `timeout_s` is how long to wait for all of them,
-    in seconds.
+    in seconds. `check_server`, if given, raises an error if the server has ended; it is called about once a second.
 
     Raises:
         [`WeightSyncError`]: naming the first worker that reports anything else.
     """
     deadline = time.monotonic() + timeout_s
+    next_check = time.monotonic() + CHECK_INTERVAL_S
     sent = _identity(expected)
     load_s = 0.0
     for worker in range(num_workers):
@@ -120,6 +133,15 @@ def check_reports(
         while (report is None or report.sequence != expected.sequence) and time.monotonic() < deadline:
             time.sleep(POLL_INTERVAL_S)
             report = read(worker)
+            if check_server is not None and time.monotonic() > next_check:
+                check_server()
+                next_check = time.monotonic() + CHECK_INTERVAL_S
+        if report is not None and report.sequence == expected.sequence and report.error:
+            raise WeightSyncError(
+                f"Worker {worker} could not load the policy: {report.error}",
+                "What it says of it in full is in the server's log.",
+                "Restart the vLLM server if it does not take the next publish.",
+            )
         loaded = _identity(report) if report is not None else "nothing"
         if report is None or loaded != sent:
             raise WeightSyncError(

@@ -52,6 +52,7 @@ class SharedMemoryTransport:
         self._num_workers = 0
         self._sequence = 0
         self._checksum: int | None = None
+        self._why_not_beside = ""
 
     def open(self, client: InferenceServer, layout: PolicyLayout) -> torch.Tensor:
         """Create the segment, let every worker map it, then remove its name. See `WeightTransport.open`."""
@@ -80,8 +81,20 @@ class SharedMemoryTransport:
         layout, memory = self._require_layout(), self._memory()
         self._checksum = checksum(layout.view(memory, spec) for spec in specs)
 
+    @property
+    def can_build(self) -> bool:
+        """Whether every worker can. See `BuildsBeside.can_build`."""
+        return not self._why_not_beside
+
     def send(self, specs: Sequence[TensorSpec]) -> TransferReport:
         """Have every worker load tensors from the segment and check the reports. See `WeightTransport.send`."""
+        return self._send(specs, is_beside=False)
+
+    def build(self, specs: Sequence[TensorSpec]) -> TransferReport:
+        """Have every worker load tensors beside its policy. See `BuildsBeside.build`."""
+        return self._send(specs, is_beside=True)
+
+    def _send(self, specs: Sequence[TensorSpec], *, is_beside: bool) -> TransferReport:
         layout = self._require_layout()
         assert self._client is not None
         if self._checksum is None:
@@ -94,13 +107,16 @@ class SharedMemoryTransport:
             {
                 "sequence": self._sequence,
                 "is_complete": len(specs) == len(layout.specs),
+                "is_beside": is_beside,
                 **describe_tensors(specs),
                 "offsets": [layout.offsets[spec.name] for spec in specs],
                 "checksum": sent,
             }
         )
         expected = expected_report(self._sequence, specs, sent)
-        return check_reports(self._read_report, self._num_workers, expected, self.timeout_s)
+        # The answer to a request that only begins the loading does not say that the server has come to the end of it.
+        check_server = self._client.get_weight_version if is_beside else None
+        return check_reports(self._read_report, self._num_workers, expected, self.timeout_s, check_server)
 
     def close(self) -> None:
         """Let go of the segment. See `WeightTransport.close`."""
@@ -111,14 +127,15 @@ class SharedMemoryTransport:
         self._mapping = None
 
     def _wait_until_mapped(self, url: str) -> None:
-        """Wait until every worker says in its slot that it has mapped the segment.
+        """Wait until every worker says in its slot that it has mapped the segment, and whether it can build beside its policy.
 
         The server's answer alone does not: after a request that failed, it may be older than the mapping of a worker
         (`check_reports`), which would then look for a name that is gone.
         """
         deadline = time.monotonic() + min(self.timeout_s, MAP_S)
+        self._why_not_beside = ""
         for worker in range(self._num_workers):
-            while self._read_report(worker) is None:
+            while (report := self._read_report(worker)) is None:
                 if time.monotonic() > deadline:
                     raise WeightSyncError(
                         f"Worker {worker} of the server at {url} has not mapped the shared-memory segment after "
@@ -128,6 +145,12 @@ class SharedMemoryTransport:
                         "Look at the server's log and restart it; containers: --ipc=host.",
                     )
                 time.sleep(POLL_INTERVAL_S)
+            self._why_not_beside = self._why_not_beside or report.why_not_beside
+        if self._why_not_beside:
+            logger.info(
+                f"The server at {url} is paused for as long as a policy is loaded, because it cannot be loaded beside the "
+                f"served one: {self._why_not_beside}."
+            )
 
     def _require_layout(self) -> PolicyLayout:
         if self._layout is None:

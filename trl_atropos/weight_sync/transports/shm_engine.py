@@ -76,10 +76,12 @@ class SharedMemoryEngine(LayerwiseEngine[SharedMemoryInitInfo, SharedMemoryUpdat
         if current_platform.is_cuda_alike():
             self._page_locks = PageLocks()
             self._page_locks.hold([self._memory()])
-        self._report(WorkerReport(sequence=0, num_tensors=0, num_bytes=0, checksum=0))
+        self.report(
+            WorkerReport(sequence=0, num_tensors=0, num_bytes=0, checksum=0, why_not_beside=self.why_not_beside())
+        )
 
-    def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
-        """Load every announced tensor from the segment and leave a report in this worker's slot."""
+    def receive(self, update_info: SharedMemoryUpdateInfo) -> WorkerReport:
+        """Load every announced tensor from the segment."""
         if self._mapping is None:
             raise RuntimeError("No segment is mapped. Call /init_weight_transfer_engine first.")
         memory = self._memory()
@@ -98,7 +100,7 @@ class SharedMemoryEngine(LayerwiseEngine[SharedMemoryInitInfo, SharedMemoryUpdat
         start = time.perf_counter()
         self.load(update_info, zip(update_info.names, tensors, strict=True))
         num_bytes = sum(tensor.nbytes for tensor in tensors)
-        self._report(WorkerReport(update_info.sequence, len(tensors), num_bytes, found, time.perf_counter() - start))
+        return WorkerReport(update_info.sequence, len(tensors), num_bytes, found, time.perf_counter() - start)
 
     def shutdown(self) -> None:
         """Let go of the segment. Its name is gone already: the trainer unlinks it once every worker has mapped it."""
@@ -107,7 +109,8 @@ class SharedMemoryEngine(LayerwiseEngine[SharedMemoryInitInfo, SharedMemoryUpdat
         self._page_locks = None
         self._mapping = None
 
-    def _report(self, report: WorkerReport) -> None:
+    def report(self, report: WorkerReport) -> None:
+        """Leave a report in this worker's slot."""
         assert self._mapping is not None
         offset = self._data_bytes + self.worker * REPORT_BYTES
         self._mapping[offset : offset + REPORT_BYTES] = report.to_json().ljust(REPORT_BYTES, b"\0")

@@ -1,0 +1,148 @@
+"""A second set of weights beside those that a vLLM worker serves: the next policy is loaded into it while the server goes on,
+and a pause only has to swap.
+
+vLLM imports this file inside its workers. A twin has the modules of the model once more, with parameters of their own and
+everything else in common, so that the model's own `load_weights` and vLLM's layerwise reload work on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader, get_layerwise_info
+from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
+from vllm.model_executor.model_loader.reload.sanitize import sanitize_layer_refs
+from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
+
+
+MEMORY_FACTOR = 1.25
+"""How much memory has to be free, over the size of the policy: a layer is there once more while it is packed."""
+
+PLAIN_METHODS = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+"""Ways to hold weights that change nothing but the module that they belong to."""
+
+STATE_OF_MODULE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+
+
+class ModelTwin:
+    """The twin of a model that is being served, which may go on while the twin is loaded.
+
+    `root` is the model's counterpart. What was loaded has to be placed in it by the layerwise reload before `swap`.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._twins: dict[nn.Module, nn.Module] = {}
+        self._before: dict[nn.Module, dict[str, Any]] = {}
+        self._tensors: dict[int, torch.Tensor] = {}
+        self.root = self._make(model)
+
+    def swap(self, loaded: set[nn.Module]) -> None:
+        """Give the model the weights of those modules of the twin, in the tensors that it computes with, and what else their
+        loading has made."""
+        with torch.no_grad():
+            for module, twin in self._twins.items():
+                if twin not in loaded:
+                    continue
+                for own, others in ((module._parameters, twin._parameters), (module._buffers, twin._buffers)):
+                    for name, tensor in own.items():
+                        other = others[name]
+                        if tensor is not None and other is not None and tensor is not other:
+                            tensor.data.copy_(other.data)
+                before = self._before[module]
+                for name, value in twin.__dict__.items():
+                    if name not in STATE_OF_MODULE and value is not before.get(name):
+                        module.__dict__[name] = value
+
+    def _make(self, module: nn.Module) -> nn.Module:
+        twin = self._twins.get(module)
+        if twin is not None:
+            return twin
+        twin = module.__class__.__new__(module.__class__)
+        self._twins[module] = twin
+        self._before[module] = dict(module.__dict__)
+        twin.__dict__.update(module.__dict__)
+        has_parameters = any(parameter is not None for parameter in module._parameters.values())
+        # What a module without parameters keeps in buffers is no weight.
+        twin.__dict__["_buffers"] = {
+            name: self._tensor(buffer, copies=True) if has_parameters else buffer
+            for name, buffer in module._buffers.items()
+        }
+        twin.__dict__["_parameters"] = {
+            name: self._tensor(parameter, copies=False) for name, parameter in module._parameters.items()
+        }
+        twin.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+        twin.__dict__["_modules"] = {
+            name: None if child is None else self._make(child) for name, child in module._modules.items()
+        }
+        info, own = get_layerwise_info(module), get_layerwise_info(twin)
+        parameters, buffers = info.restore_metadata
+        own.restore_metadata = (_for_another(parameters, module), _for_another(buffers, module))
+        own.restore_device = info.restore_device
+        return twin
+
+    def _tensor(self, tensor: torch.Tensor | None, *, copies: bool) -> Any:
+        """Another tensor of its kind; the same one for a parameter that two modules share."""
+        if tensor is None:
+            return None
+        twin = self._tensors.get(id(tensor))
+        if twin is None:
+            twin = tensor.data.clone() if copies else torch.empty_like(tensor.data)
+            twin.__class__ = tensor.__class__
+            twin.__dict__.update(tensor.__dict__)
+            self._tensors[id(tensor)] = twin
+        return twin
+
+
+def _for_another(metadata: dict[str, torch.Tensor], module: nn.Module) -> dict[str, torch.Tensor]:
+    """Metadata of a module for its twin: without the loaders that an earlier update of the module has left in it."""
+    copies = {}
+    for name, tensor in metadata.items():
+        copy = to_meta_tensor(tensor)
+        if hasattr(copy, "weight_loader"):
+            copy.weight_loader = _get_original_loader(copy)
+        copies[name] = sanitize_layer_refs(copy, module)
+    return copies
+
+
+def loaded_modules(root: nn.Module) -> set[nn.Module]:
+    """The modules of which something was loaded since the reload began, and before it is finished."""
+    return {module for module in root.modules() if _is_loaded(get_layerwise_info(module))}
+
+
+def _is_loaded(info: LayerReloadingInfo) -> bool:
+    # A layer that is complete was processed, and takes nothing more.
+    return not info.can_load() or info.load_numel > 0
+
+
+def why_no_twin(model: nn.Module, device: torch.device) -> str | None:
+    """Why a policy cannot be loaded beside the one that this model serves, or None if it can."""
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None and not isinstance(method, PLAIN_METHODS) and next(_tensors(module), None) is not None:
+            return f"{name} holds its weights as {type(method).__name__} does"
+        if hasattr(module, "base_layer"):
+            return f"{name} is wrapped for adapters"
+        if hasattr(module, "conv1d"):
+            return f"{name} computes with a view of its weights"
+    needed = MEMORY_FACTOR * _num_bytes(model)
+    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if free < needed:
+        return f"{needed / 1e9:.1f} GB are needed for it, and {free / 1e9:.1f} GB are free"
+    return None
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    # Of the checkpoint: what a kernel has packed may not be among the parameters any more.
+    for tensors in get_layerwise_info(module).restore_metadata:
+        yield from tensors.values()
+
+
+def _num_bytes(model: nn.Module) -> int:
+    metadata = {id(tensor): tensor for module in model.modules() for tensor in _tensors(module)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in metadata.values())
