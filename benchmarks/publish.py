@@ -15,7 +15,7 @@ publishes to them, and prints one JSON line per case, all measured in one run, m
     peak_rss_bytes    largest growth of the trainer's resident memory during these publishes, over the staging memory of
                       `bytes` that is there from the first one on
 
-A last line, `"mode": "load"`, streams from the server with 16 clients while the policy is published 50 times:
+A last line, `"mode": "load"`, streams from the server with 16 clients while the policy is published 20 times:
 
     num_requests, num_failed     of the clients
     ttft_s, ttft_publish_s       median time to the first token of requests that met no publish, and of those that did
@@ -218,7 +218,7 @@ def make_publisher(
 
 
 def measure_load(
-    model: nn.Module, url: str, tokenizer: object, num_clients: int = 16, num_publishes: int = 50
+    model: nn.Module, url: str, tokenizer: object, num_clients: int = 16, num_publishes: int = 20
 ) -> dict:
     """Publish while clients stream, and return what they noticed."""
     client = AtroposVLLMClient(url)

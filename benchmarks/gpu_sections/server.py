@@ -19,6 +19,7 @@ SERVERS = {"shm": ("trl_atropos_shm", EAGER), "gloo": ("trl_atropos_gloo", EAGER
 
 GPU_SERVERS = {
     "sleep": ("trl_atropos_shm", (*EAGER, "--enable-sleep-mode")),
+    "beside": ("trl_atropos_shm", EAGER),
     # As `trl vllm-serve` runs by itself: what was captured in graphs has to read the weights that are published. The last,
     # because it compiles.
     "graphs": ("trl_atropos_shm", ()),

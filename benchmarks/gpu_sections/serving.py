@@ -45,6 +45,9 @@ START_S = 240.0
 
 EAGER = ("--enforce_eager", "True")
 
+ON_GPUS_VARIABLE = "TRL_ATROPOS_BUILD_BESIDE_ON_GPUS"
+"""That of `trl_atropos.weight_sync.transports.twin_engine`, which only a server can import."""
+
 
 class Server:
     """The process of a server, which may start beside others, and ends with this one.
@@ -52,7 +55,9 @@ class Server:
     Its output is in `log_path`; `start_s` is how long it took to be healthy, in seconds.
     """
 
-    def __init__(self, bench: Bench, model_dir: Path, log_path: Path, backend: str, *flags: str):
+    def __init__(
+        self, bench: Bench, model_dir: Path, log_path: Path, backend: str, *flags: str, builds_beside: bool = False
+    ):
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = log_path
@@ -74,6 +79,7 @@ class Server:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            ON_GPUS_VARIABLE: str(int(builds_beside)),
         }
         with log_path.open("wb") as log:
             self.process = subprocess.Popen(
@@ -125,14 +131,16 @@ class Server:
 def serve(
     bench: Bench, model_dir: Path, servers: Mapping[str, tuple[str, tuple[str, ...]]]
 ) -> Iterator[dict[str, Server]]:
-    """Servers by their names, each with its backend and flags, which start at the same time. Their output goes to the folder
+    """Servers by their names, each with its backend and flags, which start at the same time. The one that is named `beside`
+    loads a policy beside the served one, also on a GPU. Their output goes to the folder
     that `GPU_BENCH_LOGS` names, if that is set.
     """
     logs = Path(os.environ.get("GPU_BENCH_LOGS", model_dir.parent))
     started = {}
     try:
         for name, (backend, flags) in servers.items():
-            started[name] = Server(bench, model_dir, logs / f"{bench.section}-{name}.log", backend, *flags)
+            log_path = logs / f"{bench.section}-{name}.log"
+            started[name] = Server(bench, model_dir, log_path, backend, *flags, builds_beside=name == "beside")
         yield started
     finally:
         for server in started.values():

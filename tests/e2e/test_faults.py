@@ -132,7 +132,9 @@ def test_a_server_that_is_killed_for_good_ends_the_run_with_its_state_and_the_ne
     with pytest.raises(WeightSyncError) as caught:
         publishing.publish(load(models[1]), policy_version=1)
     assert time.monotonic() - start < 25
-    assert "failed in state `transferring`" in caught.value.what
+    # Over shared memory the policy is loaded beside the served one.
+    state = "building" if moment == "after_start" else "transferring"
+    assert f"failed in state `{state}`" in caught.value.what
     assert "restart the server" in caught.value.fix.lower() + caught.value.why.lower()
     publishing.publisher.close()
     server.start()
@@ -166,7 +168,7 @@ def test_a_server_that_hangs_ends_the_publish_at_its_deadline(
     arm(publishing.client, "in_transfer", lambda: os.killpg(process_group, signal.SIGSTOP))
     start = time.monotonic()
     try:
-        with pytest.raises(WeightSyncError, match="transferring"):
+        with pytest.raises(WeightSyncError, match=r"building|transferring"):
             publishing.publish(load(models[1]), policy_version=2)
         # Two requests at most wait for their deadline.
         assert time.monotonic() - start < 15

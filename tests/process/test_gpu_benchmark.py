@@ -51,6 +51,22 @@ def test_a_section_measures_what_it_says(name, capsys):
     assert all(line["s"] > 0 for line in lines if "s" in line)
 
 
+def test_servers_are_published_to(capsys):
+    lines = section("server", capsys)
+    assert [line["server"] for line in lines if "tokens_s" in line] == ["shm", "gloo"]
+    published = {(line["server"], line["publishes"]): line for line in lines if "publishes" in line}
+    assert published.keys() == {(server, what) for server in ("shm", "gloo") for what in ("full", "lora")}
+    assert all(line["mean_abs_logprob_diff"] < 0.05 for line in published.values())
+    # Over shared memory the policy is loaded before the pause.
+    assert published["shm", "full"]["phase_s"].keys() & {"build", "transfer"} == {"build"}
+    assert published["gloo", "full"]["phase_s"].keys() & {"build", "transfer"} == {"transfer"}
+
+
+def test_what_needs_a_card_says_so(capsys):
+    (line,) = section("nccl", capsys)
+    assert "needs vLLM and a GPU" in line["skipped"]
+
+
 def test_each_section_is_a_process_that_says_how_it_ended(tmp_path):
     out = tmp_path / "gpu.jsonl"
     command = [sys.executable, BENCHMARKS / "gpu.py", "--device", "cpu", "--tiny", "--out", out]

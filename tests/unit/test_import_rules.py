@@ -101,7 +101,7 @@ DOES_IO = {
     "policy.plan",
 }
 
-ENGINE_FILES = {f"weight_sync.transports.{name}_engine" for name in ("layerwise", "shm", "gloo")}
+ENGINE_FILES = {f"weight_sync.transports.{name}_engine" for name in ("layerwise", "twin", "shm", "gloo")}
 VLLM_FILES = ENGINE_FILES | {"weight_sync.transports.nccl", "serving.plugin", "serving.generate_endpoint"}
 
 

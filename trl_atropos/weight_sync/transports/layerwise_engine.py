@@ -1,7 +1,7 @@
 """What our vLLM worker engines share: a policy is loaded layer by layer, and half of one is never served.
 
 vLLM imports this file inside its workers. A policy is loaded in the place of the served one, or, `is_beside`, into a twin
-beside it (`twin.py`) while the server goes on. From the first tensor to the finish of the update every parameter of what is
+beside it (`twin_engine.py`) while the server goes on. From the first tensor to the finish of the update every parameter of what is
 loaded lies on the meta device; vLLM collects what is loaded and puts a layer in place, prepacked, as soon as it is
 complete. A layer of which nothing is loaded gets its kernel tensors back at the end, a layer of which a part is loaded
 would be filled up with uninitialised memory.
@@ -38,7 +38,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
 from .reports import WorkerReport
-from .twin import ModelTwin, loaded_modules, why_no_twin
+from .twin_engine import ModelTwin, loaded_modules, why_no_twin
 
 
 SWITCH_INTERVAL_S = 1e-4
@@ -226,7 +226,7 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
             self.start_weight_update()
         self._check_names(update_info)
         self._is_complete = update_info.is_complete
-        root = self._begin(update_info)
+        root = self._begin()
         is_known = self._known.issuperset(update_info.names)
         recorder = None if is_known or not self._holds_all_layers() else ReadRecorder()
         if self.parallel_config.tensor_parallel_size > 1:
@@ -247,9 +247,9 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
                 )
             self._known |= set(update_info.names)
 
-    def _begin(self, update_info: LayerwiseUpdateInfo) -> Any:
+    def _begin(self) -> Any:
         """Move what is loaded into to the meta device, and return it: a `load_weights` and the parameters it fills."""
-        if update_info.is_beside and self._root is None:
+        if self._builder is not None:
             self._twin = ModelTwin(self.model)
             self._root = self._twin.root
             initialize_layerwise_reload(self._root)

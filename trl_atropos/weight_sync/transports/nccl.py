@@ -1,6 +1,6 @@
 """A policy travels over NCCL to a stock `trl vllm-serve`, through vLLM's own rendezvous and packed broadcast.
 
-Needs CUDA on both sides, and was not run on a GPU by the authors: what does not touch a device is tested, the rest
+Needs CUDA on both sides, and no publish over it was run on a GPU by the authors: what does not touch a device is tested, the rest
 follows TRL's `WeightTransferClient` and vLLM's `NCCLTrainerWeightTransferEngine` call by call.
 """
 
