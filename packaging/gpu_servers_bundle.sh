@@ -42,11 +42,14 @@ echo "vLLM $version for capability $capability" >&2
     cd "$scratch/vllm/vllm"
     rm -rf vllm-rs third_party/deep_gemm third_party/fmha_sm100 _flash* _deepselect* _qutlass* vllm_flash_attn/_vllm_fa2_C.abi3.so
 )
-for library in _C_stable_libtorch _moe_C_stable_libtorch vllm_flash_attn/_vllm_fa3_C; do
-    path=$scratch/vllm/vllm/$library.abi3.so
-    "$python" packaging/slim_fatbin.py "$path" "$path.slim" "$capability"
-    mv "$path.slim" "$path"
-done
+slim() {
+    "$python" packaging/slim_fatbin.py "$1" "$1.slim" "$capability" "${@:2}"
+    mv "$1.slim" "$1"
+}
+slim "$scratch/vllm/vllm/_C_stable_libtorch.abi3.so"
+slim "$scratch/vllm/vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so"
+# Of quantised experts.
+slim "$scratch/vllm/vllm/_moe_C_stable_libtorch.abi3.so" --without_ptx
 tar c -C "$scratch/vllm" . | xz -T0 -6 >"$target/vllm.tar.xz"
 
 echo "NCCL" >&2
@@ -88,7 +91,7 @@ for found in filter(None, map(pattern.match, Path(sys.argv[1]).read_text().split
     if name not in present and not re.match(sys.argv[3], name):
         print(f"{name}=={locked.get(name, found[2])}")
 EOF
-"$uv" pip install --quiet --python-version "$python_version" --python-platform x86_64-manylinux_2_28 --no-deps \
+"$uv" pip install --quiet --python-version "$python_version" --python-platform x86_64-manylinux_2_34 --only-binary :all: --no-deps \
     --target "$scratch/packages" --requirement "$scratch/missing.txt"
 "$uv" build --quiet --wheel --out-dir "$scratch/wheel" .
 "$python" -m zipfile -e "$scratch"/wheel/*.whl "$scratch/packages"

@@ -1,17 +1,17 @@
 """Zeroes in a library what a card of one compute capability does not run, so that it packs into a fraction of its size.
 
-    python packaging/slim_fatbin.py SOURCE TARGET CAPABILITY     (90 for H100 and H200)
+    python packaging/slim_fatbin.py SOURCE TARGET CAPABILITY [--without_ptx]     (90 for H100 and H200)
 
 The library keeps its layout: only machine code for other cards, and PTX wherever there is machine code for this one, become
-zeros.
+zeros; without PTX, the rest of that too: kernels that have no machine code for this card cannot run then.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,16 +28,22 @@ PTX, ELF = 1, 2
 
 
 def main() -> None:
-    source, target, capability = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("capability", type=int)
+    parser.add_argument("--without_ptx", action="store_true")
+    args = parser.parse_args()
+    source, capability = args.source, args.capability
     data = bytearray(source.read_bytes())
     for start, end in sections(source):
         for entries in fatbins(data, start, end):
             has_code = any((kind, arch) == (ELF, capability) for kind, arch, _, _ in entries)
             for kind, arch, position, size in entries:
-                is_run = (kind, arch) == (ELF, capability) or (kind == PTX and arch <= capability and not has_code)
-                if not is_run:
+                is_needed_ptx = kind == PTX and arch <= capability and not has_code and not args.without_ptx
+                if (kind, arch) != (ELF, capability) and not is_needed_ptx:
                     data[position : position + size] = bytes(size)
-    target.write_bytes(data)
+    args.target.write_bytes(data)
 
 
 def sections(library: Path) -> Iterator[tuple[int, int]]:
