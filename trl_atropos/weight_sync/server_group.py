@@ -151,13 +151,10 @@ class ServerGroup:
         link.prepare(specs)
         if not link.is_paused:
             link.phase_s = {}
-        if link.builds_beside:
-            transferred = link.build(specs)
+        built = link.build(specs) if link.builds_beside else None
+        if not link.is_paused:
             link.pause()
-        else:
-            if not link.is_paused:
-                link.pause()
-            transferred = link.transfer(specs)
+        transferred = built or link.transfer(specs)
         link.finish(version)
         link.resume()
         probe = link.verify(version, expected)

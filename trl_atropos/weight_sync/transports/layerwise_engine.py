@@ -10,6 +10,7 @@ would be filled up with uninitialised memory.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
 import sys
@@ -41,7 +42,10 @@ from .reports import WorkerReport
 from .twin_engine import ModelTwin, loaded_modules, why_no_twin
 
 
+logger = logging.getLogger(__name__)
+
 SWITCH_INTERVAL_S = 1e-4
+"""After which the serving thread lets the one that builds go on, instead of Python's 5 ms."""
 
 NUM_NAMED = 3
 """How many names an error lists."""
@@ -202,6 +206,7 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
                 torch.cuda.current_stream().synchronize()
         except BaseException as exc:
             # The trainer is told, and the finish of the update is refused.
+            logger.error("The next policy could not be built beside the served one.", exc_info=exc)
             self._build_error = exc
             report = WorkerReport(update_info.sequence, 0, 0, 0, error=f"{type(exc).__name__}: {exc}")
         finally:
@@ -215,6 +220,7 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
             self._builder.join()
         self._builder = self._build_error = self._built = None
         if self._twin is not None:
+            self._twin.release()
             self._twin = self._root = None
             self._loaded = set()
 

@@ -63,6 +63,14 @@ class ModelTwin:
                     if name not in STATE_OF_MODULE and value is not before.get(name):
                         module.__dict__[name] = value
 
+    def release(self) -> None:
+        """Give its memory back now: modules and the loaders of their parameters refer to each other."""
+        for twin in self._twins.values():
+            twin.__dict__.clear()
+        self._twins.clear()
+        self._before.clear()
+        self._tensors.clear()
+
     def _make(self, module: nn.Module) -> nn.Module:
         twin = self._twins.get(module)
         if twin is not None:
