@@ -24,30 +24,21 @@ from .bench import Bench
 
 ROOT = Path(__file__).resolve().parents[2]
 
-LAUNCHES = (
-    ("one process", "full"),
-    ("one process", "qlora"),
+SHARDED = (
     ("fsdp2", "full"),
     ("fsdp2", "lora"),
     ("fsdp2", "beta"),
     ("zero2", "full"),
     ("zero3", "full"),
     ("zero3", "lora"),
-    ("zero3", "beta"),
 )
 """The name of a configuration, and a variant of `sharded_rank.VARIANTS`."""
 
-LAUNCHES_OF_TWO = (
-    ("ddp", "full"),
-    ("ddp", "lora"),
-    ("fsdp2", "full"),
-    ("fsdp2", "lora"),
-    ("fsdp2", "beta"),
-    ("zero2", "full"),
-    ("zero3", "full"),
-    ("zero3", "lora"),
-)
-"""The same, of two ranks."""
+LAUNCHES = (("one process", "full"), ("one process", "qlora"), *SHARDED, ("zero3", "beta"))
+"""With one rank."""
+
+LAUNCHES_OF_TWO = (("ddp", "full"), ("ddp", "lora"), *SHARDED)
+"""With two."""
 
 NEEDS = {"qlora": "bitsandbytes", "zero2": "deepspeed", "zero3": "deepspeed"}
 """Packages that a configuration or a variant needs besides."""
