@@ -13,6 +13,7 @@ without a network.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
 import json
 import os
@@ -27,8 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 SECTIONS = {
     "environment": 60,
+    "nccl": 240,
+    "graphs": 300,
+    "beside": 200,
+    "served": 200,
     "server": 260,
-    "nccl": 200,
     "exactness": 200,
     "training": 120,
     "sharded": 120,
@@ -41,6 +45,12 @@ SECTIONS = {
     "streams": 60,
 }
 """Name and time limit in seconds, in the order of their value."""
+
+MARGIN_S = 5
+"""How long before its limit a section that goes on says what it waits for."""
+
+NUM_LAST_LINES = 40
+"""How much a section that failed says."""
 
 
 def main() -> None:
@@ -79,7 +89,7 @@ def run_section(name: str, args: argparse.Namespace) -> bool:
         watchdog.cancel()
         end = {"section": name, "exit": exit_code, "s": round(time.perf_counter() - start, 1)}
         if exit_code:
-            end["last_lines"] = other[-12:]
+            end["last_lines"] = other[-NUM_LAST_LINES:]
         print(json.dumps(end), flush=True)
         out.write(json.dumps(end) + "\n")
     return exit_code == 0
@@ -91,6 +101,8 @@ def run_here(name: str, device: str, is_tiny: bool) -> None:
         # No DeepSpeed looking for an accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     sys.path[:0] = [str(ROOT)]
+    # Where it hangs is among its last lines.
+    faulthandler.dump_traceback_later(SECTIONS[name] - MARGIN_S, exit=True)
     import torch
     from gpu_sections.bench import Bench
 

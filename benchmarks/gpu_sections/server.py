@@ -1,4 +1,4 @@
-"""A server on this device, beside the trainer: publishes over shared memory and gloo, and sleep mode, which lends memory."""
+"""Servers on this device, beside the trainer: publishes over shared memory and gloo, and sleep mode, which lends memory."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .bench import Bench
-from .serving import EAGER, Server, change, generate, load_policy, make_publisher, measure, save_policy, serve
+from .serving import EAGER, Server, Servers, change, generate, load_policy, make_publisher, measure, save_policy, serve
 
 
-SERVERS = {"shm": ("trl_atropos_shm", EAGER), "gloo": ("trl_atropos_gloo", EAGER)}
+SERVERS: Servers = {"shm": ("trl_atropos_shm", EAGER), "gloo": ("trl_atropos_gloo", EAGER)}
 
-GPU_SERVERS = {
-    "sleep": ("trl_atropos_shm", (*EAGER, "--enable-sleep-mode")),
-    "beside": ("trl_atropos_shm", EAGER),
-    # As `trl vllm-serve` runs by itself: what was captured in graphs has to read the weights that are published. The last,
-    # because it compiles.
-    "graphs": ("trl_atropos_shm", ()),
-}
+GPU_SERVERS: Servers = {"sleep": ("trl_atropos_shm", (*EAGER, "--enable-sleep-mode"))}
 
 
 def run(bench: Bench) -> None:
+    run_each(bench, SERVERS | (GPU_SERVERS if bench.is_cuda else {}))
+
+
+def run_each(bench: Bench, specs: Servers) -> None:
+    """Start servers at the same time, and measure one after the other."""
     if importlib.util.find_spec("vllm") is None:
         bench.report(skipped="needs vLLM")
         return
     with tempfile.TemporaryDirectory() as name:
         model_dir = Path(name) / "model"
         tokenizer = save_policy(bench, model_dir)
-        with serve(bench, model_dir, SERVERS | (GPU_SERVERS if bench.is_cuda else {})) as servers:
+        with serve(bench, model_dir, specs) as servers:
             for name, server in servers.items():
                 if name == "sleep":
                     bench.attempt(lambda s=server: sleeping(bench, s, model_dir, tokenizer), server=name)

@@ -45,6 +45,9 @@ START_S = 240.0
 
 EAGER = ("--enforce_eager", "True")
 
+Servers = Mapping[str, tuple[str, tuple[str, ...]]]
+"""Their names, and each one's backend and flags."""
+
 ON_GPUS_VARIABLE = "TRL_ATROPOS_BUILD_BESIDE_ON_GPUS"
 """That of `trl_atropos.weight_sync.transports.twin_engine`, which only a server can import."""
 
@@ -128,19 +131,16 @@ class Server:
 
 
 @contextmanager
-def serve(
-    bench: Bench, model_dir: Path, servers: Mapping[str, tuple[str, tuple[str, ...]]]
-) -> Iterator[dict[str, Server]]:
-    """Servers by their names, each with its backend and flags, which start at the same time. The one that is named `beside`
-    loads a policy beside the served one, also on a GPU. Their output goes to the folder
-    that `GPU_BENCH_LOGS` names, if that is set.
+def serve(bench: Bench, model_dir: Path, servers: Servers) -> Iterator[dict[str, Server]]:
+    """Servers by their names, which start at the same time. Those that are named `beside` load a policy beside the served one,
+    also on a GPU. Their output goes to the folder that `GPU_BENCH_LOGS` names, if that is set.
     """
     logs = Path(os.environ.get("GPU_BENCH_LOGS", model_dir.parent))
     started = {}
     try:
         for name, (backend, flags) in servers.items():
             log_path = logs / f"{bench.section}-{name}.log"
-            started[name] = Server(bench, model_dir, log_path, backend, *flags, builds_beside=name == "beside")
+            started[name] = Server(bench, model_dir, log_path, backend, *flags, builds_beside="beside" in name)
         yield started
     finally:
         for server in started.values():

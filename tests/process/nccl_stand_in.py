@@ -92,7 +92,7 @@ class StandInTransport(NcclTransport):
 
     def __init__(self, timeout_s: float = 300.0, **options: Any):
         install()
-        super().__init__(torch.device("cuda"), timeout_s, **options)
+        super().__init__(torch.device("cuda:0"), timeout_s, **options)
 
     def _use_device(self) -> None:
         pass

@@ -11,6 +11,7 @@ empty, those of `other` and `back` were, and `meanwhile` are the logprobs of the
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import queue
@@ -25,7 +26,6 @@ import torch
 import torch._dynamo
 import transformers
 import vllm.v1.engine.core
-import vllm.v1.worker.cpu_worker
 from tiny_models import byte_tokenizer
 from transformers import PreTrainedModel
 from vllm import LLM, SamplingParams
@@ -33,6 +33,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.inputs import TokensPrompt
 from vllm.model_executor.models import registry
+from vllm.platforms import current_platform
 
 from trl_atropos.policy.rotary import pin_rotary_frequencies
 from trl_atropos.weight_sync.transports.layerwise_engine import LayerwiseEngine, LayerwiseUpdateInfo
@@ -41,6 +42,10 @@ from trl_atropos.weight_sync.weights.source import PolicyWeights
 
 
 MAX_LENGTH = 256
+MEMORY: dict[str, Any] = (
+    {} if current_platform.is_cpu() else {"kv_cache_memory_bytes": 2**30, "gpu_memory_utilization": 0.1}
+)
+"""Of a server on a GPU, which would take what is free; on a CPU a variable of vLLM says it."""
 SEQUENCES = [[7, 11, 13, 17, 19, 23, 29, 31, 37, 41], [250, 3, 250, 3, 99, 98, 97, 96], [5] * 6]
 SIZES: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -80,7 +85,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What distinguishes a tiny model of each family; `config` names its class if the name of the family does not."""
 
-PRELOADED = (vllm.v1.engine.core, vllm.v1.worker.cpu_worker)
+PRELOADED = (
+    vllm.v1.engine.core,
+    importlib.import_module(f"vllm.v1.worker.{'cpu' if current_platform.is_cpu() else 'gpu'}_worker"),
+)
 """What every server imports, here once for all of them."""
 
 _SENT: dict[str, torch.Tensor] = {}
@@ -190,6 +198,7 @@ def serve(directory: Path, name: str) -> dict[str, Any]:
     server = LLM(
         model=str(directory / name), enforce_eager=True, max_model_len=MAX_LENGTH, dtype="bfloat16",
         distributed_executor_backend="uni", weight_transfer_config={"backend": "memory"}, enable_prefix_caching=False,
+        **MEMORY,
     )  # fmt: skip
     logprobs = {"start": server_logprobs(server)}
     server.init_weight_transfer_engine({"init_info": {}})
@@ -211,14 +220,19 @@ def in_a_child(run: Callable[[], dict[str, Any]]) -> None:
     """Run in a fork, which has imported everything and ends with all that a server leaves behind."""
     child = os.fork()
     if child == 0:
-        try:
-            line = run()
-        except Exception as exc:
-            traceback.print_exc()
-            line = {"error": str(exc)}
-        os.write(RESULTS, (json.dumps(line) + "\n").encode())
+        in_this_process(run)
         os._exit(0)
     os.waitpid(child, 0)
+
+
+def in_this_process(run: Callable[[], dict[str, Any]]) -> None:
+    """Run, and print the line of what was run or of its error."""
+    try:
+        line = run()
+    except Exception as exc:
+        traceback.print_exc()
+        line = {"error": str(exc)}
+    os.write(RESULTS, (json.dumps(line) + "\n").encode())
 
 
 if __name__ == "__main__":
@@ -230,5 +244,7 @@ if __name__ == "__main__":
     WeightTransferEngineFactory.register_engine("memory", MemoryEngine)
     # Otherwise each family is imported once more, to see what it can.
     registry._run_in_subprocess = lambda inspect: inspect()
+    # CUDA does not work in a fork: there each family has its own process.
+    run_one = in_a_child if current_platform.is_cpu() else in_this_process
     for family in sys.argv[2:]:
-        in_a_child(lambda family=family: {"name": family, **serve(Path(sys.argv[1]), family)})
+        run_one(lambda family=family: {"name": family, **serve(Path(sys.argv[1]), family)})

@@ -68,6 +68,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from trl_atropos.data.micro_batches import RolloutCollator
 from trl_atropos.errors import PreflightError
+from trl_atropos.policy import plan as planning
 from trl_atropos.policy import tree_attention
 from trl_atropos.policy.forward import make_forward
 from trl_atropos.policy.layouts import LAYOUTS
@@ -163,6 +164,39 @@ def assert_trees_are_exact(model: Any, alone: Any) -> None:
     ]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+class TestRounding:
+    """What another kernel computes in bfloat16 is farther away than padded rows of the same kernel."""
+
+    def comparison(self, dtype: torch.dtype) -> planning._Comparison:
+        model = tiny_llama().to(dtype)
+        comparison = planning._Comparison(model, model, 128, dtype, torch.device("cpu"))
+        with torch.no_grad():
+            comparison.run_alone(24)
+        return comparison
+
+    def test_it_is_what_coarse_embeddings_make(self):
+        assert 1e-4 < self.comparison(torch.bfloat16).roundings[24] < 0.1
+        assert self.comparison(torch.float32).roundings[24] == 0.0
+
+    def test_it_leaves_the_model_and_the_random_numbers_alone(self):
+        state = torch.get_rng_state()
+        comparison = self.comparison(torch.bfloat16)
+        assert not comparison.model.get_input_embeddings()._forward_hooks
+        again = planning._logprobs_alone(
+            comparison.model, [sequence for group in comparison._groups(24) for sequence in group], torch.device("cpu")
+        )
+        assert torch.equal(again, comparison.alone[24])
+        assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize(("share", "is_refused"), [(0.9, False), (1.1, True)])
+    def test_a_layout_may_be_as_far_away(self, monkeypatch, share, is_refused):
+        comparison = self.comparison(torch.bfloat16)
+        accepted = planning.ROUNDING_TOLERANCE_RATIO * comparison.roundings[24]
+        monkeypatch.setattr(planning._Comparison, "difference", lambda *args: share * accepted)
+        reason = comparison.refuses(ForwardPlan("tree", True), 1e-4)
+        assert (reason is not None) == is_refused
 
 
 class TestSlidingWindow:

@@ -114,3 +114,8 @@ class GroupTransport:
                 raise WeightSyncTimeout(
                     f"Workers {absent} of {len(keys)} did not come within {self.timeout_s:.0f} s.", *absence
                 )
+
+
+def numbered(device: torch.device) -> torch.device:
+    """The CUDA device with its number: one without is the current one of this thread, where another thread has its own."""
+    return device if device.index is not None else torch.device(device.type, torch.cuda.current_device())

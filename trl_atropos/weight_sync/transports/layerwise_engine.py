@@ -284,6 +284,9 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         else:
             assert self._built is not None
             self._twin.swap(self._built)
+            if self.device.type != "cpu":
+                # The twin's memory goes back to the stream that built it, which does not wait for this one.
+                torch.cuda.current_stream().synchronize()
         self._drop_twin()
         self._root = None
         self._is_updating = False

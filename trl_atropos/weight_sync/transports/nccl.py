@@ -17,7 +17,7 @@ import torch
 from ...errors import VLLMServerError, WeightSyncError
 from ..base import TensorSpec, TransferReport
 from .collective import Collective
-from .group import GroupTransport
+from .group import GroupTransport, numbered
 from .reports import describe_tensors
 
 
@@ -61,6 +61,7 @@ class NcclTransport(GroupTransport):
             )
         # Before the server is asked for anything: it would wait for a trainer that cannot come.
         self._check_libraries()
+        self.device = numbered(self.device)
         disconnect(client)
         listener, meeting = self._listen(client)
         init_info = {

@@ -20,7 +20,7 @@ from ...errors import WeightSyncError
 from ..base import TensorSpec, TransferReport
 from .collective import Collective
 from .gloo import Chunk, connect_store, cut_chunks, join_group, start_broadcast
-from .group import RANK_OFFSET, TRAINER_RANK, GroupTransport
+from .group import RANK_OFFSET, TRAINER_RANK, GroupTransport, numbered
 
 
 if TYPE_CHECKING:
@@ -188,6 +188,7 @@ class SGLangNcclTransport(SGLangGroupTransport):
                 "NCCL moves data between CUDA devices only.",
                 "Train on a GPU, or start the server with --device cpu.",
             )
+        self.device = numbered(self.device)
         super()._meet(client)
 
     def _join(self, meeting: dict[str, Any], is_cancelled: threading.Event) -> None:
