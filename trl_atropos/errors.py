@@ -17,6 +17,7 @@
     +-- WeightSyncError           (RuntimeError)      a publish failed; says in which state the server is
         +-- WeightSyncTimeout     (TimeoutError)      a phase of a publish exceeded its deadline
         +-- PublishConflictError  (RuntimeError)      another trainer publishes to the same server
+        +-- DeviceLostError       (RuntimeError)      the trainer's GPU can no longer be used
         +-- VLLMServerError       (RuntimeError)      the vLLM server answered a request with an HTTP error
         +-- VLLMServerUnreachable (ConnectionError)   the vLLM server is not there, or broke the connection
 
@@ -123,7 +124,12 @@ class NonFiniteGradientError(TrlAtroposError, ArithmeticError):
 
 
 class WeightSyncError(TrlAtroposError, RuntimeError):
-    """A publish failed. The message names the state in which the server was left."""
+    """A publish failed. The message names the state in which the server was left.
+
+    `is_final` says that trying again is of no use.
+    """
+
+    is_final = False
 
 
 class WeightSyncTimeout(WeightSyncError, TimeoutError):
@@ -132,6 +138,14 @@ class WeightSyncTimeout(WeightSyncError, TimeoutError):
 
 class PublishConflictError(WeightSyncError):
     """Another trainer publishes to the same server. Sending again would fight with it, so it is never tried again."""
+
+    is_final = True
+
+
+class DeviceLostError(WeightSyncError):
+    """The GPU of the trainer's process can no longer be used: every further operation on it fails."""
+
+    is_final = True
 
 
 class VLLMServerError(WeightSyncError):

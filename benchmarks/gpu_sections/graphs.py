@@ -10,4 +10,4 @@ def run(bench: Bench) -> None:
     if not bench.is_cuda:
         bench.report(skipped="needs a GPU")
         return
-    run_each(bench, {"graphs, beside": ("trl_atropos_shm", ())})
+    run_each(bench, {"graphs": ("trl_atropos_shm", ())})

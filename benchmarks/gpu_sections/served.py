@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .bench import Bench
-from .serving import ON_GPUS_VARIABLE, ROOT
+from .serving import ROOT
 
 
 FAMILIES = (
@@ -37,35 +37,46 @@ def run(bench: Bench) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        ON_GPUS_VARIABLE: "1",
     }
     with tempfile.TemporaryDirectory() as directory:
-        script = tests / "process" / "served_architectures.py"
-        processes = {
-            family: subprocess.Popen(
-                [sys.executable, str(script), directory, family],
-                stdout=subprocess.PIPE,
-                stderr=log_of(bench, family),
-                text=True,
-                env={**os.environ, **environment},
-            )
-            for family in (TINY_FAMILIES if bench.is_tiny else FAMILIES)
+        script = str(tests / "process" / "served_architectures.py")
+        families = TINY_FAMILIES if bench.is_tiny else FAMILIES
+        commands = {
+            family: ([script, f"{directory}/first", family], [script, "--swapped", f"{directory}/other", family])
+            for family in families
         }
-        for family, process in processes.items():
-            bench.attempt(lambda p=process: differences(json.loads(p.communicate()[0])), family=family)
+        processes = {
+            family: [
+                subprocess.Popen(
+                    [sys.executable, *command],
+                    stdout=subprocess.PIPE,
+                    stderr=log_of(bench, f"{family}{number}"),
+                    text=True,
+                    env={**os.environ, **environment},
+                )
+                for number, command in enumerate(both)
+            ]
+            for family, both in commands.items()
+        }
+        for family, both in processes.items():
+            bench.attempt(lambda b=both: differences(*(json.loads(one.communicate()[0]) for one in b)), family=family)
 
 
-def log_of(bench: Bench, family: str) -> Any:
+def log_of(bench: Bench, name: str) -> Any:
     """Where a process writes what is no result: to a file of the folder of logs, if there is one."""
     if "GPU_BENCH_LOGS" not in os.environ:
         return subprocess.DEVNULL
-    return open(Path(os.environ["GPU_BENCH_LOGS"]) / f"{bench.section}-{family}.log", "wb")
+    return open(Path(os.environ["GPU_BENCH_LOGS"]) / f"{bench.section}-{name}.log", "wb")
 
 
-def differences(answers: dict[str, Any]) -> dict[str, Any]:
-    """Mean absolute differences of logprobs in nats: the same weights published, others against the trainer's and the first."""
-    if "error" in answers:
-        raise RuntimeError(answers["error"])
+def differences(answers: dict[str, Any], swapped: dict[str, Any]) -> dict[str, Any]:
+    """Mean absolute differences of logprobs in nats: the same weights published, others against the trainer's, the first, and
+    a server that was started with the others, whose answers are in `swapped`.
+    """
+    for each in (answers, swapped):
+        if "error" in each:
+            raise RuntimeError(each["error"])
+    answers["fresh"] = swapped["start"]
     return {
         "why_not_beside": answers["why_not_beside"],
         **{
@@ -74,6 +85,7 @@ def differences(answers: dict[str, Any]) -> dict[str, Any]:
                 ("same_weights", "again", "start"),
                 ("back", "back", "start"),
                 ("meanwhile", "meanwhile", "start"),
+                ("other_to_fresh", "other", "fresh"),
                 ("start_to_trainer", "start", "start_trainer"),
                 ("other_to_trainer", "other", "other_trainer"),
                 ("other_to_start", "other", "start"),

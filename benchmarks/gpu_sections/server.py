@@ -17,7 +17,13 @@ from .serving import EAGER, Server, Servers, change, generate, load_policy, make
 
 SERVERS: Servers = {"shm": ("trl_atropos_shm", EAGER), "gloo": ("trl_atropos_gloo", EAGER)}
 
-GPU_SERVERS: Servers = {"sleep": ("trl_atropos_shm", (*EAGER, "--enable-sleep-mode"))}
+IN_THE_PAUSE = "shm, in the pause"
+"""One whose workers load in the pause, which the others over shared memory do beside the served policy."""
+
+GPU_SERVERS: Servers = {
+    IN_THE_PAUSE: ("trl_atropos_shm", EAGER),
+    "sleep": ("trl_atropos_shm", (*EAGER, "--enable-sleep-mode")),
+}
 
 
 def run(bench: Bench) -> None:
@@ -37,7 +43,7 @@ def run_each(bench: Bench, specs: Servers) -> None:
                 if name == "sleep":
                     bench.attempt(lambda s=server: sleeping(bench, s, model_dir, tokenizer), server=name)
                 else:
-                    measure(bench, name, server, model_dir, tokenizer)
+                    measure(bench, name, server, model_dir, tokenizer, weight_sync_beside=name != IN_THE_PAUSE)
                 server.kill()
 
 

@@ -48,9 +48,6 @@ EAGER = ("--enforce_eager", "True")
 Servers = Mapping[str, tuple[str, tuple[str, ...]]]
 """Their names, and each one's backend and flags."""
 
-ON_GPUS_VARIABLE = "TRL_ATROPOS_BUILD_BESIDE_ON_GPUS"
-"""That of `trl_atropos.weight_sync.transports.twin_engine`, which only a server can import."""
-
 
 class Server:
     """The process of a server, which may start beside others, and ends with this one.
@@ -58,9 +55,7 @@ class Server:
     Its output is in `log_path`; `start_s` is how long it took to be healthy, in seconds.
     """
 
-    def __init__(
-        self, bench: Bench, model_dir: Path, log_path: Path, backend: str, *flags: str, builds_beside: bool = False
-    ):
+    def __init__(self, bench: Bench, model_dir: Path, log_path: Path, backend: str, *flags: str):
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = log_path
@@ -82,7 +77,6 @@ class Server:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            ON_GPUS_VARIABLE: str(int(builds_beside)),
         }
         with log_path.open("wb") as log:
             self.process = subprocess.Popen(
@@ -132,15 +126,15 @@ class Server:
 
 @contextmanager
 def serve(bench: Bench, model_dir: Path, servers: Servers) -> Iterator[dict[str, Server]]:
-    """Servers by their names, which start at the same time. Those that are named `beside` load a policy beside the served one,
-    also on a GPU. Their output goes to the folder that `GPU_BENCH_LOGS` names, if that is set.
+    """Servers by their names, which start at the same time. Their output goes to the folder that `GPU_BENCH_LOGS` names, if
+    that is set.
     """
     logs = Path(os.environ.get("GPU_BENCH_LOGS", model_dir.parent))
     started = {}
     try:
         for name, (backend, flags) in servers.items():
             log_path = logs / f"{bench.section}-{name}.log"
-            started[name] = Server(bench, model_dir, log_path, backend, *flags, builds_beside="beside" in name)
+            started[name] = Server(bench, model_dir, log_path, backend, *flags)
         yield started
     finally:
         for server in started.values():
@@ -168,12 +162,16 @@ def with_lora(model: nn.Module) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
 
 
-def measure(bench: Bench, name: str, server: Server, model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Report how fast it generates, and publishes of the whole policy and then of an adapter that is merged."""
+def measure(
+    bench: Bench, name: str, server: Server, model_dir: Path, tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> None:
+    """Report how fast it generates, and publishes of the whole policy and then of an adapter that is merged, with these options
+    of publishing.
+    """
     bench.attempt(lambda: {**server.wait(), **generate(server)}, server=name)
     model = load_policy(bench, model_dir)
     for what, make in (("full", lambda: model), ("lora", lambda: with_lora(model))):
-        bench.attempt(lambda m=make: publish(bench, server, m(), tokenizer), server=name, publishes=what)
+        bench.attempt(lambda m=make: publish(bench, server, m(), tokenizer, **options), server=name, publishes=what)
 
 
 def generate(server: Server, number: int = 128) -> dict[str, Any]:
@@ -208,11 +206,16 @@ def make_publisher(
 
 
 def publish(
-    bench: Bench, server: Server, model: nn.Module, tokenizer: PreTrainedTokenizerBase, number: int = 5
+    bench: Bench,
+    server: Server,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    number: int = 5,
+    **options: Any,
 ) -> dict[str, Any]:
     """Publish changed weights a few times, and return the medians over all but the first."""
     server.wait()
-    publisher = make_publisher(bench, server.url, model, tokenizer)
+    publisher = make_publisher(bench, server.url, model, tokenizer, **options)
     reports: list[PublishReport] = []
     try:
         for version in range(1, number + 1):

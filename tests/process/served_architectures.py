@@ -1,12 +1,12 @@
 """Serves one tiny model after the other with vLLM in this process, publishes to it, and prints a line of JSON for each.
 
-Usage: python served_architectures.py DIRECTORY NAME...
+Usage: python served_architectures.py [--swapped] DIRECTORY NAME...
 
 A line has `name`, and either `error`, or the logprobs of the server at the `start` and after `again` (the same weights),
 `other` (weights of another seed) and `back` (those of the start), and the trainer's own for both, `start_trainer` and
 `other_trainer`: lists by sequence. `why_not_beside` says why its policies are not loaded beside the served one; where it is
 empty, those of `other` and `back` were, and `meanwhile` are the logprobs of the server between the loading and the finish of
-`other`.
+`other`. With `--swapped` the server starts with the weights that are `other` without it.
 """
 
 from __future__ import annotations
@@ -190,9 +190,9 @@ def publish(server: LLM, model: PreTrainedModel, *, is_beside: bool) -> list[lis
     return meanwhile
 
 
-def serve(directory: Path, name: str) -> dict[str, Any]:
-    """Start a server, publish the same weights, others, and the first again."""
-    start, other = make(name, seed=1), make(name, seed=2)
+def serve(directory: Path, name: str, seeds: tuple[int, int]) -> dict[str, Any]:
+    """Start a server with the weights of the first seed, publish the same, those of the second, and the first again."""
+    start, other = (make(name, seed) for seed in seeds)
     start.save_pretrained(directory / name)
     byte_tokenizer().save_pretrained(directory / name)
     server = LLM(
@@ -246,5 +246,7 @@ if __name__ == "__main__":
     registry._run_in_subprocess = lambda inspect: inspect()
     # CUDA does not work in a fork: there each family has its own process.
     run_one = in_a_child if current_platform.is_cpu() else in_this_process
-    for family in sys.argv[2:]:
-        run_one(lambda family=family: {"name": family, **serve(Path(sys.argv[1]), family)})
+    arguments = [argument for argument in sys.argv[1:] if argument != "--swapped"]
+    seeds = (1, 2) if arguments == sys.argv[1:] else (2, 1)
+    for family in arguments[1:]:
+        run_one(lambda family=family: {"name": family, **serve(Path(arguments[0]), family, seeds)})

@@ -62,9 +62,16 @@ def test_servers_are_published_to(capsys):
     assert published["gloo", "full"]["phase_s"].keys() & {"build", "transfer"} == {"transfer"}
 
 
-def test_what_needs_a_card_says_so(capsys):
-    (line,) = section("nccl", capsys)
-    assert "needs vLLM and a GPU" in line["skipped"]
+def test_what_is_served_is_what_was_published(capsys):
+    (line,) = section("served", capsys)
+    assert line["same_weights"] == line["back"] == line["meanwhile"] == line["other_to_fresh"] == 0.0
+    assert max(line["start_to_trainer"], line["other_to_trainer"]) < 0.1 * line["other_to_start"]
+
+
+@pytest.mark.parametrize(("name", "reason"), [("nccl", "needs vLLM and a GPU"), ("graphs", "needs a GPU")])
+def test_what_needs_a_card_says_so(name, reason, capsys):
+    (line,) = section(name, capsys)
+    assert reason in line["skipped"]
 
 
 def test_each_section_is_a_process_that_says_how_it_ended(tmp_path):

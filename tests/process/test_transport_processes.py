@@ -40,6 +40,7 @@ from trl_atropos.weight_sync.transports.backends import BACKENDS
 from trl_atropos.weight_sync.transports.choose import make_transport
 from trl_atropos.weight_sync.transports.collective import SAY_S, Cancelled, Collective
 from trl_atropos.weight_sync.transports.gloo import GlooTransport, cut_chunks
+from trl_atropos.weight_sync.transports.group import numbered
 from trl_atropos.weight_sync.transports.nccl import NcclTransport, in_packed_order
 from trl_atropos.weight_sync.transports.rendezvous import bind, local_address_towards, server_host
 from trl_atropos.weight_sync.transports.reports import WorkerReport, checksum, view_tensor
@@ -505,6 +506,33 @@ class TestNccl:
         transport.open(server, layout)
         with pytest.raises(WeightSyncError, match="NCCL broadcast failed: RuntimeError: unhandled cuda error"):
             transport.send(layout.specs)
+
+    @pytest.mark.parametrize("is_lost", [False, True])
+    def test_a_gpu_that_is_lost_with_a_worker_is_named(self, monkeypatch, is_lost):
+        class Stream:
+            def query(self) -> bool:
+                if is_lost:
+                    raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore of it")
+                return True
+
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+        server, layout = StockServer(), PolicyLayout(SPECS)
+        transport = OffDevice(error=RuntimeError("the communicator was aborted"))
+        transport.open(server, layout)
+        with pytest.raises(WeightSyncError, match="the communicator was aborted") as caught:
+            transport.send(layout.specs)
+        assert caught.value.is_final == is_lost
+        if is_lost:
+            assert (
+                "cuda:0 was lost with it (CUDA error: an illegal memory access was encountered)" in caught.value.what
+            )
+            assert "--resume_from_checkpoint" in caught.value.fix
+
+    def test_a_gpu_without_a_number_is_the_one_of_the_thread_that_asks(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        assert numbered(torch.device("cuda")) == torch.device("cuda:3")
+        assert numbered(torch.device("cuda:1")) == torch.device("cuda:1")
 
     def test_closing_ends_the_communicator_and_lets_go_of_the_port(self):
         transport = OffDevice()

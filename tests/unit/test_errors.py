@@ -27,6 +27,7 @@ STANDARD_BASE = {
     errors.WeightSyncError: RuntimeError,
     errors.WeightSyncTimeout: TimeoutError,
     errors.PublishConflictError: RuntimeError,
+    errors.DeviceLostError: RuntimeError,
     errors.VLLMServerError: RuntimeError,
     errors.VLLMServerUnreachable: ConnectionError,
 }

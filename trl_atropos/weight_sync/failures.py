@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ..errors import PublishConflictError, WeightSyncError
+from ..errors import WeightSyncError
 from .options import WeightSyncOptions
 from .server_link import ServerLink
 
@@ -52,11 +52,11 @@ def run_step(
 
 def _raise_if_final(failures: Sequence[WeightSyncError], num_rounds: int, options: WeightSyncOptions) -> None:
     action = options.on_publish_failure
-    conflicts = [failure for failure in failures if isinstance(failure, PublishConflictError)]
+    final = [failure for failure in failures if failure.is_final]
     is_exhausted = action == "retry" and num_rounds >= options.max_publish_retries
-    if not (conflicts or is_exhausted or action == "abort"):
+    if not (final or is_exhausted or action == "abort"):
         return
-    first, *others = conflicts or failures
+    first, *others = final or failures
     for other in others:
         logger.error(str(other))
     raise first

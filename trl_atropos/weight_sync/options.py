@@ -66,6 +66,13 @@ class WeightSyncOptions:
             "it. A failure ends the run a step later. For servers on other devices than the trainer's; not over NCCL."
         },
     )
+    weight_sync_beside: bool = field(
+        default=True,
+        metadata={
+            "help": "Load a policy beside the served one where transport, model and memory of the server allow it, so that the "
+            "pause only puts it in place. false: load it in the pause, which takes less time in all and no further memory."
+        },
+    )
     weight_sync_mode: str = field(
         default="auto",
         metadata={

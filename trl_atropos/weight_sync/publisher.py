@@ -450,9 +450,15 @@ class PolicyPublisher:
         logger.warning(
             f"Publishing takes {fraction:.0%} of the time of a step ({blocked_s:.2f} s; the phases: "
             + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in slowest)
-            + "). Publish beside the training (--weight_sync_background true), less often (--weight_sync_steps), or with LoRA the "
-            "adapter (--weight_sync_mode adapter); or set --weight_sync_warn_fraction. Said once."
+            + f"). {self._how_to_shorten()}, or with LoRA publish the adapter (--weight_sync_mode adapter); or set "
+            "--weight_sync_warn_fraction. Said once."
         )
+
+    def _how_to_shorten(self) -> str:
+        if self._options.vllm_enable_sleep_mode:
+            # The server sleeps while the trainer works: it is published to after every step, and not beside one.
+            return "Train on more rollouts a step (--per_device_train_batch_size, --gradient_accumulation_steps)"
+        return "Publish beside the training (--weight_sync_background true; not over NCCL), less often (--weight_sync_steps)"
 
     def _require_servers(self) -> ServerGroup:
         assert self._servers is not None, "only rank 0 has servers"

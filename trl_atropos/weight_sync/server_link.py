@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import PublishConflictError, WeightSyncError, WeightSyncTimeout
+from ..errors import DeviceLostError, PublishConflictError, WeightSyncError, WeightSyncTimeout
 from .base import BuildsBeside, PolicyLayout, TensorSpec, TransferReport, WeightTransport
 from .options import WeightSyncOptions
 from .probe import ProbeReference, ProbeResult, check_probe
@@ -159,9 +159,10 @@ class ServerLink:
 
     @property
     def builds_beside(self) -> bool:
-        """Whether the next policy can be built while the server serves: not if it is paused already, or asleep."""
+        """Whether the next policy is built while the server serves: not if it is paused already, or asleep."""
         is_served = not self.is_paused and not self.options.vllm_enable_sleep_mode
-        return is_served and isinstance(self.transport, BuildsBeside) and self.transport.can_build
+        is_wanted = self.options.weight_sync_beside and is_served
+        return is_wanted and isinstance(self.transport, BuildsBeside) and self.transport.can_build
 
     def build(self, specs: Sequence[TensorSpec]) -> TransferReport:
         """Move and load tensors beside the policy that is served."""
@@ -240,7 +241,7 @@ class ServerLink:
         try:
             yield
         except WeightSyncError as exc:
-            kinds = (PublishConflictError, WeightSyncTimeout, WeightSyncError)
+            kinds = (PublishConflictError, DeviceLostError, WeightSyncTimeout, WeightSyncError)
             kind = next(kind for kind in kinds if isinstance(exc, kind))
             raise kind(
                 f"Publishing policy version {version} to {self.client.base_url} failed in state `{self.state}`: {exc.what}",

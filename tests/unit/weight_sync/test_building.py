@@ -99,6 +99,13 @@ class TestServed:
         publishing.publish(policy(), 1)
         assert server.last("POST /update_weights").body["update_info"]["is_beside"] is False
 
+    def test_it_can_be_switched_off(self, server):
+        publishing = Publishing(server, weight_sync_beside=False)
+        publishing.publish(policy(), 1)
+        assert server.last("POST /update_weights").body["update_info"]["is_beside"] is False
+        assert server.routes.index("POST /pause") < server.routes.index("POST /start_weight_update")
+        assert serves(server, policy())
+
     def test_one_of_which_a_worker_cannot_says_why(self, publishing, server, caplog):
         server.why_not_beside = "9.9 GB are needed for it, and 1.1 GB are free"
         with caplog.at_level("INFO"):

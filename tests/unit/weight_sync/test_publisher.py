@@ -20,7 +20,7 @@ from publishing import VOCAB_SIZE, ScriptedPublishing, policy, serves
 from scripted_server import ScriptedServer
 from tiny_models import perturb
 
-from trl_atropos.errors import PublishConflictError, WeightSyncError, WeightSyncTimeout
+from trl_atropos.errors import DeviceLostError, PublishConflictError, WeightSyncError, WeightSyncTimeout
 from trl_atropos.report.metric_help import METRICS
 from trl_atropos.weight_sync import failures
 from trl_atropos.weight_sync import publisher as publisher_module
@@ -182,6 +182,22 @@ class TestOrder:
         publishing.servers.sleep()
         # vLLM's own default is `abort`.
         assert server.last("POST /sleep").query == {"level": ["1"], "mode": ["keep"]}
+        publishing.servers.close()
+
+
+class TestAShareOfTheStepThatIsLarge:
+    @pytest.mark.parametrize(
+        ("sleeps", "remedy"), [(False, "--weight_sync_background true"), (True, "more rollouts a step")]
+    )
+    def test_it_is_warned_of_once_with_what_this_run_may_do(self, server, caplog, sleeps, remedy):
+        publishing = Publishing(
+            server, weight_sync_warn_fraction=1e-9, vllm_enable_sleep_mode=sleeps, weight_sync_mode="full"
+        )
+        for global_step in range(3):
+            publishing.publisher.publish_step(policy(), global_step)
+        (warning,) = [record.message for record in caplog.records if "of the time of a step" in record.message]
+        assert remedy in warning
+        assert ("--weight_sync_steps" in warning) is not sleeps
         publishing.servers.close()
 
 
@@ -415,6 +431,21 @@ class TestRetry:
         with pytest.raises(PublishConflictError, match=r"reports weight version '17', this trainer published 0"):
             publishing.publish(policy(), 1)
         assert "POST /start_weight_update" not in server.routes[len(FIRST_PUBLISH) :]
+        publishing.servers.close()
+
+    def test_a_gpu_that_is_lost_is_not_tried_again(self, server, monkeypatch):
+        publishing = Publishing(server, "pause")
+        sent = []
+
+        def send(specs):
+            sent.append(specs)
+            raise DeviceLostError("It is lost.", "A worker ended.", "Start again.")
+
+        (link,) = publishing.servers.links
+        monkeypatch.setattr(link.transport, "send", send)
+        with pytest.raises(DeviceLostError, match="in state `transferring`: It is lost"):
+            publishing.publish(policy(), 0)
+        assert len(sent) == 1
         publishing.servers.close()
 
 

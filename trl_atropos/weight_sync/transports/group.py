@@ -5,13 +5,14 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.distributed_c10d import Store
 
-from ...errors import WeightSyncTimeout
+from ...errors import DeviceLostError, WeightSyncError, WeightSyncTimeout
 from ..base import PolicyLayout
 from .collective import Cancelled
 from .rendezvous import bind, local_address_towards, server_host
@@ -114,6 +115,32 @@ class GroupTransport:
                 raise WeightSyncTimeout(
                     f"Workers {absent} of {len(keys)} did not come within {self.timeout_s:.0f} s.", *absence
                 )
+
+
+@contextmanager
+def watching_device(device: torch.device) -> Iterator[None]:
+    """Within the context, an error of sending from a CUDA device looks whether that was lost, too.
+
+    A kernel of NCCL that waits for a worker reads that worker's memory, where both GPUs reach each other. Seen on an H200: it
+    goes with the worker that is killed, and with it every other kernel of this process.
+
+    Raises:
+        [`DeviceLostError`]: if it was.
+    """
+    try:
+        yield
+    except WeightSyncError as exc:
+        try:
+            if torch.cuda.is_initialized():
+                # Says what has failed, and waits for nothing.
+                torch.cuda.current_stream(device).query()
+        except RuntimeError as lost:
+            raise DeviceLostError(
+                f"{exc.what} The trainer's {device} was lost with it ({str(lost).splitlines()[0]}).",
+                f"{exc.why} A worker that ended in the middle of a broadcast has taken memory with it that this process was reading.",
+                "Start the trainer again with --resume_from_checkpoint; the server's log says why the worker ended.",
+            ) from exc
+        raise
 
 
 def numbered(device: torch.device) -> torch.device:

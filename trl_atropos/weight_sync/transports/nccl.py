@@ -17,7 +17,7 @@ import torch
 from ...errors import VLLMServerError, WeightSyncError
 from ..base import TensorSpec, TransferReport
 from .collective import Collective
-from .group import GroupTransport, numbered
+from .group import GroupTransport, numbered, watching_device
 from .reports import describe_tensors
 
 
@@ -93,7 +93,8 @@ class NcclTransport(GroupTransport):
             end=self._leave,
             end_s=ABORT_S,
         )
-        broadcast.run_beside(lambda: client.update_weights(describe_tensors(specs)))
+        with watching_device(self.device):
+            broadcast.run_beside(lambda: client.update_weights(describe_tensors(specs)))
         return TransferReport(sum(spec.num_bytes for spec in specs), load_s=0.0)
 
     def _leave(self) -> None:

@@ -20,7 +20,7 @@ from ...errors import WeightSyncError
 from ..base import TensorSpec, TransferReport
 from .collective import Collective
 from .gloo import Chunk, connect_store, cut_chunks, join_group, start_broadcast
-from .group import RANK_OFFSET, TRAINER_RANK, GroupTransport, numbered
+from .group import RANK_OFFSET, TRAINER_RANK, GroupTransport, numbered, watching_device
 
 
 if TYPE_CHECKING:
@@ -190,6 +190,10 @@ class SGLangNcclTransport(SGLangGroupTransport):
             )
         self.device = numbered(self.device)
         super()._meet(client)
+
+    def _send(self, client: InferenceServer, layout: PolicyLayout, bucket: Chunk, *, is_last: bool) -> None:
+        with watching_device(self.device):
+            super()._send(client, layout, bucket, is_last=is_last)
 
     def _join(self, meeting: dict[str, Any], is_cancelled: threading.Event) -> None:
         from torch.distributed.distributed_c10d import Backend, _new_process_group_helper

@@ -7,7 +7,6 @@ everything else in common, so that the model's own `load_weights` and vLLM's lay
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,6 @@ from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 from vllm.model_executor.model_loader.reload.sanitize import sanitize_layer_refs
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 
-
-ON_GPUS_VARIABLE = "TRL_ATROPOS_BUILD_BESIDE_ON_GPUS"
-"""Of the server's environment; `1` lets its workers build beside the served policy on a GPU, where that was not run yet."""
 
 MEMORY_FACTOR = 1.25
 """How much memory has to be free, over the size of the policy: a layer is there once more while it is packed."""
@@ -134,8 +130,6 @@ def _is_loaded(info: LayerReloadingInfo) -> bool:
 
 def why_no_twin(model: nn.Module, device: torch.device) -> str | None:
     """Why a policy cannot be loaded beside the one that this model serves, or None if it can."""
-    if device.type != "cpu" and os.environ.get(ON_GPUS_VARIABLE) != "1":
-        return f"on a GPU that was not run yet; {ON_GPUS_VARIABLE}=1 in the server's environment tries it"
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
         if method is not None and not isinstance(method, PLAIN_METHODS) and next(_tensors(module), None) is not None:
@@ -145,7 +139,7 @@ def why_no_twin(model: nn.Module, device: torch.device) -> str | None:
         if hasattr(module, "conv1d"):
             return f"{name} computes with a view of its weights"
     needed = MEMORY_FACTOR * _num_bytes(model)
-    free = _available_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    free = _available_bytes() if device.type == "cpu" else _available_device_bytes(device)
     if free < needed:
         return f"{needed / 1e9:.1f} GB are needed for it, and {free / 1e9:.1f} GB are free"
     return None
@@ -155,6 +149,12 @@ def _available_bytes() -> int:
     """Host memory, in bytes, that processes can still be given without swapping."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
+def _available_device_bytes(device: torch.device) -> int:
+    """Memory of a GPU, in bytes, that this process can still be given, with what its allocator keeps of a twin before."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
