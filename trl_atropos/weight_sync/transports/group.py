@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +131,8 @@ def watching_device(device: torch.device) -> Iterator[None]:
         yield
     except WeightSyncError as exc:
         try:
-            if torch.cuda.is_initialized():
+            is_in_use: Callable[[], bool] = torch.cuda.is_initialized
+            if is_in_use():
                 # Says what has failed, and waits for nothing.
                 torch.cuda.current_stream(device).query()
         except RuntimeError as lost:

@@ -1,7 +1,7 @@
 """A policy travels over NCCL to a stock `trl vllm-serve`, through vLLM's own rendezvous and packed broadcast.
 
-Needs CUDA on both sides, and no publish over it was run on a GPU by the authors: what does not touch a device is tested, the rest
-follows TRL's `WeightTransferClient` and vLLM's `NCCLTrainerWeightTransferEngine` call by call.
+Needs CUDA on both sides; follows TRL's `WeightTransferClient` and vLLM's `NCCLTrainerWeightTransferEngine` call by call. Run by the
+authors between two ranks of one GPU; between several GPUs it was not.
 """
 
 from __future__ import annotations
