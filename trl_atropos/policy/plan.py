@@ -29,6 +29,7 @@ from .tree_attention import (
     flex_gradient_difference,
     register_tree_attention,
 )
+from .tree_states import branch_states, layers_with_states, unbranch_states
 
 
 if TYPE_CHECKING:
@@ -136,8 +137,8 @@ def plan_forward(
         for layout in ("tree", "packed", "padded") if requested == "auto" else (requested,):
             has_windows = comparison.takes_tree_attention
             reason = _cannot(layout, config, max_length, has_windows) or _needless(layout, config, requested, device)
+            plan = replace(padded, layout=layout, branches_states=layout == "tree" and comparison.branches_states)
             if reason is None and layout != "padded":
-                plan = replace(padded, layout=layout)
                 reason = (comparison.refuses_tree if layout == "tree" else comparison.refuses)(plan, tolerance)
             if reason is None:
                 break
@@ -151,7 +152,9 @@ def plan_forward(
     for fallback in fallbacks:
         logger.warning(f"Forward passes are slower than they could be: {fallback}.")
     logger.info(f"Layout of micro-batches: {layout}")
-    return replace(padded, layout=layout, fallbacks=tuple(fallbacks), has_float32_head=has_float32_head)
+    if not plan.branches_states:
+        unbranch_states(model)
+    return replace(plan, fallbacks=tuple(fallbacks), has_float32_head=has_float32_head)
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,11 @@ class _Comparison:
         implementation = self.config._attn_implementation
         has_sdpa = getattr(self.model, "_supports_sdpa", True)
         return implementation in WINDOW_IMPLEMENTATIONS or (implementation == "eager" and not has_sdpa)
+
+    @property
+    def branches_states(self) -> bool:
+        """Whether layers that carry a state are run over the pieces of trees, if the model is given any."""
+        return self.takes_tree_attention and bool(layers_with_states(self.model))
 
     def difference(self, plan: ForwardPlan, length: int = CHECK_LENGTH) -> float:
         """Mean |logprob difference| in nats with sequences of up to `length` tokens, the largest of all ranks."""
@@ -252,10 +260,13 @@ class _Comparison:
         return max(tolerance, ROUNDING_TOLERANCE_RATIO * self.roundings.get(length, 0.0))
 
     def refuses_tree(self, plan: ForwardPlan, tolerance: float) -> str | None:
-        """As `refuses`; a model that can is given the attention that computes no more of a tree than it needs.
+        """As `refuses`; a model that can is given the attention that computes no more of a tree than it needs, and one with
+        states runs over its pieces.
 
         For good: gradient checkpointing runs the layers again in the backward pass.
         """
+        if plan.branches_states and (reason := self._refuses_states()) is not None:
+            return reason
         before = self.config._attn_implementation
         if not self.takes_tree_attention:
             return self.refuses(plan, tolerance)
@@ -287,6 +298,27 @@ class _Comparison:
                 f"attention multiplies every pair of tokens of a tree: {implementation} is not used, {skipping}"
             )
         return reason
+
+    def _refuses_states(self) -> str | None:
+        """Why the gradient speaks against running layers with a state over the pieces of a tree; None if it does not."""
+        if any(_is_sharded(layer) for layer, _ in layers_with_states(self.model)):
+            return "layers with a state whose weights are sharded are not compared with pieces of a path"
+        error = ""
+        try:
+            with self.autocast():
+                difference = branch_states(self.model).gradient_difference(
+                    self.config.hidden_size, next(self.model.parameters()).dtype, self.device
+                )
+        except torch.OutOfMemoryError:
+            raise
+        except MODEL_ERRORS as exc:
+            difference, error = torch.inf, f" ({_first_line(exc)})"
+        difference = largest_over_ranks(difference)
+        if difference <= max(CHECK_TOLERANCE, GRADIENT_TOLERANCE_EPS * torch.finfo(self.dtype).eps):
+            return None
+        return (
+            f"the gradient of a layer with a state is off by {difference:.2g} of its norm in pieces of a path{error}"
+        )
 
     def _refuses_skipping(self, plan: ForwardPlan, tolerance: float, length: int) -> str | None:
         """Why a model cannot take the attention over trees that it was given; sequences have up to `length` tokens."""
@@ -545,6 +577,6 @@ def _difference(
     return (scores.logprobs - alone).abs().mean().item()
 
 
-def _is_sharded(head: nn.Module) -> bool:
-    """Whether ZeRO-3 or FSDP2 keeps a piece of the head's parameters outside of the model's forward."""
-    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in head.parameters())
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether ZeRO-3 or FSDP2 keeps a piece of the module's parameters outside of the model's forward."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in module.parameters())

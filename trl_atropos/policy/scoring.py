@@ -29,6 +29,7 @@ from .logprobs import (
 )
 from .sequence_parallel import SequenceParallel
 from .tree_attention import TREE_FLEX, TREE_SDPA, tree_block_mask, tree_columns
+from .tree_states import branch_states
 
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class ForwardPlan:
     model's forward makes the logits of all scored positions at once. `is_head_sharded` says whether the pieces are made
     inside of the model's forward, where a head whose weight is sharded is whole; else they are made outside. `fallbacks`
     say why a better way was not taken, one sentence each. `has_float32_head` says whether the head computes in float32
-    also in mixed precision, for which it must be called outside of the model's forward.
+    also in mixed precision, for which it must be called outside of the model's forward. `branches_states` says that layers
+    which carry a state from token to token run over trees piece by piece.
     """
 
     layout: str
@@ -55,6 +57,7 @@ class ForwardPlan:
     fallbacks: tuple[str, ...] = ()
     has_float32_head: bool = False
     is_head_sharded: bool = False
+    branches_states: bool = False
 
 
 class PolicyScorer:
@@ -77,6 +80,7 @@ class PolicyScorer:
         self.autocast = autocast
         self.sequence_parallel = sequence_parallel
         self._transform_logits = logits_transform(model.config.get_text_config())
+        self._branches = branch_states(model) if plan.branches_states else None
 
     @property
     def shares_between_groups(self) -> bool:
@@ -84,7 +88,9 @@ class PolicyScorer:
         trees costs no more than a row for each, has no padding, and holds what groups share (a system prompt) once.
         """
         implementation = self.model.config.get_text_config()._attn_implementation
-        return self.plan.layout == "tree" and implementation in (TREE_SDPA, TREE_FLEX)
+        # Those with states are not given rows with padding.
+        is_one_row = self.plan.branches_states or implementation in (TREE_SDPA, TREE_FLEX)
+        return self.plan.layout == "tree" and is_one_row
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[TokenScores, Tensor]:
         """Score a micro-batch with `model`, the one that accelerate, DDP, DeepSpeed or FSDP wrapped.
@@ -100,6 +106,8 @@ class PolicyScorer:
         if self.sequence_parallel is None or not self.model.training:
             implementation = self.model.config.get_text_config()._attn_implementation
             inputs = model_inputs(batch, implementation, next(self.model.parameters()).dtype)
+            if self._branches is not None:
+                self._branches.take(batch["subtree_end"], batch["position_ids"])
             if self.plan.layout == "packed" and takes_lengths(self.model):
                 inputs |= packed_lengths(batch["position_ids"])
             return self._score(model, inputs, batch)

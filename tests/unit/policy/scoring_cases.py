@@ -9,10 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
 )
 
 from trl_atropos.data.micro_batches import RolloutCollator
@@ -47,6 +55,26 @@ def tiny(
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+# Layers that carry a state from token to token.
+RECURRENT: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "lfm2": (Lfm2ForCausalLM, Lfm2Config, {"layer_types": ["conv", "full_attention"], "block_ff_dim": 64}),
+    "falcon_h1": (FalconH1ForCausalLM, FalconH1Config,
+                  {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8,
+                   "lm_head_multiplier": 0.5}),
+    "bamba": (BambaForCausalLM, BambaConfig,
+              {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8,
+               "mamba_chunk_size": 8}),
+    "qwen3_5": (Qwen3_5ForCausalLM, Qwen3_5TextConfig,
+                {"head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+                 "linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}),
+}  # fmt: skip
+
+
+def recurrent(name: str, attn_implementation: str = "sdpa") -> PreTrainedModel:
+    model_class, config_class, options = RECURRENT[name]
+    return tiny(model_class, config_class, attn_implementation, **options)
 
 
 def tiny_llama(attn_implementation: str = "sdpa", **options: Any) -> PreTrainedModel:

@@ -11,9 +11,11 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from scoring_cases import (
     MAX_LENGTH,
+    RECURRENT,
     assert_scores_are_the_models_own,
     own_logprobs,
     plan,
+    recurrent,
     rollouts,
     scored_logprobs,
     tiny,
@@ -21,16 +23,12 @@ from scoring_cases import (
 )
 from transformers import (
     AttentionInterface,
-    BambaConfig,
-    BambaForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     Cohere2Config,
     Cohere2ForCausalLM,
     Exaone4Config,
     Exaone4ForCausalLM,
-    FalconH1Config,
-    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -39,8 +37,6 @@ from transformers import (
     GPTNeoForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
-    Lfm2Config,
-    Lfm2ForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
@@ -69,7 +65,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from trl_atropos.data.micro_batches import RolloutCollator
 from trl_atropos.errors import PreflightError
 from trl_atropos.policy import plan as planning
-from trl_atropos.policy import tree_attention
+from trl_atropos.policy import tree_attention, tree_states
 from trl_atropos.policy.forward import make_forward
 from trl_atropos.policy.layouts import LAYOUTS
 from trl_atropos.policy.load import make_reference_model
@@ -339,25 +335,26 @@ class TestCountsOfTheRow:
         assert_scores_are_the_models_own(model, found)
 
 
-# Layers that carry a state from token to token. Both use the mask of no layout but padding.
-RECURRENT: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "lfm2": (Lfm2ForCausalLM, Lfm2Config, {"layer_types": ["conv", "full_attention"], "block_ff_dim": 64}),
-    "falcon_h1": (FalconH1ForCausalLM, FalconH1Config,
-                  {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8,
-                   "lm_head_multiplier": 0.5}),
-    "bamba": (BambaForCausalLM, BambaConfig,
-              {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8,
-               "mamba_chunk_size": 8}),
-}  # fmt: skip
+@pytest.fixture
+def unknown_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the layers of a model carried a state that nobody knows of."""
+    monkeypatch.setattr(planning, "layers_with_states", lambda model: [])
 
 
 class TestRecurrentLayers:
     @pytest.mark.parametrize("name", RECURRENT)
-    def test_only_padded_rows_are_right(self, name, caplog):
-        model_class, config_class, options = RECURRENT[name]
-        model = tiny(model_class, config_class, **options)
+    def test_trees_branch_their_states(self, name, caplog):
+        model = recurrent(name)
         found = plan(model)
-        assert (found.layout, found.projects_in_pieces) == ("padded", True)
+        assert found == ForwardPlan("tree", projects_in_pieces=True, branches_states=True)
+        assert "slower" not in caplog.text
+        assert_scores_are_the_models_own(model, found)
+
+    @pytest.mark.parametrize("name", RECURRENT)
+    def test_unknown_ones_take_padded_rows(self, name, caplog, unknown_states):
+        model = recurrent(name)
+        found = plan(model)
+        assert (found.layout, found.projects_in_pieces, found.branches_states) == ("padded", True, False)
         assert [reason.split(":")[0] for reason in found.fallbacks] == [
             "the tree layout is not used", "the packed layout is not used",
         ]  # fmt: skip
@@ -366,19 +363,51 @@ class TestRecurrentLayers:
         assert_scores_are_the_models_own(model, found)
 
     @pytest.mark.parametrize("layout", ["tree", "packed"])
-    def test_a_layout_that_was_asked_for_and_is_wrong_stops_the_run(self, layout):
-        model_class, config_class, options = RECURRENT["bamba"]
+    def test_a_layout_that_was_asked_for_and_is_wrong_stops_the_run(self, layout, unknown_states):
         with pytest.raises(PreflightError) as caught:
-            plan(tiny(model_class, config_class, **options), layout)
+            plan(recurrent("bamba"), layout)
         assert f"sequence_layout is {layout}, and it gives other logprobs on this model" in caught.value.what
         assert "--sequence_layout auto" in caught.value.fix
 
     @pytest.mark.parametrize("name", RECURRENT)
-    def test_they_are_refused_in_bfloat16_as_well(self, name):
+    def test_unknown_ones_are_found_out_in_bfloat16_as_well(self, name, unknown_states):
         # Rounding moves padded rows of these models by less than 0.001 nats, a wrong layout by 0.01 to 0.3.
-        model_class, config_class, options = RECURRENT[name]
-        model = tiny(model_class, config_class, **options).to(torch.bfloat16)
-        assert plan(model, dtype=torch.bfloat16).layout == "padded"
+        assert plan(recurrent(name).to(torch.bfloat16), dtype=torch.bfloat16).layout == "padded"
+
+    @pytest.mark.parametrize("name", RECURRENT)
+    def test_trees_branch_their_states_in_bfloat16(self, name):
+        model = recurrent(name).to(torch.bfloat16)
+        found = plan(model, dtype=torch.bfloat16)
+        assert (found.layout, found.branches_states) == ("tree", True)
+
+    def test_kernels_that_leave_out_the_gradient_of_a_state_are_not_used(self, monkeypatch):
+        def without_gradient(cls: type[tree_states.KeptStates], parents: Any) -> tree_states.KeptStates:
+            states = of_branches(parents)
+            states.recurrent_states = {index: state.detach() for index, state in states.recurrent_states.items()}
+            return states
+
+        of_branches = tree_states.KeptStates.of_branches
+        monkeypatch.setattr(tree_states.KeptStates, "of_branches", classmethod(without_gradient))
+        model = recurrent("bamba")
+        found = plan(model)
+        assert found.layout == "padded"
+        assert "the gradient of a layer with a state is off by" in found.fallbacks[0]
+        assert_scores_are_the_models_own(model, found)
+
+    def test_sharded_ones_are_left_as_they_are(self, monkeypatch):
+        monkeypatch.setattr(planning, "_is_sharded", lambda module: "Mixer" in type(module).__name__)
+        found = plan(recurrent("bamba"))
+        assert found.layout == "padded"
+        assert "whose weights are sharded" in found.fallbacks[0]
+
+    def test_another_layout_leaves_the_layers_as_they_were(self):
+        model = recurrent("bamba")
+        tree_states.branch_states(model)
+        plan(model, "padded")
+        assert not [module for module in model.modules() if "forward" in vars(module)]
+
+    def test_eager_attention_takes_padded_rows(self):
+        assert plan(recurrent("bamba", "eager")).layout == "padded"
 
     def test_a_purely_recurrent_model_that_cannot_take_a_tree_falls_back(self):
         # Its forward raises on a four-dimensional mask: that is a no to the layout, not the end of the run.

@@ -8,6 +8,8 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +93,8 @@ class SharedMemoryEngine(LayerwiseEngine[SharedMemoryInitInfo, SharedMemoryUpdat
                 update_info.offsets, update_info.dtype_names, update_info.shapes, strict=True
             )
         ]
-        found = checksum(tensors)
+        with nullcontext() if current_platform.is_cpu() else on_every_core():
+            found = checksum(tensors)
         if found != update_info.checksum:
             raise RuntimeError(
                 f"The checksum of the segment is {found}, the trainer said {update_info.checksum}: it is being written, "
@@ -118,3 +121,14 @@ class SharedMemoryEngine(LayerwiseEngine[SharedMemoryInitInfo, SharedMemoryUpdat
     def _memory(self) -> torch.Tensor:
         assert self._mapping is not None
         return torch.frombuffer(self._mapping, dtype=torch.uint8)[: self._data_bytes]
+
+
+@contextmanager
+def on_every_core() -> Iterator[None]:
+    """Let what this thread computes on the host use every core that it may run on: vLLM leaves the worker of a GPU one thread."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
