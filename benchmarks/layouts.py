@@ -5,15 +5,16 @@
 The model has the proportions of SmolLM2-135M (576 hidden, 9 heads of 64 with 3 key-value heads, 1,536 in the MLP) in two
 layers, a vocabulary of 4,096, and random weights; with `--model` it is the one of that directory. A case is prompt tokens / completion tokens /
 rollouts of the group, `turns` is a group of multi-turn rollouts that fork after each turn, `ragged` one of completions
-of 32 to 2,048 tokens, `window` is 512/512/8 with a window of 256 tokens in every layer, and `system` has four groups of four that
-share a system prompt of 512 tokens and differ in the 100 behind it. Each measurement is a process
+of 32 to 2,048 tokens, `window` is 512/512/8 with a window of 256 tokens in every layer, `delta` and `mamba` are 512/64/8 of a model one
+layer of which is a gated delta net (Qwen3.5) or a Mamba-2 (Bamba), by transformers' own code, and `system` has four groups of four
+that share a system prompt of 512 tokens and differ in the 100 behind it. Each measurement is a process
 of its own, the layouts in turns. One JSON line per case:
 
     tokens, tree_tokens     of all rollouts; without what they share
     auto                    the layout that the start of a run found best
     auto_s, padded_s, packed_s, best_s
                             seconds of forward and backward: the fastest of the repeats; packed rows make a mask of all
-                            pairs and are left out above 8,192 tokens (null)
+                            pairs and are left out above 8,192 tokens (null), and where they are wrong (`delta`, `mamba`)
     auto_time_ratio         auto_s / best_s; the limit is 1.1
     auto_bytes, padded_bytes, auto_memory_ratio
                             largest growth of resident memory over the loaded model, and their ratio; the limit is 1.1
@@ -38,7 +39,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from resident_memory import watch_peak
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    BambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+)
 
 from trl_atropos.data.micro_batches import RolloutCollator
 from trl_atropos.policy.layouts import num_computed_tokens
@@ -53,7 +62,10 @@ GRID = [
     for completion in (16, 128, 512, 2048)
     for rollouts in (4, 8, 16)
 ]
-CASES = (*GRID, "0/2000/8", "turns", "ragged", "window", "system")
+STATES = {"delta": "512/64/8", "mamba": "512/64/8"}
+"""Cases of models with layers that carry a state from token to token."""
+
+CASES = (*GRID, "0/2000/8", "turns", "ragged", "window", *STATES, "system")
 VOCAB_SIZE = 4096
 MAX_PACKED = 8192
 TIME_LIMIT = MEMORY_LIMIT = 1.1
@@ -80,7 +92,7 @@ def make_rollouts(case: str) -> list[Rollout]:
         starts = tuple(torch.cat([prompt, tokens(100)]) for _ in range(4))
         members = [(group, start, tokens(128)) for group, start in enumerate(starts) for _ in range(4)]
     else:
-        num_prompt, length, number = map(int, ("512/512/8" if case == "window" else case).split("/"))
+        num_prompt, length, number = map(int, {"window": "512/512/8", **STATES}.get(case, case).split("/"))
         prompt = tokens(num_prompt)
         members = [(0, prompt, tokens(length)) for _ in range(number)]
     return [
@@ -98,18 +110,27 @@ def make_rollouts(case: str) -> list[Rollout]:
 def make_model(case: str, model_dir: str | None) -> Any:
     if model_dir is not None:
         return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
-    config = MistralConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=2,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=8192,
-        sliding_window=256 if case == "window" else None,
-    )
-    return MistralForCausalLM._from_config(config, attn_implementation="sdpa").train()
+    sizes = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+    }
+    model_class: Any = MistralForCausalLM
+    if case == "delta":
+        model_class = Qwen3_5ForCausalLM
+        heads = {"linear_num_value_heads": 9, "linear_num_key_heads": 9}
+        dims = {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "head_dim": 64}
+        config = Qwen3_5TextConfig(**sizes, **heads, **dims, layer_types=["linear_attention", "full_attention"])
+    elif case == "mamba":
+        model_class = BambaForCausalLM
+        config = BambaConfig(**sizes, attn_layer_indices=[1], mamba_n_heads=18, mamba_d_head=64, mamba_d_state=64)
+    else:
+        config = MistralConfig(**sizes, head_dim=64, sliding_window=256 if case == "window" else None)
+    return model_class._from_config(config, attn_implementation="sdpa").train()
 
 
 def measure(case: str, layout: str, threads: int, model_dir: str | None, results: Any) -> None:
@@ -160,7 +181,8 @@ def compare(case: str, threads: int, model_dir: str | None) -> dict[str, Any]:
     num_tokens = num_computed_tokens(sequences, "packed")
     auto, auto_s, auto_bytes = run(case, "auto", threads, model_dir)
     _, padded_s, padded_bytes = run(case, "padded", threads, model_dir)
-    packed_s = run(case, "packed", threads, model_dir)[1] if num_tokens <= MAX_PACKED else None
+    is_packed = num_tokens <= MAX_PACKED and case not in STATES
+    packed_s = run(case, "packed", threads, model_dir)[1] if is_packed else None
     best_s = min(seconds for seconds in (auto_s, padded_s, packed_s) if seconds is not None)
     return {
         "case": case,
@@ -180,9 +202,7 @@ def compare(case: str, threads: int, model_dir: str | None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--cases", nargs="+", default=CASES, help="prompt/completion/rollouts, or turns, ragged, window"
-    )
+    parser.add_argument("--cases", nargs="+", default=CASES, help="prompt/completion/rollouts, or a name from above")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     parser.add_argument("--model", help="directory of a model; its vocabulary has at least 4,096 entries")
     args = parser.parse_args()
