@@ -9,9 +9,12 @@ import fork_server
 import pytest
 import torch
 from launched_fsdp2 import load, micro_batch, weighted_sum
+from launched_states import loss_of
 from launcher import run_launcher
 from tiny_models import tiny_llama
+from transformers import BambaConfig, BambaForCausalLM
 
+from trl_atropos.policy.plan import plan_forward
 from trl_atropos.policy.scoring import ForwardPlan, PolicyScorer
 
 
@@ -25,14 +28,19 @@ def launched(request, tmp_path_factory) -> tuple[Path, str, list[dict[str, Any]]
     is_tied, precision = request.param
     output = tmp_path_factory.mktemp("fsdp2")
     tiny_llama(seed=3, tied=is_tied, initializer_range=0.2).save_pretrained(output / "model")
+    return output / "model", precision, launch(SCRIPT, output / "model", output, precision)
+
+
+def launch(script: Path, checkpoint: Path, output: Path, *arguments: str) -> list[dict[str, Any]]:
+    """What each of two ranks found."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     exit_status, log = run_launcher(
-        [*torchrun, fork_server.PROGRAM, SCRIPT, output / "model", output, precision],
+        [*torchrun, fork_server.PROGRAM, script, checkpoint, output, *arguments],
         timeout_s=LAUNCH_TIMEOUT_S,
         environment={},
     )
     assert exit_status == 0, log
-    return output / "model", precision, [torch.load(output / f"rank{rank}.pt") for rank in range(2)]
+    return [torch.load(output / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 def test_the_reference_scores_as_the_checkpoint(launched):
@@ -68,3 +76,24 @@ def test_the_gradient_is_that_of_one_process_though_logits_are_made_a_few_at_a_t
             torch.testing.assert_close(
                 result["gradient"][name], parameter.grad, rtol=0, atol=tolerance * scale, msg=name
             )
+
+
+def test_ranks_whose_trees_have_other_pieces_go_through_layers_with_a_state(tmp_path):
+    torch.manual_seed(0)
+    config = BambaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8,
+        mamba_chunk_size=8, initializer_range=0.2, tie_word_embeddings=False,
+    )  # fmt: skip
+    BambaForCausalLM(config).save_pretrained(tmp_path / "model")
+    ranks = launch(SCRIPT.with_name("launched_states.py"), tmp_path / "model", tmp_path)
+    model = load(tmp_path / "model")
+    plan = plan_forward(model, model, "auto", max_length=64, dtype=torch.float32, device=torch.device("cpu"))
+    scorer = PolicyScorer(model, plan)
+    for rank in range(2):
+        (loss_of(scorer, model, rank) / 2).backward()
+    for result in ranks:
+        assert (result["plan"].layout, result["plan"].branches_states) == ("tree", True)
+        for name, parameter in model.named_parameters():
+            scale = parameter.grad.abs().max().item()
+            torch.testing.assert_close(result["gradient"][name], parameter.grad, rtol=0, atol=1e-5 * scale, msg=name)

@@ -29,7 +29,7 @@ from .tree_attention import (
     flex_gradient_difference,
     register_tree_attention,
 )
-from .tree_states import branch_states, layers_with_states, unbranch_states
+from .tree_states import gradient_difference, layers_with_states, unbranch_states
 
 
 if TYPE_CHECKING:
@@ -301,14 +301,14 @@ class _Comparison:
 
     def _refuses_states(self) -> str | None:
         """Why the gradient speaks against running layers with a state over the pieces of a tree; None if it does not."""
-        if any(_is_sharded(layer) for layer, _ in layers_with_states(self.model)):
-            return "layers with a state whose weights are sharded are not compared with pieces of a path"
+        (layer, _), *_ = layers_with_states(self.model)
+        if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
+            # Every call gathers them, on all ranks at once.
+            return "under ZeRO-3, all ranks would have to cut their trees into as many pieces"
         error = ""
         try:
             with self.autocast():
-                difference = branch_states(self.model).gradient_difference(
-                    self.config.hidden_size, next(self.model.parameters()).dtype, self.device
-                )
+                difference = gradient_difference(layer, self.config, next(self.model.parameters()).dtype, self.device)
         except torch.OutOfMemoryError:
             raise
         except MODEL_ERRORS as exc:
@@ -577,6 +577,6 @@ def _difference(
     return (scores.logprobs - alone).abs().mean().item()
 
 
-def _is_sharded(module: nn.Module) -> bool:
-    """Whether ZeRO-3 or FSDP2 keeps a piece of the module's parameters outside of the model's forward."""
-    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in module.parameters())
+def _is_sharded(head: nn.Module) -> bool:
+    """Whether ZeRO-3 or FSDP2 keeps a piece of the head's parameters outside of the model's forward."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in head.parameters())

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 
@@ -224,28 +225,6 @@ class StateBranches:
         """
         self._next = tree_pieces(subtree_end, position_ids)
 
-    def gradient_difference(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> float:
-        """How far the gradient of the first layer for a path in two pieces is from that for the path as a whole, as a share of
-        its norm: kernels may leave out that of a state.
-        """
-        forward = self._forwards[0]
-        generator = torch.Generator().manual_seed(0)
-        num_tokens, fork = 3 * MIN_INNER_TOKENS, 2 * MIN_INNER_TOKENS
-        path = torch.randn(1, num_tokens, hidden_size, generator=generator).to(device, dtype).requires_grad_()
-        weight = torch.randn(path.shape, generator=generator).to(device, dtype)
-        in_two = [
-            Piece(torch.arange(fork), 0, None, has_children=True),
-            Piece(torch.arange(fork, num_tokens), 0, 0, has_children=False),
-        ]
-        gradients = []
-        with torch.enable_grad():
-            for forward.pieces in (None, in_two):
-                (gradient,) = torch.autograd.grad((forward(path) * weight).sum(), path)
-                gradients.append(gradient.float())
-        forward.pieces = None
-        whole, parts = gradients
-        return float((parts - whole).norm() / whole.norm())
-
     def remove(self) -> None:
         """Leave the layers as they were."""
         self._hook.remove()
@@ -275,6 +254,35 @@ def unbranch_states(model: nn.Module) -> None:
     branches = _BRANCHES.pop(model, None)
     if branches is not None:
         branches.remove()
+
+
+def gradient_difference(layer: nn.Module, config: Any, dtype: torch.dtype, device: torch.device) -> float:
+    """How far the gradient of a layer for a path in two pieces is from that for the path as a whole, as a share of its norm:
+    kernels may leave out that of a state.
+
+    `layer` is one of `layers_with_states` of a model with this `config`. In the place of one whose weights are sharded a new
+    one is run, with random weights.
+    """
+    (cache_argument,) = [name for found, name in layers_with_states(layer) if found is layer]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
+            layer = type(layer)(config, layer.layer_idx).to(device, dtype)
+        forward = BranchingForward(layer, cache_argument)
+        num_tokens, fork = 3 * MIN_INNER_TOKENS, 2 * MIN_INNER_TOKENS
+        path = torch.randn(1, num_tokens, config.hidden_size).to(device, dtype).requires_grad_()
+        weight = torch.randn(path.shape).to(device, dtype)
+    in_two = [
+        Piece(torch.arange(fork), 0, None, has_children=True),
+        Piece(torch.arange(fork, num_tokens), 0, 0, has_children=False),
+    ]
+    gradients = []
+    with torch.enable_grad():
+        for forward.pieces in (None, in_two):
+            (gradient,) = torch.autograd.grad((forward(path) * weight).sum(), path)
+            gradients.append(gradient.float())
+    whole, parts = gradients
+    return float((parts - whole).norm() / whole.norm())
 
 
 def layers_with_states(model: nn.Module) -> list[tuple[nn.Module, str]]:
