@@ -1,9 +1,10 @@
 """A training step against TRL's: the same model, rollouts and machine; forward, loss and backward.
 
-    python benchmarks/train_step.py [--model DIR] [--repeats N] [--cases 128/32/8 ...] [--layout auto]
+    python benchmarks/train_step.py [--model DIR] [--repeats N] [--cases 128/32/8 ...] [--layout auto] [--checkpoint_every N]
 
 A case is prompt tokens / completion tokens / rollouts of the group; `ragged` has completions of 8 to 64 tokens behind a
-prompt of 128. Each side runs in a process of its own, in turns. One JSON line per case, times are medians over the
+prompt of 128. Our side may make every N-th layer's activations again in the backward pass (`--gradient_checkpointing true
+--gradient_checkpointing_kwargs '{"every_n_layers": N}'` of a run). Each side runs in a process of its own, in turns. One JSON line per case, times are medians over the
 repeats after one step to warm up:
 
     ours_s, trl_s            one step: AtroposTrainer.training_step; GRPOTrainer._compute_loss and backward
@@ -12,6 +13,7 @@ repeats after one step to warm up:
                              largest growth of resident memory over the loaded model, gradients included
     peak_rss_ratio_vs_trl    ours / TRL's
     gradient_bytes           what of both the gradients are: no layout can save them
+    activations_ratio_vs_trl what is left of both without them, ours / TRL's
     max_abs_logprob_diff     largest difference of the logprob of a completion token, in nats
     grad_rel_diff            norm of the difference of the gradients / norm of TRL's
     layout                   the layout that was used
@@ -117,7 +119,7 @@ def run_trl(model_dir: str, case: str, repeats: int) -> dict[str, Any]:
     return {**result, "logprobs": logprobs[inputs["completion_mask"].bool()], "layout": "padded"}
 
 
-def run_ours(model_dir: str, case: str, repeats: int, layout: str) -> dict[str, Any]:
+def run_ours(model_dir: str, case: str, repeats: int, layout: str, checkpoint_every: int) -> dict[str, Any]:
     from trl_atropos import AtroposConfig, AtroposTrainer
 
     prompt, completions, advantages = make_rollouts(case)
@@ -134,6 +136,9 @@ def run_ours(model_dir: str, case: str, repeats: int, layout: str) -> dict[str, 
         )
         trainer = AtroposTrainer(model_dir, args)
     model = trainer.model
+    if checkpoint_every:
+        # As `train` does.
+        model.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=checkpoint_every)
     rollouts = as_rollouts(prompt, completions, advantages)
 
     def step() -> None:
@@ -154,6 +159,7 @@ def run_side(side: str, args: argparse.Namespace, case: str) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".pt") as result:
         command = [sys.executable, __file__, "--side", side, "--result", result.name, "--cases", case]
         command += ["--model", args.model, "--repeats", str(args.repeats), "--layout", args.layout]
+        command += ["--checkpoint_every", str(args.checkpoint_every)]
         subprocess.run(command, check=True, stdout=sys.stderr)
         return torch.load(result.name, weights_only=True)
 
@@ -176,6 +182,7 @@ def compare(args: argparse.Namespace, case: str) -> dict[str, Any]:
         "ours_rss_bytes": ours_bytes,
         "trl_rss_bytes": trl_bytes,
         "gradient_bytes": gradient_bytes,
+        "activations_ratio_vs_trl": round((ours_bytes - gradient_bytes) / (trl_bytes - gradient_bytes), 3),
     }
 
 
@@ -185,6 +192,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--layout", default="auto")
+    parser.add_argument("--checkpoint_every", type=int, default=0, help="0: no layer's activations are made again")
     parser.add_argument("--side", choices=["ours", "trl"], help="internal: measure one side")
     parser.add_argument("--result", help="internal: where to write what was measured")
     args = parser.parse_args()
@@ -194,7 +202,7 @@ def main() -> None:
         return
     (case,) = args.cases
     if args.side == "ours":
-        result = run_ours(args.model, case, args.repeats, args.layout)
+        result = run_ours(args.model, case, args.repeats, args.layout, args.checkpoint_every)
     else:
         result = run_trl(args.model, case, args.repeats)
     torch.save(result, args.result)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.dropout import _DropoutNd
@@ -77,7 +78,7 @@ of a chunk, and that of a step by which queries are scaled."""
 WINDOW_NAMES = ("sliding_window", "window_size", *ROW_COUNTS)
 """What configs call a number of tokens beyond which a sequence is computed otherwise than before it."""
 
-MODEL_ERRORS = (ValueError, RuntimeError, TypeError, IndexError, AttributeError)
+MODEL_ERRORS = (ValueError, RuntimeError, TypeError, LookupError, AttributeError)
 """What models raise when they cannot take a layout, and torch where it lacks a kernel."""
 
 
@@ -198,8 +199,11 @@ class _Comparison:
 
     @property
     def branches_states(self) -> bool:
-        """Whether layers that carry a state are run over the pieces of trees, if the model is given any."""
-        return self.takes_tree_attention and bool(layers_with_states(self.model))
+        """Whether layers that carry a state are run over the pieces of trees, if the model is given any. A compiled one would be
+        compiled again for each.
+        """
+        has_states = bool(layers_with_states(self.model))
+        return has_states and self.takes_tree_attention and not is_compiled_module(self.wrapped)
 
     def difference(self, plan: ForwardPlan, length: int = CHECK_LENGTH) -> float:
         """Mean |logprob difference| in nats with sequences of up to `length` tokens, the largest of all ranks."""

@@ -2,8 +2,8 @@
 
 Such a layer runs over the tokens of a row in their order, and a row with a tree is no path. Here it runs over each piece of a
 path between two forks, from the state that the piece before has left: what rollouts share is computed once, and each
-branch goes on from there, with gradients through the states. The layers do that themselves when they continue from a
-cache (transformers 5.17 or later); all that is added is a cache which autograd can follow.
+branch goes on from there, with gradients through the states. The layers of transformers do that themselves when they continue
+from a cache; all that is added is a cache which autograd can follow.
 
 Shape letters: L positions of a row, H hidden size.
 """

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from scoring_cases import (
+    CPU,
     MAX_LENGTH,
     RECURRENT,
     assert_scores_are_the_models_own,
@@ -393,6 +394,22 @@ class TestRecurrentLayers:
         assert found.layout == "padded"
         assert "the gradient of a layer with a state is off by" in found.fallbacks[0]
         assert_scores_are_the_models_own(model, found)
+
+    def test_a_cache_that_they_cannot_use_is_a_no(self, monkeypatch):
+        def of_several(*args: Any, **kwargs: Any) -> None:
+            raise KeyError(1)
+
+        monkeypatch.setattr(tree_states.KeptStates, "update_conv_state", of_several)
+        model = recurrent("bamba")
+        found = plan(model)
+        assert found.layout == "padded"
+        assert "KeyError" in found.fallbacks[0]
+        assert_scores_are_the_models_own(model, found)
+
+    def test_compiled_ones_are_left_as_they_are(self):
+        model = recurrent("bamba")
+        comparison = planning._Comparison(model, torch.compile(model), MAX_LENGTH, torch.float32, CPU)
+        assert not comparison.branches_states
 
     def test_under_zero_3_they_are_left_as_they_are(self):
         model = recurrent("bamba")
