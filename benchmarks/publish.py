@@ -1,6 +1,6 @@
 """How long a publish takes, against what its bytes cost.
 
-    python benchmarks/publish.py [--model DIR] [--repeats N] [--synthetic_gib 1 2 4] [--only PREFIX]
+    python benchmarks/publish.py [--model DIR] [--repeats N] [--synthetic_gib 1 2 4] [--only PREFIX] [--weight_sync_beside false]
 
 Starts real `trl vllm-serve` servers on the model (default: the quickstart's) and on made-up ones of 1, 2 and 4 GiB,
 publishes to them, and prints one JSON line per case, all measured in one run, medians over the repeats:
@@ -55,6 +55,7 @@ from resident_memory import watch_peak  # noqa: E402
 from servers import serve  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig  # noqa: E402
+from transformers.hf_argparser import string_to_bool  # noqa: E402
 
 from trl_atropos.trainer.preflight import inspect_server  # noqa: E402
 from trl_atropos.weight_sync.adapter_publisher import AdapterPublisher  # noqa: E402
@@ -128,6 +129,7 @@ def measure(
     tokenizer: object,
     repeats: int,
     load_s: float | None = None,
+    is_beside: bool = True,
 ) -> dict:
     """Publish `repeats` times after the warm-ups, and return the medians.
 
@@ -137,7 +139,7 @@ def measure(
     client = AtroposVLLMClient(url)
     facts = inspect_server(client, model.config, max_length=10**9)
     transport = make_transport(facts.backend, client, torch.device("cpu"), timeout_s=300)
-    publisher = make_publisher(client, transport, facts.dtype, model, tokenizer, mode)
+    publisher = make_publisher(client, transport, facts.dtype, model, tokenizer, mode, is_beside)
     reports: list[PublishReport] = []
     floors: list[Floor] = []
     peak = watch_peak()
@@ -209,22 +211,30 @@ def make_publisher(
     model: nn.Module,
     tokenizer: object,
     mode: str = "merged",
+    is_beside: bool = True,
 ) -> PolicyPublisher:
     """As a trainer has it, for one server."""
-    options = WeightSyncOptions(weight_sync_mode=mode, logprob_probe_interval=PROBE_INTERVAL)
+    options = WeightSyncOptions(
+        weight_sync_mode=mode, logprob_probe_interval=PROBE_INTERVAL, weight_sync_beside=is_beside
+    )
     servers = ServerGroup([ServerLink(client, transport, dtype, options)], options)
     probe = LogprobProbe(tokenizer, model.config.get_text_config().vocab_size)
     return PolicyPublisher(options, dtype, servers, make_probe=lambda model: probe)
 
 
 def measure_load(
-    model: nn.Module, url: str, tokenizer: object, num_clients: int = 16, num_publishes: int = 20
+    model: nn.Module,
+    url: str,
+    tokenizer: object,
+    num_clients: int = 16,
+    num_publishes: int = 20,
+    is_beside: bool = True,
 ) -> dict:
     """Publish while clients stream, and return what they noticed."""
     client = AtroposVLLMClient(url)
     facts = inspect_server(client, model.config, max_length=10**9)
     transport = make_transport(facts.backend, client, torch.device("cpu"), timeout_s=300)
-    publisher = make_publisher(client, transport, facts.dtype, model, tokenizer)
+    publisher = make_publisher(client, transport, facts.dtype, model, tokenizer, is_beside=is_beside)
     stop = threading.Event()
     windows, reports = [], []
     with ThreadPoolExecutor(max_workers=num_clients) as executor:
@@ -350,13 +360,15 @@ def measure_model(args: argparse.Namespace, directory: Path) -> None:
         log_path = directory / f"{name}.log"
         with serve(args.model, "--enforce_eager", "True", log_path=log_path, backend=f"trl_atropos_{name}") as url:
             for mode, make in (("full", load), ("merged", lambda: with_lora(load()))):
-                line = measure(name, mode, make(), url, tokenizer, args.repeats, loads.get(mode))
+                line = measure(
+                    name, mode, make(), url, tokenizer, args.repeats, loads.get(mode), args.weight_sync_beside
+                )
                 loads[mode] = line["load_s"]
                 if (name, mode) == ("shm", "full"):
                     full_shm_s = line["total_s"]
                 show(line)
             if name == "shm":
-                show(measure_load(load(), url, tokenizer))
+                show(measure_load(load(), url, tokenizer, is_beside=args.weight_sync_beside))
     show(measure_adapter(args.model, with_lora(load()), full_shm_s, directory, args.repeats))
 
 
@@ -373,7 +385,7 @@ def measure_synthetic(args: argparse.Namespace, directory: Path) -> None:
             print(f"starting trl vllm-serve on a model of {gib} GiB for {name}", file=sys.stderr)
             log_path = directory / f"{gib}{name}.log"
             with serve(model_dir, *flags, log_path=log_path, backend=f"trl_atropos_{name}") as url:
-                line = measure(name, "full", model, url, None, repeats, load_s)
+                line = measure(name, "full", model, url, None, repeats, load_s, args.weight_sync_beside)
                 load_s, total_s[name] = line["load_s"], line["total_s"]
                 show({"synthetic_gib": gib, **line})
         # An adapter needs a server with the trainer's own base.
@@ -388,6 +400,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--synthetic_gib", type=float, nargs="*", default=[1, 2, 4])
     parser.add_argument("--only", choices=("model", "synthetic"), help="Measure a part.")
+    parser.add_argument(
+        "--weight_sync_beside", type=string_to_bool, default=True, help="That of a trainer; false: load in the pause."
+    )
     args = parser.parse_args()
     if not args.model.is_dir():
         parser.error(f"{args.model} does not exist: run `trl-atropos model fetch smollm2 --output_dir {args.model}`")

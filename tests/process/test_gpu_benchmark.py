@@ -57,9 +57,8 @@ def test_servers_are_published_to(capsys):
     published = {(line["server"], line["publishes"]): line for line in lines if "publishes" in line}
     assert published.keys() == {(server, what) for server in ("shm", "gloo") for what in ("full", "lora")}
     assert all(line["mean_abs_logprob_diff"] < 0.05 for line in published.values())
-    # Over shared memory the policy is loaded before the pause.
-    assert published["shm", "full"]["phase_s"].keys() & {"build", "transfer"} == {"build"}
-    assert published["gloo", "full"]["phase_s"].keys() & {"build", "transfer"} == {"transfer"}
+    # The policy is loaded before the pause.
+    assert all(line["phase_s"].keys() & {"build", "transfer"} == {"build"} for line in published.values())
 
 
 def test_what_is_served_is_what_was_published(capsys):

@@ -204,6 +204,13 @@ class Server:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self.call("finish")
 
+    def get_weight_version(self) -> str:
+        """Whether it is there."""
+        for worker, process in enumerate(self.processes):
+            if not process.is_alive():
+                raise VLLMServerUnreachable(f"Worker {worker} is gone.", "It ended.", "Restart it.")
+        return "0"
+
     # The workers' side
 
     def call(self, command: str, *arguments: Any) -> list[Any]:
@@ -528,6 +535,52 @@ class ReportingTransportContract(TransportContract):
         fill(transport.open(server, layout), layout, seed=18)
         server.call("start")
         assert transport.send(layout.specs).has_checksums
+
+    @pytest.mark.parametrize("num_workers", [1, 2])
+    def test_a_policy_is_built_beside_the_one_that_is_served(self, transport, new_server, layout, num_workers):
+        server = new_server(num_workers)
+        memory = transport.open(server, layout)
+        assert transport.can_build
+        for seed in (23, 24):
+            expected = fill(memory, layout, seed)
+            server.call("start")
+            report = transport.build(layout.specs)
+            assert report.has_checksums
+            assert report.num_bytes == sum(spec.num_bytes for spec in layout.specs)
+            server.call("finish")
+            assert server.received() == [expected] * num_workers
+
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+    def test_a_worker_that_ends_while_it_builds_ends_the_build(self, new_transport, new_server, layout, number):
+        transport = new_transport(timeout_s=SHORT_S)
+        server = new_server(2)
+        fill(transport.open(server, layout), layout, seed=25)
+        server.call("start")
+        server.tell(1, "signal_in_update", number)
+        server.timeout_s = SHORT_S
+        start = time.monotonic()
+        with pytest.raises(WeightSyncError):
+            transport.build(layout.specs)
+        assert time.monotonic() - start < 2 * SHORT_S + SLACK_S
+        transport.close()
+
+    def test_a_build_that_fails_is_told_and_the_next_is_taken(self, transport, new_server, layout):
+        server = new_server(1)
+        memory = transport.open(server, layout)
+        fill(memory, layout, seed=26)
+        transport.prepare(layout.specs)
+        expected = fill(memory, layout, seed=27)
+        server.call("start")
+        with pytest.raises(WeightSyncError, match=r"^Worker 0 could not load the policy: RuntimeError: The checksum"):
+            transport.build(layout.specs)
+        with pytest.raises(VLLMServerError, match="could not be built beside the served one"):
+            server.call("finish")
+        server.received()
+        fill(transport.open(server, layout), layout, seed=27)
+        server.call("start")
+        transport.build(layout.specs)
+        server.call("finish")
+        assert server.received() == [expected]
 
     def test_what_was_prepared_holds_for_one_transfer(self, transport, new_server, layout):
         server = new_server(1)

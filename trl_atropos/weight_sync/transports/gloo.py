@@ -18,8 +18,9 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not listed in its stubs
 from torch.distributed.distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo, Store, Work
 
+from ...errors import WeightSyncError
 from ..base import PolicyLayout, TensorSpec, TransferReport, align
-from .collective import Cancelled, Collective
+from .collective import SAY_S, Cancelled, Collective
 from .group import TRAINER_RANK, GroupTransport
 from .reports import (
     CHECKSUM_MODULUS,
@@ -28,6 +29,8 @@ from .reports import (
     checksum,
     describe_tensors,
     expected_report,
+    raise_what_failed,
+    say_why_not_beside,
 )
 
 
@@ -42,7 +45,7 @@ NUM_THREADS = 2
 
 
 def joined_key(worker: int) -> str:
-    """The key that a worker sets before it joins the group."""
+    """The key that a worker sets before it joins the group: to why it cannot load a policy beside the one that it serves."""
     return f"joined/{worker}"
 
 
@@ -148,6 +151,7 @@ class GlooTransport(GroupTransport):
         self._num_workers = 0
         self._sequence = 0
         self._checksums: list[int] | None = None
+        self._why_not_beside = ""
 
     def _meet(self, client: InferenceServer) -> None:
         listener, meeting = self._listen(client)
@@ -163,6 +167,9 @@ class GlooTransport(GroupTransport):
         )
         init_info = {**meeting, "name": name, "timeout_s": self.timeout_s}
         rendezvous.run_beside(lambda: client.init_weight_transfer_engine(init_info))
+        whys = [self._require_store().get(joined_key(worker)).decode() for worker in range(self._num_workers)]
+        self._why_not_beside = next(filter(None, whys), "")
+        say_why_not_beside(client.base_url, self._why_not_beside)
 
     def prepare(self, specs: Sequence[TensorSpec]) -> None:
         """Sum what is going to be sent, chunk by chunk. See `WeightTransport.prepare`."""
@@ -172,8 +179,20 @@ class GlooTransport(GroupTransport):
             for chunk in cut_chunks(layout, specs, self.chunk_bytes)
         ]
 
+    @property
+    def can_build(self) -> bool:
+        """Whether every worker can. See `BuildsBeside.can_build`."""
+        return not self._why_not_beside
+
     def send(self, specs: Sequence[TensorSpec]) -> TransferReport:
         """Broadcast tensors to every worker and check the reports. See `WeightTransport.send`."""
+        return self._send(specs, is_beside=False)
+
+    def build(self, specs: Sequence[TensorSpec]) -> TransferReport:
+        """Broadcast tensors to every worker, which loads them beside its policy. See `BuildsBeside.build`."""
+        return self._send(specs, is_beside=True)
+
+    def _send(self, specs: Sequence[TensorSpec], *, is_beside: bool) -> TransferReport:
         client, layout = self._require_open()
         if self._checksums is None:
             self.prepare(specs)
@@ -185,7 +204,7 @@ class GlooTransport(GroupTransport):
         update_info = {
             "sequence": self._sequence,
             "is_complete": len(specs) == len(layout.specs),
-            "is_beside": False,
+            "is_beside": is_beside,
             **describe_tensors(specs),
             "offsets": [layout.offsets[spec.name] - chunk.start for chunk in chunks for spec in chunk.specs],
             "chunk_num_tensors": [len(chunk.specs) for chunk in chunks],
@@ -197,9 +216,17 @@ class GlooTransport(GroupTransport):
             lambda is_cancelled: self._broadcast(chunks, is_cancelled),
             timeout_s=self.timeout_s,
         )
-        broadcast.run_beside(lambda: client.update_weights(update_info))
+        try:
+            broadcast.run_beside(lambda: client.update_weights(update_info))
+        except WeightSyncError:
+            if is_beside:
+                # The request, which would say why, was answered before.
+                raise_what_failed(self._read_report, self._num_workers, self._sequence, SAY_S)
+            raise
         sent = expected_report(self._sequence, specs, sum(checksums) % CHECKSUM_MODULUS)
-        report = check_reports(self._read_report, self._num_workers, sent, self.timeout_s)
+        # The answer to a request that only begins the loading does not say that the server has come to the end of it.
+        check_server = client.get_weight_version if is_beside else None
+        report = check_reports(self._read_report, self._num_workers, sent, self.timeout_s, check_server)
         for worker in range(self._num_workers):
             self._require_store().delete_key(report_key(self._sequence, worker))
         return report

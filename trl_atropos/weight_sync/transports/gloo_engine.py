@@ -64,7 +64,7 @@ class GlooEngine(LayerwiseEngine[GlooInitInfo, GlooUpdateInfo]):
         self._store = connect_store(
             init_info.master_address, init_info.master_port, init_info.name, init_info.timeout_s
         )
-        self._store.set(joined_key(self.worker), "")
+        self._store.set(joined_key(self.worker), self.why_not_beside())
         self._group = join_group(
             self._store,
             self.worker + init_info.rank_offset,
@@ -101,8 +101,9 @@ class GlooEngine(LayerwiseEngine[GlooInitInfo, GlooUpdateInfo]):
         try:
             self.load(update_info, tensors())
         except BaseException:
-            # The trainer sees the connection end and stops to send.
-            self.shutdown()
+            # The trainer sees the connection end and stops to send. Its store is still there for the report.
+            self._arriving = None
+            self._group = None
             raise
         return WorkerReport(
             update_info.sequence,

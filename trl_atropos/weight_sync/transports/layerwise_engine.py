@@ -212,7 +212,12 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         finally:
             sys.setswitchinterval(interval)
             torch.set_num_threads(num_threads)
-        self.report(report)
+        try:
+            self.report(report)
+        except RuntimeError as exc:
+            logger.error(
+                "How the loading of the next policy ended cannot be reported: the trainer is gone.", exc_info=exc
+            )
 
     def _drop_twin(self) -> None:
         """Wait for what is being built, and forget it."""

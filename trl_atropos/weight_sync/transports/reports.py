@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,8 @@ import torch
 from ...errors import WeightSyncError
 from ..base import TensorSpec, TransferReport
 
+
+logger = logging.getLogger(__name__)
 
 CHECKSUM_MODULUS = 2**64
 WORD_BYTES = 8
@@ -136,12 +139,7 @@ def check_reports(
             if check_server is not None and time.monotonic() > next_check:
                 check_server()
                 next_check = time.monotonic() + CHECK_INTERVAL_S
-        if report is not None and report.sequence == expected.sequence and report.error:
-            raise WeightSyncError(
-                f"Worker {worker} could not load the policy: {report.error}",
-                "What it says of it in full is in the server's log.",
-                "Restart the vLLM server if it does not take the next publish.",
-            )
+        _raise_if_failed(worker, report, expected.sequence)
         loaded = _identity(report) if report is not None else "nothing"
         if report is None or loaded != sent:
             raise WeightSyncError(
@@ -155,3 +153,38 @@ def check_reports(
 
 def _identity(report: WorkerReport) -> tuple[int, int, int, int]:
     return report.sequence, report.num_tensors, report.num_bytes, report.checksum
+
+
+def raise_what_failed(
+    read: Callable[[int], WorkerReport | None], num_workers: int, sequence: int, timeout_s: float
+) -> None:
+    """Raise what a worker reports of the transfer `sequence`, which has failed; nothing if none does within `timeout_s`.
+
+    `read` is that of `check_reports`.
+
+    Raises:
+        [`WeightSyncError`]: naming the worker.
+    """
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        for worker in range(num_workers):
+            _raise_if_failed(worker, read(worker), sequence)
+        time.sleep(POLL_INTERVAL_S)
+
+
+def _raise_if_failed(worker: int, report: WorkerReport | None, sequence: int) -> None:
+    if report is not None and report.sequence == sequence and report.error:
+        raise WeightSyncError(
+            f"Worker {worker} could not load the policy: {report.error}",
+            "What it says of it in full is in the server's log.",
+            "Restart the vLLM server if it does not take the next publish.",
+        )
+
+
+def say_why_not_beside(url: str, why: str) -> None:
+    """Log why the server at `url` cannot load a policy beside the one that it serves; nothing if `why` is empty."""
+    if why:
+        logger.info(
+            f"The server at {url} is paused for as long as a policy is loaded, because it cannot be loaded beside the served "
+            f"one: {why}."
+        )

@@ -21,7 +21,15 @@ import torch
 
 from ...errors import WeightSyncError
 from ..base import PolicyLayout, TensorSpec, TransferReport
-from .reports import POLL_INTERVAL_S, WorkerReport, check_reports, checksum, describe_tensors, expected_report
+from .reports import (
+    POLL_INTERVAL_S,
+    WorkerReport,
+    check_reports,
+    checksum,
+    describe_tensors,
+    expected_report,
+    say_why_not_beside,
+)
 from .shm_segment import ENLARGE, REPORT_BYTES, SEGMENT_DIR, SEGMENT_PATTERN, segment_path
 
 
@@ -146,11 +154,7 @@ class SharedMemoryTransport:
                     )
                 time.sleep(POLL_INTERVAL_S)
             self._why_not_beside = self._why_not_beside or report.why_not_beside
-        if self._why_not_beside:
-            logger.info(
-                f"The server at {url} is paused for as long as a policy is loaded, because it cannot be loaded beside the "
-                f"served one: {self._why_not_beside}."
-            )
+        say_why_not_beside(url, self._why_not_beside)
 
     def _require_layout(self) -> PolicyLayout:
         if self._layout is None:
