@@ -189,11 +189,9 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         """Bring a report to the trainer."""
 
     def _build(self, update_info: TUpdateInfo) -> None:
-        interval, num_threads = sys.getswitchinterval(), torch.get_num_threads()
+        interval = sys.getswitchinterval()
         try:
             _use_every_core()
-            # Threads that wait for each other in every operation would wait for the one that shares its core with the serving.
-            torch.set_num_threads(max(1, num_threads // 2))
             # The thread that serves asks for work without a pause: at the usual interval each of some thousand operations here
             # would wait five milliseconds for the interpreter.
             sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -211,7 +209,6 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
             report = WorkerReport(update_info.sequence, 0, 0, 0, error=f"{type(exc).__name__}: {exc}")
         finally:
             sys.setswitchinterval(interval)
-            torch.set_num_threads(num_threads)
         try:
             self.report(report)
         except RuntimeError as exc:

@@ -15,7 +15,11 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader, get_layerwise_info
+from vllm.model_executor.model_loader.reload.layerwise import (
+    LAYERWISE_INFO,
+    _get_original_loader,
+    get_layerwise_info,
+)
 from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 from vllm.model_executor.model_loader.reload.sanitize import sanitize_layer_refs
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
@@ -60,8 +64,11 @@ class ModelTwin:
                         module.__dict__[name] = value
 
     def release(self) -> None:
-        """Give its memory back now: modules and the loaders of their parameters refer to each other."""
+        """Give its memory back now: modules and the loaders of their parameters refer to each other, and what vLLM knows of a
+        module keeps it.
+        """
         for twin in self._twins.values():
+            LAYERWISE_INFO.pop(twin, None)
             twin.__dict__.clear()
         self._twins.clear()
         self._before.clear()
