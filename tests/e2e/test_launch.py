@@ -395,6 +395,7 @@ def test_what_gateways_in_environments_counted_is_in_the_summary_also_of_one_tha
         (tmp_path / "environment.py").write_text(ENVIRONMENT_OF_AN_AGENT)
         # Half of it comes from the process that is killed, and half from the one in its place.
         (tmp_path / "trainer.py").write_text(TRAINER_OF_AGENTS.replace('"batch_size": 2', '"batch_size": 4'))
+        launch.content["trainer_args"] = "--temperature 0.7"
         environment = launch.content["environments"]["first"]
         environment["command"] += " --env.group_size 2 --env.max_num_workers 1"
         environment["env"] = {"KILLED": str(tmp_path / "killed")}
@@ -408,6 +409,7 @@ def test_what_gateways_in_environments_counted_is_in_the_summary_also_of_one_tha
     groups = json.loads((launch.run_dir / "model" / "batch.json").read_text())
     num_trained = sum(token != -100 for group in groups for masks in group["masks"] for token in masks)
     assert len(groups) == 2 and num_trained > 0
+    assert [group["generation_params"] for group in groups] == [{"temperature": 0.7}] * 2
     assert gateway["num_groups_sent"] >= 2 and gateway["num_sessions"] >= 4 and gateway["num_turns"] >= 8
     assert gateway["num_sampled_tokens"] >= num_trained
     assert (gateway["spliced_share"], gateway["num_branches"], gateway["masked_tokens"]) == (1.0, 0, {})

@@ -18,7 +18,7 @@ from ..errors import EpisodeError, PreflightError
 from .counts_file import COUNTS_VARIABLE, CountsFile
 from .gateway import Gateway
 from .groups import FinishedSession, GroupMaker
-from .options import GatewayOptions
+from .options import GatewayOptions, with_temperature_of_trainer
 
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class AgentEnv(BaseEnv):
             OpenAI and Anthropic look for them: `OPENAI_BASE_URL`, `OPENAI_API_KEY`, `ANTHROPIC_BASE_URL`, `ANTHROPIC_API_KEY`.
             What it writes to its standard output is the outcome.
         gateway_options ([`GatewayOptions`]):
-            What agents may do.
+            What agents may do. Under a launch, the trainer's temperature takes the place of the default.
     """
 
     env_config_cls = AgentEnvConfig
@@ -164,7 +164,7 @@ class AgentEnv(BaseEnv):
         """Start the gateway in front of the servers.
 
         Raises:
-            PreflightError: There is no task, or a server cannot be used.
+            PreflightError: There is no task, a server cannot be used, or a launch names no temperature in the variable for it.
         """
         if not self.tasks:
             raise PreflightError(
@@ -175,10 +175,11 @@ class AgentEnv(BaseEnv):
         config = self.config
         servers = [server.config for server in self.server.servers]
         keys = {server.api_key for server in servers}
+        options = with_temperature_of_trainer(self.gateway_options, os.environ)
         self.num_tasks = 0
-        self.groups = GroupMaker(config.group_size, self.gateway_options.temperature, config.scale_advantages)
+        self.groups = GroupMaker(config.group_size, options.temperature, config.scale_advantages)
         self.gateway = Gateway(
-            [server.base_url for server in servers], self.gateway_options, keys.pop() if len(keys) == 1 else None
+            [server.base_url for server in servers], options, keys.pop() if len(keys) == 1 else None
         )
         await self.gateway.__aenter__()
         directory = os.environ.get(COUNTS_VARIABLE)

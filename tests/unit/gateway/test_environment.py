@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 from atroposlib.envs.base import BaseEnv
 from tenacity import RetryError, wait_none
-from token_server import TokenServer
+from token_server import GENERATE, TokenServer
 
 from trl_atropos.api.refusals import RequestRefused
 from trl_atropos.errors import EpisodeError, PreflightError
-from trl_atropos.gateway import AgentEnv
+from trl_atropos.gateway import AgentEnv, GatewayOptions
 from trl_atropos.gateway.counts import GatewayCounts
 from trl_atropos.gateway.counts_file import COUNTS_VARIABLE, read_counts
+from trl_atropos.gateway.options import TEMPERATURE_VARIABLE
 
 
 AGENT = """
@@ -64,7 +65,11 @@ def counts_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "counts"
 
 
-def collect(kind: type[AgentEnv], replies: list[Any], **options: Any) -> list[Any]:
+def collect(
+    kind: type[AgentEnv], replies: list[Any], temperatures: list[float] | None = None, **options: Any
+) -> list[Any]:
+    """The groups of one task; `temperatures` gets those at which the server was asked to sample."""
+
     async def run() -> list[Any]:
         made = environment(kind, server, **options)
         await made.setup()
@@ -77,7 +82,11 @@ def collect(kind: type[AgentEnv], replies: list[Any], **options: Any) -> list[An
 
     with TokenServer() as server:
         server.replies = replies
-        return asyncio.run(run())
+        groups = asyncio.run(run())
+        if temperatures is not None:
+            bodies = [body for path, body in server.requests if path == GENERATE]
+            temperatures += [body["sampling_params"]["temperature"] for body in bodies]
+        return groups
 
 
 def test_a_command_becomes_a_group():
@@ -105,6 +114,36 @@ def test_turns_have_rewards_of_an_environment():
     kind = type("Empty", (Counting,), {"compute_turn_rewards": lambda *_: {}})
     with pytest.raises(EpisodeError, match="no reward"):
         collect(kind, ["aaa", "a"])
+
+
+OWN_TEMPERATURE = type("Own", (Shouter,), {"gateway_options": GatewayOptions(temperature=0.5)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "sampled_at"),
+    [
+        *((Shouter, None, 1.0), (Shouter, "0.7", 0.7), (OWN_TEMPERATURE, None, 0.5)),
+        # What the group was sampled at is what it is scored at, so that an own temperature can stay.
+        *((OWN_TEMPERATURE, "0.7", 0.5), (OWN_TEMPERATURE, "0.5", 0.5)),
+    ],
+)
+def test_under_a_launch_it_samples_at_the_temperature_of_the_trainer(kind, told, sampled_at, monkeypatch, caplog):
+    monkeypatch.delenv(TEMPERATURE_VARIABLE, raising=False)
+    if told is not None:
+        monkeypatch.setenv(TEMPERATURE_VARIABLE, told)
+    asked: list[float] = []
+    (group,) = collect(kind, ["aaa", "a"], asked)
+    assert asked == [sampled_at] * 2
+    assert group["generation_params"] == {"temperature": sampled_at}
+    said = "event=temperature_differs gateway_options=0.5 trainer=0.7"
+    assert (said in caplog.text) == (told == "0.7" and kind is OWN_TEMPERATURE)
+
+
+@pytest.mark.parametrize("told", ["warm", "0", "nan"])
+def test_a_temperature_that_is_none_is_refused(told, monkeypatch):
+    monkeypatch.setenv(TEMPERATURE_VARIABLE, told)
+    with pytest.raises(PreflightError, match="`--temperature` of the trainer"):
+        collect(Shouter, [])
 
 
 def test_the_context_ends_where_the_trainer_does():

@@ -23,7 +23,7 @@ from rich.console import Console
 from ...api.store import set_aside
 from ...errors import AtroposConnectionError, PreflightError, WeightSyncError
 from ...gateway.counts import GatewayCounts
-from ...gateway.counts_file import COUNTS_VARIABLE, read_counts
+from ...gateway.counts_file import read_counts
 from ...network import proxies_for
 from ...report.page import REPORT_FILE, write_report
 from ...report.plots import save_reward_plot
@@ -41,6 +41,7 @@ from .command_lines import (
     build_server_command,
     build_trainer_command,
     env_flags,
+    environment_env,
     trainer_flags,
     trainer_option,
 )
@@ -259,9 +260,10 @@ class _Launch:
         config = self._config
         model = servers[0] if gateway is None else gateway
         key = None if gateway is None else config.environment_key_file.read_text(encoding="utf-8")
+        variables = environment_env(config)
         for name, environment in config.environments.items():
             command = build_env_command(config, environment, api.url, model.url, key)
-            env = {COUNTS_VARIABLE: str(config.gateway_counts_dir), **environment.env}
+            env = {**variables, **environment.env}
             start = functools.partial(self._start, command=command, env=env)
             on_exit = environment.on_exit or config.on_exit_of(ENVIRONMENTS_PART)
             self._start_copies(name, environment, start, on_exit, needs=[api, model])
