@@ -99,8 +99,9 @@ class ChatAgent:
         if is_streamed:
             chunks = [chunk async for chunk in await self.openai.chat.completions.create(**asked, stream=True)]
             message = chunks[0].choices[0].delta
-            texts = [chunk.choices[0].delta.content for chunk in chunks]
-            message.content = "".join(text for text in texts if text) or message.content
+            deltas = [chunk.choices[0].delta for chunk in chunks]
+            message.content = "".join(delta.content for delta in deltas if delta.content) or message.content
+            message.tool_calls = [call for delta in deltas for call in delta.tool_calls or []] or None
         else:
             message = (await self.openai.chat.completions.create(**asked)).choices[0].message
         self.messages.append({"role": "assistant", **message.model_dump(exclude_none=True)})

@@ -352,6 +352,71 @@ def test_an_agent_is_trained_on_what_it_samples_through_a_gateway_of_the_launch(
     assert launch.leftovers() == []
 
 
+# Ends its process once, as who kills an environment does, when the API has the first group.
+ENVIRONMENT_OF_AN_AGENT = """
+import os, signal
+from pathlib import Path
+from openai import AsyncOpenAI
+from trl_atropos import AgentEnv
+
+class Twice(AgentEnv):
+    name = "twice"
+    tasks = ("Lima",)
+
+    async def run_agent(self, task, base_url):
+        messages = []
+        async with AsyncOpenAI(base_url=base_url, api_key="x") as client:
+            for question in ("Which city?", "Again."):
+                messages.append({"role": "user", "content": question})
+                reply = await client.chat.completions.create(model="policy", messages=messages)
+                messages.append({"role": "assistant", "content": reply.choices[0].message.content})
+        return messages[-1]["content"]
+
+    def compute_reward(self, task, outcome):
+        return float(outcome == task)
+
+    async def handle_send_to_api(self, *args, **kwargs):
+        await super().handle_send_to_api(*args, **kwargs)
+        killed = Path(os.environ["KILLED"])
+        if not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+Twice.cli()
+"""
+
+
+def test_what_gateways_in_environments_counted_is_in_the_summary_also_of_one_that_was_killed(tmp_path: Path) -> None:
+    with TokenServer() as server:
+        server.replies = ["In the south.", "Lima"] * 1000
+        launch = Launch(tmp_path, server.url)
+        server.tokenizer.save_pretrained(tmp_path / "served")
+        launch.content["model_name_or_path"] = str(tmp_path / "served")
+        (tmp_path / "environment.py").write_text(ENVIRONMENT_OF_AN_AGENT)
+        # Half of it comes from the process that is killed, and half from the one in its place.
+        (tmp_path / "trainer.py").write_text(TRAINER_OF_AGENTS.replace('"batch_size": 2', '"batch_size": 4'))
+        launch.content["trainer_args"] = "--temperature 0.7"
+        environment = launch.content["environments"]["first"]
+        environment["command"] += " --env.group_size 2 --env.max_num_workers 1"
+        environment["env"] = {"KILLED": str(tmp_path / "killed")}
+        (launch.run_dir / "gateway_counts").mkdir(parents=True)
+        (launch.run_dir / "gateway_counts" / "of_an_earlier_run.json").write_text("{}")
+        finished = launch.run()
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    summary = json.loads((launch.run_dir / "summary.json").read_text())
+    assert summary["num_restarts"] == {"first": 1}
+    gateway = summary["gateway"]
+    groups = json.loads((launch.run_dir / "model" / "batch.json").read_text())
+    num_trained = sum(token != -100 for group in groups for masks in group["masks"] for token in masks)
+    assert len(groups) == 2 and num_trained > 0
+    assert [group["generation_params"] for group in groups] == [{"temperature": 0.7}] * 2
+    assert gateway["num_groups_sent"] >= 2 and gateway["num_sessions"] >= 4 and gateway["num_turns"] >= 8
+    assert gateway["num_sampled_tokens"] >= num_trained
+    assert (gateway["spliced_share"], gateway["num_branches"], gateway["masked_tokens"]) == (1.0, 0, {})
+    assert "spliced share 1.00" in finished.stdout
+    assert launch.leftovers() == []
+
+
 # Generates as environments do, tries what only the trainer may, and says what came of it.
 ASKING_ENVIRONMENT = """
 import json, os, sys, time

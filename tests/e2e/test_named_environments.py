@@ -253,6 +253,8 @@ def test_a_conversation_with_a_call_in_any_dialect_is_what_the_server_rendered_a
                 async with gateway.session() as session:
                     session.reward = 1.0
                     asked = await converse(session, clients)
+                # What was streamed beside tools was the text of the message.
+                assert gateway.recorder.may_pass_on_beside_calls
                 if asked:
                     return session, asked
             raise AssertionError("the model never said anything")

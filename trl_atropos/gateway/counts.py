@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .turns import Turn
@@ -37,6 +37,17 @@ class GatewayCounts:
     num_groups_lost: int = 0
     masked_tokens: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of_values(cls, values: Mapping[str, Any]) -> GatewayCounts:
+        """The counts that `values` shows, out of JSON. What else stands there is left out."""
+        counts = cls(**{known.name: values[known.name] for known in fields(cls)})
+        counts.masked_tokens, counts.changed = Counter(counts.masked_tokens), Counter(counts.changed)
+        return counts
+
+    def __add__(self, other: GatewayCounts) -> GatewayCounts:
+        """Those of two gateways."""
+        return GatewayCounts(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
     @property
     def spliced_share(self) -> float:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, ScoredDataGroup
 from pydantic import Field
 
 from ..errors import EpisodeError, PreflightError
+from .counts_file import COUNTS_VARIABLE, CountsFile
 from .gateway import Gateway
 from .groups import FinishedSession, GroupMaker
-from .options import GatewayOptions
+from .options import GatewayOptions, with_temperature_of_trainer
 
 
 logger = logging.getLogger(__name__)
@@ -60,7 +63,7 @@ class AgentEnv(BaseEnv):
             OpenAI and Anthropic look for them: `OPENAI_BASE_URL`, `OPENAI_API_KEY`, `ANTHROPIC_BASE_URL`, `ANTHROPIC_API_KEY`.
             What it writes to its standard output is the outcome.
         gateway_options ([`GatewayOptions`]):
-            What agents may do.
+            What agents may do. Under a launch, the trainer's temperature takes the place of the default.
     """
 
     env_config_cls = AgentEnvConfig
@@ -161,7 +164,7 @@ class AgentEnv(BaseEnv):
         """Start the gateway in front of the servers.
 
         Raises:
-            PreflightError: There is no task, or a server cannot be used.
+            PreflightError: There is no task, a server cannot be used, or a launch names no temperature in the variable for it.
         """
         if not self.tasks:
             raise PreflightError(
@@ -172,12 +175,17 @@ class AgentEnv(BaseEnv):
         config = self.config
         servers = [server.config for server in self.server.servers]
         keys = {server.api_key for server in servers}
+        options = with_temperature_of_trainer(self.gateway_options, os.environ)
         self.num_tasks = 0
-        self.groups = GroupMaker(config.group_size, self.gateway_options.temperature, config.scale_advantages)
+        self.groups = GroupMaker(config.group_size, options.temperature, config.scale_advantages)
         self.gateway = Gateway(
-            [server.base_url for server in servers], self.gateway_options, keys.pop() if len(keys) == 1 else None
+            [server.base_url for server in servers], options, keys.pop() if len(keys) == 1 else None
         )
         await self.gateway.__aenter__()
+        directory = os.environ.get(COUNTS_VARIABLE)
+        self.counts_file = CountsFile(self.gateway.counts, Path(directory)) if directory else None
+        if self.counts_file is not None:
+            self.keeping_counts = asyncio.create_task(self.counts_file.keep())
 
     async def get_next_item(self) -> Any:
         """Return the next task."""
@@ -195,6 +203,12 @@ class AgentEnv(BaseEnv):
         attempts = [asyncio.create_task(self.attempt(item)) for _ in range(self.config.group_size)]
         try:
             sessions = await asyncio.gather(*attempts)
+        except asyncio.CancelledError:
+            # Atropos gives the task up for now, and comes back to it.
+            raise
+        except BaseException:
+            self.gateway.counts.num_groups_lost += 1
+            raise
         finally:
             # When one fails the group is lost, and the others would only keep the servers busy.
             for attempt in attempts:
@@ -223,5 +237,36 @@ class AgentEnv(BaseEnv):
                 session.reward_turn(turn, of_turn)
         return session.finished()
 
+    async def _send_scored_data_to_api(self, scored_data: Any) -> None:
+        """Send groups as every environment does, and count those that Atropos gives up because the API does not answer."""
+        is_answered = False
+        try:
+            await super()._send_scored_data_to_api(scored_data)
+            is_answered = True
+        finally:
+            if not is_answered:
+                self.gateway.counts.num_groups_lost += num_groups_of(scored_data)
+
+    @contextlib.asynccontextmanager
+    async def _post_json_with_compression(
+        self, session: Any, url: str, payload: Any, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        """Post groups as every environment does, and count those that the API took, and those that it refused."""
+        async with super()._post_json_with_compression(session, url, payload, **kwargs) as response:
+            if response.status < 400:
+                self.gateway.counts.num_groups_sent += num_groups_of(payload)
+            elif response.status < 500:
+                # Atropos does not send them again.
+                self.gateway.counts.num_groups_lost += num_groups_of(payload)
+            if self.counts_file is not None:
+                # The last step of a run may be waiting for this group alone.
+                self.counts_file.write()
+            yield response
+
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing, unless a subclass does: `steps_per_eval` is 0."""
+
+
+def num_groups_of(scored_data: Any) -> int:
+    """How many groups a post has: it is a list of them, or one."""
+    return len(scored_data) if isinstance(scored_data, list) else 1

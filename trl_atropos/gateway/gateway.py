@@ -196,7 +196,7 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator[GatewaySession]:
-        """Open a session, and end it with the block. What is asked later is refused.
+        """Open a session, and end it with the block. What is asked later is refused. A block that raises gives it up.
 
         Raises:
             RequestRefused: Too many are open.
@@ -204,6 +204,9 @@ class Gateway:
         session = self.sessions.begin()
         try:
             yield GatewaySession(session, self.address)
+        except BaseException:
+            self.counts.num_sessions_discarded += 1
+            raise
         finally:
             self.sessions.end(session)
 

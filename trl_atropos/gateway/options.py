@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..errors import PreflightError
 from ..options import PositiveFloat, PositiveInt, check_declared
 
+
+logger = logging.getLogger(__name__)
+
+TEMPERATURE_VARIABLE = "TRL_ATROPOS_TEMPERATURE"
+"""Tells an environment the sampling temperature of the trainer that its launch starts."""
 
 MASK, LIFT, REFUSE = "mask", "lift", "refuse"
 TEMPLATE, KEEP = "template", "keep"
@@ -68,3 +76,31 @@ class GatewayOptions:
 def describe(name: str) -> dict[str, Any]:
     """What the declaration of an option says of it: `help`, and `choices` where it has them."""
     return dict(GatewayOptions.__dataclass_fields__[name].metadata)
+
+
+def with_temperature_of_trainer(options: GatewayOptions, variables: Mapping[str, str]) -> GatewayOptions:
+    """The options of an environment, at the temperature that its launch tells it in `variables`, if any. One of their own that is
+    not the default stays: each group names the temperature at which it was sampled, and the trainer scores it at that one.
+
+    Raises:
+        PreflightError: It is told something else than a number above 0.
+    """
+    told = variables.get(TEMPERATURE_VARIABLE)
+    if told is None:
+        return options
+    try:
+        of_trainer = replace(options, temperature=float(told))
+    except ValueError as exc:
+        raise PreflightError(
+            f"{TEMPERATURE_VARIABLE} is {told!r}.",
+            "A launch names the `--temperature` of its trainer there: agents are sampled at it.",
+            "Set `--temperature` of the trainer to a number above 0.",
+        ) from exc
+    if options.temperature in (GatewayOptions().temperature, of_trainer.temperature):
+        return of_trainer
+    logger.warning(
+        "event=temperature_differs gateway_options=%g trainer=%g: agents are sampled and trained at that of `gateway_options`; leave it "
+        "out there for the trainer's --temperature",
+        *(options.temperature, of_trainer.temperature),
+    )
+    return options

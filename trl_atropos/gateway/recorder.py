@@ -84,6 +84,8 @@ class Recorder:
         self._shows_special: bool | None = None
         self.may_pass_on = True
         """Whether text is passed on as it is sampled: until it was once not that of the message."""
+        self.may_pass_on_beside_calls = True
+        """The same of the text in front of calls of tools: a parser may put it elsewhere than into the message."""
 
     async def answer(
         self, session: Session, request: ChatRequest, request_digest: bytes, live: LiveReply | None = None
@@ -91,7 +93,7 @@ class Recorder:
         """Sample the answer to a request and record it, unless the session ended meanwhile.
 
         `live` gets its text as it is sampled, where that is the text of the message whatever comes behind it: where the server
-        has no parser that could find thoughts or calls in it.
+        has no parser that could find thoughts in it, and in front of everything that may be a call of a tool.
 
         Raises:
             RequestRefused: The request asks for what cannot be trained or does not fit, no server answers it, or one broke off
@@ -106,6 +108,7 @@ class Recorder:
         turn_id = new_id()
         body = self._body(rendered_answer.values, ids)
         if live is not None and await self._is_text_final(session.affinity, request, rendered_answer.values):
+            live.may_have_calls = bool(request.body.get("tools"))
             live.turn = BegunTurn(turn_id, len(ids), request.kept_from)
             generated = await self._generate_live(session.affinity, body, live)
         else:
@@ -119,7 +122,7 @@ class Recorder:
             await self._learn_end_token(session.affinity, end_token)
         message = await self._parse(session.affinity, request, ids, sampled, end_token, stop_string, turn_id)
         if live is not None and live.is_shown:
-            message = self._as_shown(message, live.text)
+            message = self._as_shown(message, live)
         finish_reason = choice["finish_reason"]
         num_closed = len(rendered) - (num_generation_tokens or 0)
         turn = Turn(
@@ -261,9 +264,10 @@ class Recorder:
             await asyncio.sleep(ABORT_PAUSE_S)
 
     async def _is_text_final(self, affinity: Affinity, request: ChatRequest, rendered: dict[str, Any]) -> bool:
-        """Whether the text of an answer stays what it is when the rest has come."""
-        # The server names options for its reasoning parser if it has one.
-        if not self.may_pass_on or request.body.get("tools") or rendered.get("reasoning_parser_kwargs") is not None:
+        """Whether the text of an answer, or what is in front of its calls, stays what it is when the rest has come."""
+        may_pass_on = self.may_pass_on_beside_calls if request.body.get("tools") else self.may_pass_on
+        # The server names options for its reasoning parser if it has one. Some read thoughts from the first token on, without a mark.
+        if not may_pass_on or rendered.get("reasoning_parser_kwargs") is not None:
             return False
         if self._shows_special is None and self._end_tokens:
             self._shows_special = await self._does_parser_show(affinity, next(iter(self._end_tokens)))
@@ -275,15 +279,23 @@ class Recorder:
         message = await self._parse(affinity, request, [], array(TOKEN, [special]), None, None, "")
         return bool(message["content"])
 
-    def _as_shown(self, message: dict[str, Any], text: str) -> dict[str, Any]:
+    def _as_shown(self, message: dict[str, Any], live: LiveReply) -> dict[str, Any]:
         """The message of an answer whose text was passed on: what its client will send back."""
-        if message.keys() == {"role", "content"} and (message["content"] or "").startswith(text):
+        of_calls = {"tool_calls"} if live.may_have_calls else set()
+        if message.keys() <= {"role", "content", *of_calls} and (message["content"] or "").startswith(live.shown):
             return message
         logger.warning(
-            "event=stream_differs text=%r message=%r: answers are sent whole from here on", text[-100:], message
+            "event=stream_differs text=%r message=%r: answers %sare sent whole from here on",
+            *(live.shown[-100:], message, "to requests with tools " if live.may_have_calls else ""),
         )
-        self.may_pass_on = False
-        return {"role": "assistant", "content": text}
+        if live.may_have_calls:
+            self.may_pass_on_beside_calls = False
+        else:
+            self.may_pass_on = False
+        calls = message.get("tool_calls") if live.may_have_calls else None
+        if calls:
+            return {"role": "assistant", "content": live.shown, "tool_calls": calls}
+        return {"role": "assistant", "content": live.text}
 
     async def _parse(
         self,

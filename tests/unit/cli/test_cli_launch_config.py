@@ -21,6 +21,7 @@ from trl_atropos.cli.launch.command_lines import (
     build_gateway_command,
     build_server_command,
     build_trainer_command,
+    environment_env,
     flag_value,
     trainer_option,
 )
@@ -329,6 +330,18 @@ def test_an_environment_gets_the_key_of_the_gateway_and_no_other_server_does() -
     for given in ("--openai.base_url U", "--openai.base_url=U", "--openai.api_key own"):
         command = build_env_command(config, EnvironmentConfig(f"python e.py serve {given}"), API, "http://g", "secret")
         assert "secret" not in command
+
+
+def test_an_agent_in_an_environment_is_told_what_a_gateway_shares_with_the_trainer(tmp_path: Path) -> None:
+    # An environment may work in another directory.
+    counts = {"TRL_ATROPOS_GATEWAY_COUNTS": str(Path.cwd() / "r" / "gateway_counts")}
+    assert environment_env(LaunchConfig(**REQUIRED)) == counts
+    told = {**counts, "TRL_ATROPOS_TEMPERATURE": "0.7"}
+    assert environment_env(LaunchConfig(**REQUIRED, trainer_args="--temperature 0.7")) == told
+    path = write(tmp_path / "trainer.yaml", {"temperature": 0.7})
+    of_file = {**REQUIRED, "trainer_command": f"train --config {path}"}
+    assert environment_env(LaunchConfig(**of_file)) == told
+    assert environment_env(LaunchConfig(**{**REQUIRED, "trainer_command": "external"})) == counts
 
 
 def test_environments_of_a_launch_with_vllm_ask_vllm() -> None:

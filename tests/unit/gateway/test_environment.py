@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from token_server import TokenServer
+from atroposlib.envs.base import BaseEnv
+from tenacity import RetryError, wait_none
+from token_server import GENERATE, TokenServer
 
 from trl_atropos.api.refusals import RequestRefused
 from trl_atropos.errors import EpisodeError, PreflightError
-from trl_atropos.gateway import AgentEnv
+from trl_atropos.gateway import AgentEnv, GatewayOptions
+from trl_atropos.gateway.counts import GatewayCounts
+from trl_atropos.gateway.counts_file import COUNTS_VARIABLE, read_counts
+from trl_atropos.gateway.options import TEMPERATURE_VARIABLE
 
 
 AGENT = """
@@ -48,7 +58,18 @@ def environment(kind: type[AgentEnv], server: TokenServer, max_token_len: int = 
     return made
 
 
-def collect(kind: type[AgentEnv], replies: list[Any], **options: Any) -> list[Any]:
+@pytest.fixture
+def counts_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As a launch names it to an environment."""
+    monkeypatch.setenv(COUNTS_VARIABLE, str(tmp_path / "counts"))
+    return tmp_path / "counts"
+
+
+def collect(
+    kind: type[AgentEnv], replies: list[Any], temperatures: list[float] | None = None, **options: Any
+) -> list[Any]:
+    """The groups of one task; `temperatures` gets those at which the server was asked to sample."""
+
     async def run() -> list[Any]:
         made = environment(kind, server, **options)
         await made.setup()
@@ -61,7 +82,11 @@ def collect(kind: type[AgentEnv], replies: list[Any], **options: Any) -> list[An
 
     with TokenServer() as server:
         server.replies = replies
-        return asyncio.run(run())
+        groups = asyncio.run(run())
+        if temperatures is not None:
+            bodies = [body for path, body in server.requests if path == GENERATE]
+            temperatures += [body["sampling_params"]["temperature"] for body in bodies]
+        return groups
 
 
 def test_a_command_becomes_a_group():
@@ -91,6 +116,36 @@ def test_turns_have_rewards_of_an_environment():
         collect(kind, ["aaa", "a"])
 
 
+OWN_TEMPERATURE = type("Own", (Shouter,), {"gateway_options": GatewayOptions(temperature=0.5)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "sampled_at"),
+    [
+        *((Shouter, None, 1.0), (Shouter, "0.7", 0.7), (OWN_TEMPERATURE, None, 0.5)),
+        # What the group was sampled at is what it is scored at, so that an own temperature can stay.
+        *((OWN_TEMPERATURE, "0.7", 0.5), (OWN_TEMPERATURE, "0.5", 0.5)),
+    ],
+)
+def test_under_a_launch_it_samples_at_the_temperature_of_the_trainer(kind, told, sampled_at, monkeypatch, caplog):
+    monkeypatch.delenv(TEMPERATURE_VARIABLE, raising=False)
+    if told is not None:
+        monkeypatch.setenv(TEMPERATURE_VARIABLE, told)
+    asked: list[float] = []
+    (group,) = collect(kind, ["aaa", "a"], asked)
+    assert asked == [sampled_at] * 2
+    assert group["generation_params"] == {"temperature": sampled_at}
+    said = "event=temperature_differs gateway_options=0.5 trainer=0.7"
+    assert (said in caplog.text) == (told == "0.7" and kind is OWN_TEMPERATURE)
+
+
+@pytest.mark.parametrize("told", ["warm", "0", "nan"])
+def test_a_temperature_that_is_none_is_refused(told, monkeypatch):
+    monkeypatch.setenv(TEMPERATURE_VARIABLE, told)
+    with pytest.raises(PreflightError, match="`--temperature` of the trainer"):
+        collect(Shouter, [])
+
+
 def test_the_context_ends_where_the_trainer_does():
     (group,) = collect(Shouter, ["a" * 99, "a" * 99], max_token_len=60)
     assert [len(tokens) for tokens in group["tokens"]] == [59, 59]
@@ -100,6 +155,77 @@ def test_an_agent_that_fails_takes_its_group_along_and_says_why():
     kind = type("Failing", (Shouter,), {"command": (sys.executable, "-c", "raise SystemExit('no idea')")})
     with pytest.raises(EpisodeError, match="no idea"):
         collect(kind, [])
+
+
+@contextlib.contextmanager
+def api_answering(statuses: list[int]) -> Iterator[str]:
+    """Something that answers posts as an API does, with one status after the other."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(statuses.pop(0))
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_groups_that_the_api_took_and_others_are_counted_where_a_launch_reads_it(counts_dir: Path, monkeypatch):
+    # Atropos would wait for seconds between its three attempts.
+    monkeypatch.setattr(BaseEnv._send_scored_data_to_api.retry, "wait", wait_none())
+
+    async def run(server: TokenServer, api_url: str) -> GatewayCounts:
+        made = environment(Shouter, server, rollout_server_url=api_url)
+        await made.setup()
+        groups, _ = await made.collect_trajectories(await made.get_next_item())
+        # Refused, taken as one and as two, taken in the second attempt, and never answered.
+        for sent in (groups, groups[0], groups * 2, groups):
+            await made._send_scored_data_to_api(sent)
+        with pytest.raises(RetryError):
+            await made._send_scored_data_to_api(groups)
+        await made.gateway.__aexit__()
+        return made.gateway.counts
+
+    statuses = [422, 200, 200, 503, 200, 503, 503, 503]
+    with TokenServer() as server, api_answering(statuses) as api_url:
+        server.replies = ["aaa", "a"]
+        counts = asyncio.run(run(server, api_url))
+    assert statuses == []
+    # Three letters and an end, one letter and an end.
+    assert (counts.num_sessions, counts.num_turns, counts.num_sampled_tokens) == (2, 2, 6)
+    assert (counts.num_sessions_discarded, counts.num_groups_sent, counts.num_groups_lost) == (0, 4, 2)
+    (read,) = read_counts(counts_dir)
+    assert (read.num_sampled_tokens, read.num_groups_sent) == (6, 4)
+
+
+def test_a_group_is_lost_with_its_agents():
+    kind = type("Failing", (Shouter,), {"command": (sys.executable, "-c", "raise SystemExit('no idea')")})
+
+    async def run(server: TokenServer) -> GatewayCounts:
+        made = environment(kind, server)
+        await made.setup()
+        with pytest.raises(EpisodeError, match="no idea"):
+            await made.collect_trajectories(await made.get_next_item())
+        collecting = asyncio.create_task(made.collect_trajectories(await made.get_next_item()))
+        await asyncio.sleep(0)
+        # As Atropos does where its queue is full: it comes back to the task.
+        collecting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await collecting
+        await made.gateway.__aexit__()
+        return made.gateway.counts
+
+    with TokenServer() as server:
+        counts = asyncio.run(run(server))
+    # When the first one fails, the other is given up.
+    assert (counts.num_sessions, counts.num_sessions_discarded, counts.num_groups_lost) == (2, 2, 1)
 
 
 def test_an_agent_that_cannot_be_started_says_so():

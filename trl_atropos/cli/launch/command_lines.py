@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...gateway.counts_file import COUNTS_VARIABLE
+from ...gateway.options import TEMPERATURE_VARIABLE
 from ...trainer.yaml_file import read_yaml
 from ...weight_sync.transports.backends import MIDDLEWARE, SHARED_MEMORY_BACKEND
 from ..gateway import DEFAULT_GROUP_SIZE
@@ -103,6 +105,18 @@ def agent_env(config: LaunchConfig, gateway_url: str, key: str) -> dict[str, str
     """Return the variables by which an agent finds the gateway, and the number of sessions of one task."""
     group_size = gateway_arguments(config).get("group_size", DEFAULT_GROUP_SIZE)
     return dict(zip(AGENT_VARIABLES, (gateway_url, key, str(group_size)), strict=True))
+
+
+def environment_env(config: LaunchConfig) -> dict[str, str]:
+    """Return the variables that tell an `AgentEnv` of the launch what a gateway is told in options. Other environments do not look at
+    them; a flag they would refuse.
+
+    Raises:
+        PreflightError: The file of the trainer's `--config` cannot be read.
+    """
+    temperature = trainer_option(config, OPTIONS_OF_THE_TRAINER["temperature"]) if config.has_trainer else None
+    told = {} if temperature is None else {TEMPERATURE_VARIABLE: str(temperature)}
+    return {COUNTS_VARIABLE: str(config.gateway_counts_dir), **told}
 
 
 def build_env_command(

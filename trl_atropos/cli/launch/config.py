@@ -47,6 +47,9 @@ RESERVED_NAMES = frozenset({"api", *SERVERS, GATEWAY_PART, "trainer", "launch", 
 NUMBERED_SERVER = re.compile(rf"(?:{'|'.join(SERVERS)})-\d+")
 """Names of servers where there are several."""
 
+GATEWAY_COUNTS_DIR = "gateway_counts"
+"""In the run directory: what gateways in the processes of environments have counted."""
+
 EXAMPLE = "examples/configs/quickstart_launch.yaml"
 
 
@@ -149,6 +152,11 @@ class LaunchConfig:
     def environment_key_file(self) -> Path:
         """Holds the key with which environments generate through the gateway."""
         return Path(self.run_dir) / "environment.key"
+
+    @property
+    def gateway_counts_dir(self) -> Path:
+        """`GATEWAY_COUNTS_DIR` of this run, wherever an environment works."""
+        return Path(self.run_dir).absolute() / GATEWAY_COUNTS_DIR
 
     @property
     def server_env(self) -> dict[str, str]:

@@ -22,6 +22,8 @@ from rich.console import Console
 
 from ...api.store import set_aside
 from ...errors import AtroposConnectionError, PreflightError, WeightSyncError
+from ...gateway.counts import GatewayCounts
+from ...gateway.counts_file import read_counts
 from ...network import proxies_for
 from ...report.page import REPORT_FILE, write_report
 from ...report.plots import save_reward_plot
@@ -39,6 +41,7 @@ from .command_lines import (
     build_server_command,
     build_trainer_command,
     env_flags,
+    environment_env,
     trainer_flags,
     trainer_option,
 )
@@ -47,6 +50,7 @@ from .config import (
     API_PART,
     DURABLE_API,
     ENVIRONMENTS_PART,
+    GATEWAY_COUNTS_DIR,
     GATEWAY_PART,
     SERVER_PART,
     SGLANG,
@@ -125,7 +129,7 @@ class _Launch:
         limit = RestartLimit(config.max_restarts, config.restart_window_s)
         self._supervisor = Supervisor(limit, config.startup_timeout_s, group, output)
         self.of_gateway: dict[str, Any] | None = None
-        """What the gateway counted, if there is one."""
+        """What gateways counted, that of the launch and those of environments together; None if there is none."""
         self._has_agents = False
 
     @property
@@ -238,12 +242,16 @@ class _Launch:
             )
 
     def read_gateway(self, gateway: Service | None) -> None:
-        """Ask the gateway what it has done, for the summary. One that is just away has nothing to say."""
-        if gateway is None or not gateway.answers():
-            return
-        key = self._config.gateway_key_file.read_text(encoding="utf-8")
-        status = _request("GET", f"{gateway.url}/status", {}, GATEWAY_PART, key)
-        self.of_gateway = {name: status[name] for name in summary.OF_GATEWAY}
+        """Find out what gateways have done, for the summary: ask that of the launch, unless it is just away, and read what those in the
+        processes of environments have written. A session is one of one gateway alone.
+        """
+        found = read_counts(self._config.gateway_counts_dir)
+        if gateway is not None and gateway.answers():
+            key = self._config.gateway_key_file.read_text(encoding="utf-8")
+            found.append(GatewayCounts.of_values(_request("GET", f"{gateway.url}/status", {}, GATEWAY_PART, key)))
+        if found:
+            values = sum(found, GatewayCounts()).values()
+            self.of_gateway = {name: values[name] for name in summary.OF_GATEWAY}
 
     def start_environments(self, api: AnyService, servers: Sequence[AnyService], gateway: Service | None) -> None:
         """Start the environments, which wait by themselves until the trainer has registered. With a gateway that is all that they
@@ -252,9 +260,11 @@ class _Launch:
         config = self._config
         model = servers[0] if gateway is None else gateway
         key = None if gateway is None else config.environment_key_file.read_text(encoding="utf-8")
+        variables = environment_env(config)
         for name, environment in config.environments.items():
             command = build_env_command(config, environment, api.url, model.url, key)
-            start = functools.partial(self._start, command=command, env=environment.env)
+            env = {**variables, **environment.env}
+            start = functools.partial(self._start, command=command, env=env)
             on_exit = environment.on_exit or config.on_exit_of(ENVIRONMENTS_PART)
             self._start_copies(name, environment, start, on_exit, needs=[api, model])
         if not config.environments and not config.agents:
@@ -385,8 +395,8 @@ def _own_run_dir(run_dir: Path) -> Iterator[None]:
             "model/report.html",
         ):
             (run_dir / name).unlink(missing_ok=True)
-        for log in (run_dir / "logs").glob("*.log"):
-            log.unlink()
+        for path in (*(run_dir / "logs").glob("*.log"), *(run_dir / GATEWAY_COUNTS_DIR).glob("*")):
+            path.unlink()
         yield
 
 

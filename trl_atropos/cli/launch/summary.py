@@ -23,7 +23,7 @@ OF_GATEWAY = (
     *("num_sessions", "num_sessions_discarded", "num_turns", "num_branches", "spliced_share", "num_refused"),
     *("num_sampled_tokens", "masked_tokens", "num_groups_sent", "num_groups_lost"),
 )
-"""What the summary has of a gateway's counts (`gateway/counts.py`), since its last start."""
+"""What the summary has of the counts of gateways (`gateway/counts.py`), summed."""
 
 LogEntry = Mapping[str, Any]
 
@@ -63,7 +63,7 @@ def summarize(
     """Reduce the log of a run, one entry per optimizer step in order, to the numbers by which it is judged.
 
     `server_weight_version` is what the inference server reported after training, `wall_s` the seconds from the start
-    of the launch to the end of training, `num_restarts` how often parts of it were started again, by name, `of_gateway` what a gateway counted, if there was one. In the result, `reward_first` and `reward_last` are means over `WINDOW`
+    of the launch to the end of training, `num_restarts` how often parts of it were started again, by name, `of_gateway` what gateways counted, if there was one. In the result, `reward_first` and `reward_last` are means over `WINDOW`
     steps; `logprob_probe_mean_abs_diff` is the largest of the run, in nats; counts are totals; what was never logged
     is None.
     """

@@ -20,7 +20,7 @@ Fields = TypeVar("Fields", bound=msgspec.Struct)
 
 
 class LiveAnswer(Protocol):
-    """An answer without thoughts and calls as server-sent events, while it is sampled."""
+    """An answer that begins with text, without thoughts, as server-sent events, while it is sampled."""
 
     def begin(self) -> Iterator[bytes]:
         """What comes before the text."""
@@ -31,7 +31,7 @@ class LiveAnswer(Protocol):
         ...
 
     def end(self, turn: Turn) -> Iterator[bytes]:
-        """What comes behind the text."""
+        """What comes behind the text: calls of tools, and the end."""
         ...
 
 
@@ -45,7 +45,7 @@ class Dialect(Protocol):
         path (`str`):
             Of its route, behind that of the session.
         keep_alive (`bytes`):
-            A sign of life on a stream that has not begun to answer.
+            A sign of life on a stream, before the answer begins and between its text and its calls.
     """
 
     path: str

@@ -35,10 +35,7 @@ class ChatCompletions:
     def events(self, values: dict[str, Any], turn: Turn) -> Iterator[bytes]:
         """The message, its end, the usage if it was asked for."""
         head = _head(values, turn, "chat.completion.chunk")
-        delta = dict(turn.message)
-        if delta.get("tool_calls"):
-            delta["tool_calls"] = [{**call, "index": index} for index, call in enumerate(delta["tool_calls"])]
-        yield _chunk(head, delta)
+        yield _chunk(head, {**turn.message, **_calls(turn)})
         yield from _end(head, values, turn)
 
     def live(self, values: dict[str, Any], turn: BegunTurn) -> _LiveChunks:
@@ -69,7 +66,16 @@ class _LiveChunks:
         return _chunk(self._head, {"content": text})
 
     def end(self, turn: Turn) -> Iterator[bytes]:
+        calls = _calls(turn)
+        if calls:
+            yield _chunk(self._head, calls)
         yield from _end(self._head, self.values, turn)
+
+
+def _calls(turn: Turn) -> dict[str, Any]:
+    """The calls of an answer as a part of a delta; empty where there are none."""
+    calls = [{**call, "index": index} for index, call in enumerate(turn.message.get("tool_calls") or [])]
+    return {"tool_calls": calls} if calls else {}
 
 
 def _chunk(head: dict[str, Any], delta: dict[str, Any], finish_reason: str | None = None) -> bytes:

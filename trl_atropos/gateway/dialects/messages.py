@@ -176,16 +176,11 @@ class AnthropicMessages:
     def events(self, values: dict[str, Any], turn: Turn) -> Iterator[bytes]:
         """The head of a message, its blocks one after another, its end."""
         yield _start(values, turn)
-        for index, block in enumerate(_blocks(turn)):
-            empty, deltas = _in_parts(block)
-            yield _event("content_block_start", index=index, content_block=empty)
-            for delta in deltas:
-                yield _event("content_block_delta", index=index, delta=delta)
-            yield _event("content_block_stop", index=index)
+        yield from _block_events(turn, 0)
         yield from _end(turn)
 
     def live(self, values: dict[str, Any], turn: BegunTurn) -> _LiveBlock:
-        """The events of a message with one block of text."""
+        """The events of a message whose first block is text."""
         return _LiveBlock(values, turn)
 
     def error(self, exc: RequestRefused) -> dict[str, Any]:
@@ -214,12 +209,23 @@ class _LiveBlock:
 
     def end(self, turn: Turn) -> Iterator[bytes]:
         yield _event("content_block_stop", index=0)
+        yield from _block_events(turn, 1)
         yield from _end(turn)
 
 
 def _start(values: dict[str, Any], turn: Turn | BegunTurn) -> bytes:
     head = {**_head(values, turn), "content": [], "stop_reason": None, "stop_sequence": None}
     return _event("message_start", message={**head, "usage": _usage(turn, 0)})
+
+
+def _block_events(turn: Turn, first: int) -> Iterator[bytes]:
+    """The blocks of an answer from that of this index on."""
+    for index, block in list(enumerate(_blocks(turn)))[first:]:
+        empty, deltas = _in_parts(block)
+        yield _event("content_block_start", index=index, content_block=empty)
+        for delta in deltas:
+            yield _event("content_block_delta", index=index, delta=delta)
+        yield _event("content_block_stop", index=index)
 
 
 def _end(turn: Turn) -> Iterator[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -189,15 +189,11 @@ class Responses:
         """The response as it begins, its items one after another, the response as it is."""
         made = _Events()
         yield from _begun(made, values, turn)
-        for index, item in enumerate(_items(turn, values)):
-            yield made("output_item.added", output_index=index, item=_as_begun(item))
-            for kind, fields in _growth(item):
-                yield made(kind, item_id=item["id"], output_index=index, **fields)
-            yield made("output_item.done", output_index=index, item=item)
+        yield from _item_events(made, _items(turn, values), 0)
         yield made(_status(turn), response=self.answer(values, turn))
 
     def live(self, values: dict[str, Any], turn: BegunTurn) -> _LiveMessage:
-        """The events of a response with one message."""
+        """The events of a response whose first item is a message."""
         return _LiveMessage(self, values, turn)
 
     def error(self, exc: RequestRefused) -> dict[str, Any]:
@@ -238,11 +234,12 @@ class _LiveMessage:
         return self._of_part("output_text.delta", delta=text, logprobs=[])
 
     def end(self, turn: Turn) -> Iterator[bytes]:
-        (item,) = _items(turn, self.values)
-        (part,) = item["content"]
+        items = _items(turn, self.values)
+        (part,) = items[0]["content"]
         yield self._of_part("output_text.done", text=part["text"], logprobs=[])
         yield self._of_part("content_part.done", part=part)
-        yield self._made("output_item.done", output_index=0, item=item)
+        yield self._made("output_item.done", output_index=0, item=items[0])
+        yield from _item_events(self._made, items, 1)
         yield self._made(_status(turn), response=self.responses.answer(self.values, turn))
 
     def _of_part(self, kind: str, **fields: Any) -> bytes:
@@ -259,6 +256,15 @@ def _begun(made: _Events, values: dict[str, Any], turn: Turn | BegunTurn) -> Ite
     }
     yield made("created", response=begun)
     yield made("in_progress", response=begun)
+
+
+def _item_events(made: _Events, items: Sequence[dict[str, Any]], first: int) -> Iterator[bytes]:
+    """The items of an answer from that of this index on."""
+    for index, item in list(enumerate(items))[first:]:
+        yield made("output_item.added", output_index=index, item=_as_begun(item))
+        for kind, fields in _growth(item):
+            yield made(kind, item_id=item["id"], output_index=index, **fields)
+        yield made("output_item.done", output_index=index, item=item)
 
 
 def _with_types(values: dict[str, Any]) -> dict[str, Any]:
