@@ -6,7 +6,7 @@ A line has `name`, and either `error`, or the logprobs of the server at the `sta
 `other` (weights of another seed) and `back` (those of the start), and the trainer's own for both, `start_trainer` and
 `other_trainer`: lists by sequence. `why_not_beside` says why its policies are not loaded beside the served one; where it is
 empty, those of `other` and `back` were, and `meanwhile` are the logprobs of the server between the loading and the finish of
-`other`. With `--swapped` the server starts with the weights that are `other` without it.
+`other`. `num_known` is of how many modules vLLM knows something, after `again` and after `back`. With `--swapped` the server starts with the weights that are `other` without it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.inputs import TokensPrompt
+from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
 
@@ -203,14 +204,18 @@ def serve(directory: Path, name: str, seeds: tuple[int, int]) -> dict[str, Any]:
     logprobs = {"start": server_logprobs(server)}
     server.init_weight_transfer_engine({"init_info": {}})
     (why,) = server.collective_rpc(lambda worker: worker.weight_transfer_engine.why_not_beside())
+    num_known = []
     for moment, model in (("again", start), ("other", other), ("back", start)):
         meanwhile = publish(server, model, is_beside=not why and moment != "again")
         logprobs[moment] = server_logprobs(server)
         if moment == "other":
             logprobs["meanwhile"] = meanwhile
+        else:
+            num_known.append(len(LAYERWISE_INFO))
     return {
         **logprobs,
         "why_not_beside": why,
+        "num_known": num_known,
         "start_trainer": trainer_logprobs(start),
         "other_trainer": trainer_logprobs(other),
     }

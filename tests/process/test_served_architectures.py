@@ -62,6 +62,8 @@ def test_plain_layers_are_loaded_beside_those_that_serve(served):
     assert "computes with a view of its weights" in whys["FalconH1"]
     for family in ("Gemma3", "Mistral", "Phi3"):
         assert served[family]["meanwhile"] == served[family]["start"]
+        # Nothing of a twin stays, which would make the server grow with every publish.
+        assert len(set(served[family]["num_known"])) == 1
 
 
 def test_what_cannot_arrive_is_refused_when_a_trainer_connects(served):
