@@ -73,8 +73,7 @@ def config(output_dir: Path, api_url: str, vllm_url: str, **options: object) -> 
         gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",
-        max_length=128,
-        **options,
+        **{"max_length": 128, **options},
     )
 
 
