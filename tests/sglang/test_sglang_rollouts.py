@@ -1,4 +1,4 @@
-"""Rollouts of unmodified environments on a real SGLang server: their tokens, and which policies sampled them."""
+"""Rollouts of unmodified environments, and of an agent as one, on a real SGLang server: their tokens, and which policies sampled them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,26 @@ from trl_atropos.wire.journal import Journal
 
 
 CALCULATOR = ROOT / "tests" / "e2e" / "envs" / "calculator.py"
+AGENT = ROOT / "tests" / "e2e" / "envs" / "agent.py"
 MAX_STEPS = 3
+AGENT_STEPS, GROUP_SIZE = 2, 4
+
+
+def environment_command(file: Path, api_url: str, served: Served, *flags: str) -> list[str]:
+    """The command of an unmodified environment that generates on the server."""
+    model = str(served.model_dir)
+    return [
+        *(sys.executable, "-m", "trl_atropos.cli.main", "env", str(file), "serve"),
+        *("--env.rollout_server_url", api_url, "--env.tokenizer_name", model, *flags),
+        *("--openai.base_url", f"{served.url}/v1", "--openai.server_type", "sglang"),
+        *("--openai.model_name", model, "--openai.tokenizer_name", model),
+    ]
 
 
 def test_training_knows_the_tokens_and_the_policy_of_every_rollout(served: Served, tmp_path: Path) -> None:
     model = str(served.model_dir)
     with ApiProcess(tmp_path / "api.log") as api:
-        environment = [
-            *(sys.executable, "-m", "trl_atropos.cli.main", "env", str(CALCULATOR), "serve"),
-            *("--env.rollout_server_url", api.url, "--env.tokenizer_name", model),
-            *("--openai.base_url", f"{served.url}/v1", "--openai.server_type", "sglang"),
-            *("--openai.model_name", model, "--openai.tokenizer_name", model),
-        ]
+        environment = environment_command(CALCULATOR, api.url, served)
         args = config(
             tmp_path / "out",
             api.url,
@@ -112,3 +121,34 @@ def test_a_rollout_is_as_old_as_the_first_policy_that_sampled_a_token_of_it(
         {"policy_version": [before + 1] * 2},
         None,
     ]
+
+
+def test_an_agent_as_an_environment_is_trained_on_what_its_gateway_recorded(served: Served, tmp_path: Path) -> None:
+    model = str(served.model_dir)
+    with ApiProcess(tmp_path / "api.log") as api:
+        environment = environment_command(AGENT, api.url, served, "--env.group_size", str(GROUP_SIZE))
+        args = config(
+            tmp_path / "out",
+            api.url,
+            served.url,
+            max_steps=AGENT_STEPS,
+            per_device_train_batch_size=GROUP_SIZE,
+            max_length=480,
+            logprob_probe_interval=1,
+            logging_steps=1,
+        )
+        trainer = AtroposTrainer(model, args)
+        with running(*environment, log_path=tmp_path / "env.log"):
+            trainer.train()
+    served.version = trainer.policy_version
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["staleness/unknown_frac"] for entry in steps] == [0.0] * AGENT_STEPS
+    # On policy the ratio shows the rounding of the server's dtype alone; with other tokens it would be off by powers of ten.
+    assert steps[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=0.05)
+    groups = [group for batch in Journal(tmp_path / "out" / "journal").batches() for group in batch.raw_groups]
+    assert groups
+    for group in groups:
+        # Both turns of each attempt are one sequence, and trained.
+        assert len(group["tokens"]) == GROUP_SIZE
+        for masks in group["masks"]:
+            assert sum(before == -100 != after for before, after in pairwise(masks)) == 2
