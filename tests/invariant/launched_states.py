@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 launched_states.py CHECKPOINT OUTPUT
 
-Each rank leaves the plan and the mean of all gradients in `OUTPUT/rank{rank}.pt`.
+Each rank leaves the layout, whether states branch, and the mean of all gradients in `OUTPUT/rank{rank}.pt`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def main(checkpoint: Path, output: Path) -> None:
     plan = plan_forward(policy, wrapped, "auto", max_length=64, dtype=torch.float32, device=torch.device("cpu"))
     loss_of(PolicyScorer(policy, plan), wrapped, dist.get_rank()).backward()
     gradient = {name: parameter.grad.full_tensor() for name, parameter in wrapped.named_parameters()}
-    torch.save({"plan": plan, "gradient": gradient}, output / f"rank{dist.get_rank()}.pt")
+    results = {"plan": (plan.layout, plan.branches_states), "gradient": gradient}
+    torch.save(results, output / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -6,7 +6,8 @@ A line has `name`, and either `error`, or the logprobs of the server at the `sta
 `other` (weights of another seed) and `back` (those of the start), and the trainer's own for both, `start_trainer` and
 `other_trainer`: lists by sequence. `why_not_beside` says why its policies are not loaded beside the served one; where it is
 empty, those of `other` and `back` were, and `meanwhile` are the logprobs of the server between the loading and the finish of
-`other`. `num_known` is of how many modules vLLM knows something, after `again` and after `back`. With `--swapped` the server starts with the weights that are `other` without it.
+`other`. `num_known` is of how many modules vLLM knows something, after `again` and after `back`. With `--swapped` the server
+starts with the weights that are `other` without it.
 """
 
 from __future__ import annotations
