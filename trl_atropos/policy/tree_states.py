@@ -133,76 +133,107 @@ class KeptStates(LinearAttentionLayer):  # type: ignore[misc]
         return states
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Pieces that run together.
+
+    `index` (B, T) int64 are their positions, padded on the right, where no token of a piece sees it. `outputs` says which
+    outputs of each are taken, `parents` from which pieces they go on, none at the beginning of trees. `number` is that of the one piece
+    that others go on from, None if none does.
+    """
+
+    index: Tensor
+    outputs: tuple[slice, ...]
+    parents: tuple[int, ...]
+    number: int | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a row of trees is run, the same in every layer: `batches` one after the other, whose outputs are put in the order
+    `order` (L,) int64.
+    """
+
+    batches: tuple[Batch, ...]
+    order: Tensor
+
+
+def make_schedule(pieces: Sequence[Piece], device: torch.device) -> Schedule:
+    """Plan how pieces are run, with tensors on a device."""
+    batches, positions = [], []
+    for numbers in _batches(pieces):
+        members = [pieces[number] for number in numbers]
+        index = nn.utils.rnn.pad_sequence([piece.positions for piece in members], batch_first=True)
+        if index.shape[1] == 1:
+            index = index.expand(-1, 2)
+        positions += [piece.positions[piece.num_copies :] for piece in members]
+        outputs = tuple(slice(piece.num_copies, len(piece.positions)) for piece in members)
+        parents = tuple(piece.parent for piece in members if piece.parent is not None)
+        batches.append(Batch(index.to(device), outputs, parents, numbers[0] if members[0].has_children else None))
+    return Schedule(tuple(batches), torch.cat(positions).argsort().to(device))
+
+
+def _batches(pieces: Sequence[Piece]) -> Iterator[list[int]]:
+    """Numbers of pieces that run together: one that others go on from alone, because padding would run into its state; then the
+    others, those that begin a tree and those that do not, with others of like length.
+    """
+
+    def length(number: int) -> int:
+        return len(pieces[number].positions)
+
+    yield from ([number] for number, piece in enumerate(pieces) if piece.has_children)
+    for begins in (True, False):
+        leaves = [
+            number
+            for number, piece in enumerate(pieces)
+            if not piece.has_children and (piece.parent is None) == begins
+        ]
+        leaves.sort(key=length, reverse=True)
+        while leaves:
+            least = MIN_FILL * length(leaves[0])
+            batch = [number for number in leaves if length(number) >= least]
+            yield batch
+            leaves = leaves[len(batch) :]
+
+
 class BranchingForward:
     """The forward of a layer with a state, in the place of its own, which it calls for each piece of a tree.
 
-    `pieces` are those of the row that the model is given; None: it is given no tree.
+    `schedule` is that of the row that the model is given; None: it is given no tree.
     """
 
     def __init__(self, layer: nn.Module, cache_argument: str):
         self.own: Callable[..., Any] = layer.forward
-        self.pieces: list[Piece] | None = None
+        self.schedule: Schedule | None = None
         self._layer = layer
         self._cache_argument = cache_argument
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run over hidden states (1, L, H) as if each path of their tree were a row of its own."""
-        if self.pieces is None:
+        if self.schedule is None:
             return self.own(hidden_states, *args, **kwargs)
-        length = sum(len(piece.positions) - piece.num_copies for piece in self.pieces)
+        length = self.schedule.order.numel()
         if hidden_states.shape[:2] != (1, length):
             raise RuntimeError(f"The layer is given {tuple(hidden_states.shape)} for a tree of {length} tokens.")
         # A tree has no mask of padding, and no training has a cache.
         kwargs = {name: value for name, value in kwargs.items() if name not in (*CACHE_ARGUMENTS, "attention_mask")}
         row = hidden_states.squeeze(0)
         outputs: list[Tensor] = []
-        positions: list[Tensor] = []
         states: dict[int, KeptStates] = {}
-        for numbers in self._batches():
-            pieces = [self.pieces[number] for number in numbers]
-            parents = [states[piece.parent] for piece in pieces if piece.parent is not None]
+        for batch in self.schedule.batches:
+            parents = [states[number] for number in batch.parents]
             cache = KeptStates.of_branches(parents) if parents else KeptStates()
-            index = nn.utils.rnn.pad_sequence([piece.positions for piece in pieces], batch_first=True)
-            if index.shape[1] == 1:
-                index = index.expand(-1, 2)
-            # The padding is on the right, where no token of a piece sees it.
-            output = self._run(row[index.to(row.device)], cache, **kwargs)
-            if pieces[0].has_children:
-                states[numbers[0]] = cache
-            for piece, of_piece in zip(pieces, output, strict=True):
-                outputs.append(of_piece[piece.num_copies : len(piece.positions)])
-                positions.append(piece.positions[piece.num_copies :])
-        order = torch.cat(positions).argsort().to(row.device)
-        return torch.cat(outputs)[order][None]
+            output = self._run(row[batch.index], cache, **kwargs)
+            if batch.number is not None:
+                states[batch.number] = cache
+            outputs += [of_piece[taken] for of_piece, taken in zip(output, batch.outputs, strict=True)]
+        return torch.cat(outputs)[self.schedule.order][None]
 
     def _run(self, hidden_states: Tensor, states: KeptStates, **kwargs: Any) -> Tensor:
         layer_idx: int = self._layer.layer_idx  # type: ignore[assignment]
         cache = Cache(layers=[states] * (layer_idx + 1))
         output: Tensor = self.own(hidden_states, **{self._cache_argument: cache}, **kwargs)
         return output
-
-    def _batches(self) -> Iterator[list[int]]:
-        """Numbers of pieces that run together: one that others go on from alone, because padding would run into its state; then
-        the others, those that begin a tree and those that do not, with others of like length.
-        """
-        assert self.pieces is not None
-        yield from ([number] for number, piece in enumerate(self.pieces) if piece.has_children)
-        for begins in (True, False):
-            leaves = [
-                number
-                for number, piece in enumerate(self.pieces)
-                if not piece.has_children and (piece.parent is None) == begins
-            ]
-            leaves.sort(key=self._length, reverse=True)
-            while leaves:
-                least = MIN_FILL * self._length(leaves[0])
-                batch = [number for number in leaves if self._length(number) >= least]
-                yield batch
-                leaves = leaves[len(batch) :]
-
-    def _length(self, number: int) -> int:
-        assert self.pieces is not None
-        return len(self.pieces[number].positions)
 
 
 class StateBranches:
@@ -216,14 +247,14 @@ class StateBranches:
         self._forwards = [BranchingForward(layer, cache_argument) for layer, cache_argument in self._layers]
         for (layer, _), forward in zip(self._layers, self._forwards, strict=True):
             layer.forward = forward
-        self._next: list[Piece] | None = None
+        self._next: Schedule | None = None
         self._hook = model.register_forward_pre_hook(lambda model, args: self._begin())
 
     def take(self, subtree_end: Tensor, position_ids: Tensor) -> None:
         """Say what the next call of the model is given, as `tree_pieces` takes it; a call before which nothing is said is
         given no tree.
         """
-        self._next = tree_pieces(subtree_end, position_ids)
+        self._next = make_schedule(tree_pieces(subtree_end, position_ids), position_ids.device)
 
     def remove(self) -> None:
         """Leave the layers as they were."""
@@ -232,9 +263,9 @@ class StateBranches:
             del layer.forward
 
     def _begin(self) -> None:
-        pieces, self._next = self._next, None
+        schedule, self._next = self._next, None
         for forward in self._forwards:
-            forward.pieces = pieces
+            forward.schedule = schedule
 
 
 _BRANCHES: WeakKeyDictionary[nn.Module, StateBranches] = WeakKeyDictionary()
@@ -278,7 +309,7 @@ def gradient_difference(layer: nn.Module, config: Any, dtype: torch.dtype, devic
     ]
     gradients = []
     with torch.enable_grad():
-        for forward.pieces in (None, in_two):
+        for forward.schedule in (None, make_schedule(in_two, device)):
             (gradient,) = torch.autograd.grad((forward(path) * weight).sum(), path)
             gradients.append(gradient.float())
     whole, parts = gradients
