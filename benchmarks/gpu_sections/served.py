@@ -20,7 +20,19 @@ from .serving import ROOT
 
 
 FAMILIES = (
-    *("Gemma3", "Mistral", "Phi3", "Qwen3Moe", "Mixtral", "Olmoe", "GptOss", "DeepseekV2", "Qwen3Next", "FalconH1"),
+    *(
+        "Gemma3",
+        "Mistral",
+        "Phi3",
+        "Qwen3Moe",
+        "Mixtral",
+        "Olmoe",
+        "GptOss",
+        "DeepseekV2",
+        "Qwen3Next",
+        "Lfm2",
+        "FalconH1",
+    ),
     "GraniteMoeHybrid",
 )
 
@@ -71,7 +83,8 @@ def log_of(bench: Bench, name: str) -> Any:
 
 def differences(answers: dict[str, Any], swapped: dict[str, Any]) -> dict[str, Any]:
     """Mean absolute differences of logprobs in nats: the same weights published, others against the trainer's, the first, and
-    a server that was started with the others, whose answers are in `swapped`.
+    a server that was started with the others, whose answers are in `swapped`; a part of them, beside the served policy and in
+    its place; others over the half of a policy.
     """
     for each in (answers, swapped):
         if "error" in each:
@@ -86,6 +99,8 @@ def differences(answers: dict[str, Any], swapped: dict[str, Any]) -> dict[str, A
                 ("back", "back", "start"),
                 ("meanwhile", "meanwhile", "start"),
                 ("other_to_fresh", "other", "fresh"),
+                ("part_again", "part_again", "part"),
+                ("healed", "healed", "other"),
                 ("start_to_trainer", "start", "start_trainer"),
                 ("other_to_trainer", "other", "other_trainer"),
                 ("other_to_start", "other", "start"),

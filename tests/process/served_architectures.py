@@ -6,8 +6,10 @@ A line has `name`, and either `error`, or the logprobs of the server at the `sta
 `other` (weights of another seed) and `back` (those of the start), and the trainer's own for both, `start_trainer` and
 `other_trainer`: lists by sequence. `why_not_beside` says why its policies are not loaded beside the served one; where it is
 empty, those of `other` and `back` were, and `meanwhile` are the logprobs of the server between the loading and the finish of
-`other`. `num_known` is of how many modules vLLM knows something, after `again` and after `back`. With `--swapped` the server
-starts with the weights that are `other` without it.
+`other`. `num_known` is of how many modules vLLM knows something, after `again` and after `back`. Then `part` is published, the
+attention and the like of the first layer as in `other`, in the place of those of `start`, and so is `part_again`, beside
+them where that is possible; and `healed` are the logprobs after such a part was loaded in place, and `other` in the same
+update, to be loaded beside a policy that is not whole any more. With `--swapped` the server starts with the weights that are `other` without it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import importlib
 import json
 import os
 import queue
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -80,12 +83,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 128, "layer_types": ["linear_attention", "full_attention"], "decoder_sparse_step": 1,
         "shared_expert_intermediate_size": 64, "norm_topk_prob": True,
     },
+    "Lfm2": {"layer_types": ["conv", "conv"], "conv_L_cache": 3, "conv_dim": 128, "block_dim": 128, "block_auto_adjust_ff_dim": False, "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 1},
     "FalconH1": {**MAMBA, "head_dim": 32, "mamba_d_ssm": 128, "mamba_n_heads": 4},
     "GraniteMoeHybrid": {
         **MAMBA, **LOCAL_EXPERTS, "mamba_n_heads": 8, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 64,
     },
 }  # fmt: skip
 """What distinguishes a tiny model of each family; `config` names its class if the name of the family does not."""
+
+MIXER = re.compile(r"layers\.0\.(self_attn|linear_attn|conv|mamba)\.")
+"""The part of a layer beside its experts."""
 
 PRELOADED = (
     vllm.v1.engine.core,
@@ -164,18 +171,28 @@ def server_logprobs(server: LLM) -> list[list[float]]:
     ]
 
 
-def publish(server: LLM, model: PreTrainedModel, *, is_beside: bool) -> list[list[float]]:
-    """Send what a trainer sends, and return what the server answers meanwhile, if it does."""
+def publish(server: LLM, model: PreTrainedModel, *, is_beside: bool, part: str = "") -> list[list[float]]:
+    """Send what a trainer sends, or those of it whose names begin with `part`, and return what the server answers meanwhile,
+    if it does.
+    """
+    server.start_weight_update()
+    load(server, model, is_beside=is_beside, part=part, is_complete=not part)
+    meanwhile = server_logprobs(server) if is_beside else []
+    server.finish_weight_update()
+    return meanwhile
+
+
+def load(server: LLM, model: PreTrainedModel, *, is_beside: bool, part: str = "", is_complete: bool = True) -> None:
+    """Send it into the update that was started."""
     source = PolicyWeights(model, torch.bfloat16)
-    specs = source.manifest()
+    specs = [spec for spec in source.manifest() if spec.name.startswith(part)]
     _SENT.clear()
     _SENT.update((name, tensor.clone()) for name, tensor in source.tensors(specs))
-    server.start_weight_update()
     server.update_weights(
         {
             "update_info": {
                 "sequence": 1,
-                "is_complete": True,
+                "is_complete": is_complete,
                 "is_beside": is_beside,
                 "names": [spec.name for spec in specs],
                 "dtype_names": [str(spec.dtype).removeprefix("torch.") for spec in specs],
@@ -187,9 +204,6 @@ def publish(server: LLM, model: PreTrainedModel, *, is_beside: bool) -> list[lis
     report = _REPORTS.get(timeout=60)
     if report.error:
         raise RuntimeError(report.error)
-    meanwhile = server_logprobs(server) if is_beside else []
-    server.finish_weight_update()
-    return meanwhile
 
 
 def serve(directory: Path, name: str, seeds: tuple[int, int]) -> dict[str, Any]:
@@ -213,6 +227,17 @@ def serve(directory: Path, name: str, seeds: tuple[int, int]) -> dict[str, Any]:
             logprobs["meanwhile"] = meanwhile
         else:
             num_known.append(len(LAYERWISE_INFO))
+    mixer = next(name for name, _ in start.named_parameters() if MIXER.search(name))
+    part = mixer[: MIXER.search(mixer).end()]
+    for moment, is_beside in (("part", False), ("part_again", not why)):
+        publish(server, start, is_beside=False)
+        publish(server, other, is_beside=is_beside, part=part)
+        logprobs[moment] = server_logprobs(server)
+    server.start_weight_update()
+    load(server, start, is_beside=False, part=part)
+    load(server, other, is_beside=not why)
+    server.finish_weight_update()
+    logprobs["healed"] = server_logprobs(server)
     return {
         **logprobs,
         "why_not_beside": why,

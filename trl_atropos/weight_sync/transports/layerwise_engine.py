@@ -29,6 +29,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -163,7 +164,8 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         self._root = None
         # Asked before the move, which gives a tied parameter a tensor of its own that nobody will send.
         self._tied = _tied_names(self.model)
-        self._expected = {_plain_name(name) for name, _ in self.model.named_parameters()} - self._tied.keys()
+        names = {_plain_name(name) for name, _ in self.model.named_parameters()}
+        self._expected = names - self._tied.keys() - _derived_names(self.model)
         self._loaded = set()
 
     def receive_weights(self, update_info: TUpdateInfo) -> None:
@@ -225,6 +227,7 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
             self._twin.release()
             self._twin = self._root = None
             self._loaded = set()
+            self._expert_kernels = {}
 
     def load(self, update_info: TUpdateInfo, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load the tensors of a transfer, which come in the order of `update_info` and are kept until their layer is
@@ -262,15 +265,17 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         """Move what is loaded into to the meta device, and return it: a `load_weights` and the parameters it fills."""
         if self._builder is not None:
             self._twin = ModelTwin(self.model)
-            self._root = self._twin.root
-            initialize_layerwise_reload(self._root)
+            self._take_apart(self._twin.root)
         elif self._root is None:
             # From here to the finish the model cannot run.
             self._has_policy = False
-            self._root = self.model
-            initialize_layerwise_reload(self._root)
-            self._set_expert_kernels_aside()
+            self._take_apart(self.model)
         return self._root
+
+    def _take_apart(self, root: Any) -> None:
+        self._root = root
+        initialize_layerwise_reload(root)
+        self._set_expert_kernels_aside(root)
 
     def finish_weight_update(self) -> None:
         """Put the parameters back into the tensors that the compiled model runs on; refuse half a policy."""
@@ -286,9 +291,11 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         else:
             assert self._built is not None
             self._twin.swap(self._built)
+            self._derive_attention()
             if self.device.type != "cpu":
                 # The twin's memory goes back to the stream that built it, which does not wait for this one.
                 torch.cuda.current_stream().synchronize()
+        self._refresh_convolutions()
         self._drop_twin()
         self._root = None
         self._is_updating = False
@@ -313,7 +320,6 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
         finalize_layerwise_reload(self._root, self.model_config)
         self._restore_expert_kernels()
         loaded.update(self._repack_tied_heads())
-        self._refresh_convolutions()
         return loaded
 
     def _check_names(self, update_info: LayerwiseUpdateInfo) -> None:
@@ -365,13 +371,13 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
                 torn.append(name)
         return torn
 
-    def _set_expert_kernels_aside(self) -> None:
+    def _set_expert_kernels_aside(self, root: nn.Module) -> None:
         # vLLM packs experts for its CPU kernels when it makes these, and takes a method that has one for packed: without
         # it, the weights of an update are packed as those of the start were. On GPUs it must stay, because graphs were captured
         # with it.
         if not current_platform.is_cpu():
             return
-        for method in (getattr(module, "quant_method", None) for module in self.model.modules()):
+        for method in (getattr(module, "quant_method", None) for module in root.modules()):
             if isinstance(method, FusedMoEMethodBase) and method.moe_kernel is not None and _packs_experts(method):
                 self._expert_kernels[method] = method.moe_kernel
                 method.moe_kernel = None
@@ -394,11 +400,17 @@ class LayerwiseEngine(WeightTransferEngine[TInitInfo, TUpdateInfo]):
                 module.quant_method.process_weights_after_loading(module)
                 yield module
 
+    def _derive_attention(self) -> None:
+        # Some attention computes with what it makes of weights of other modules (MLA with the parts of a projection, FlashInfer
+        # with sinks in float32), which a twin of it makes for itself.
+        for module in self.model.modules():
+            if is_deferred_attention_layer(module):
+                module.process_weights_after_loading(self.model_config.dtype)
+
     def _refresh_convolutions(self) -> None:
         # Mamba layers compute with a view of the weight of their convolution. Where vLLM's CPU backend packs that weight, the
         # view is one of the tensor that it packed at load.
-        assert self._root is not None
-        for module in self._root.modules():
+        for module in self.model.modules():
             unpacked = getattr(getattr(module, "conv1d", None), "_cpu_unpacked_conv_weight", None)
             view = getattr(module, "conv_weights", None)
             if unpacked is not None and view is not None:
@@ -527,6 +539,16 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
     first = {id(parameter): _plain_name(name) for name, parameter in model.named_parameters()}
     every = [(_plain_name(name), parameter) for name, parameter in model.named_parameters(remove_duplicate=False)]
     return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
+
+
+def _derived_names(model: nn.Module) -> set[str]:
+    """The parameters that attention layers make of the weights of other modules; no checkpoint has them."""
+    names = set()
+    for layer, module in model.named_modules():
+        if is_deferred_attention_layer(module):
+            parameters, _ = get_layerwise_info(module).restore_metadata
+            names |= {_plain_name(f"{layer}.{name}") for name in module._parameters.keys() - parameters.keys()}
+    return names
 
 
 def _plain_name(name: str) -> str:

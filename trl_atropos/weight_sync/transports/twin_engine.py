@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload.layerwise import (
@@ -28,8 +30,12 @@ from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 MEMORY_FACTOR = 1.25
 """How much memory has to be free, over the size of the policy: a layer is there once more while it is packed."""
 
-PLAIN_METHODS = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
-"""Ways to hold weights that change nothing but the module that they belong to."""
+PLAIN_METHODS = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, UnquantizedFusedMoEMethod)
+"""Ways to hold weights that change nothing but the module that they belong to. That of experts makes their kernel, and is a
+module itself: a twin has its own."""
+
+EXPERT_BACKENDS = (UnquantizedMoeBackend.CPU, UnquantizedMoeBackend.TRITON)
+"""Kernels for experts that leave the weights they compute with in the layer."""
 
 STATE_OF_MODULE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 
@@ -44,6 +50,7 @@ class ModelTwin:
         self._twins: dict[nn.Module, nn.Module] = {}
         self._before: dict[nn.Module, dict[str, Any]] = {}
         self._tensors: dict[int, torch.Tensor] = {}
+        self._storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         self.root = self._make(model)
 
     def swap(self, loaded: set[nn.Module]) -> None:
@@ -85,7 +92,7 @@ class ModelTwin:
         has_parameters = any(parameter is not None for parameter in module._parameters.values())
         # What a module without parameters keeps in buffers is no weight.
         twin.__dict__["_buffers"] = {
-            name: self._tensor(buffer, copies=True) if has_parameters else buffer
+            name: self._tensor(buffer, copies=True) if has_parameters and not self._is_view(buffer) else buffer
             for name, buffer in module._buffers.items()
         }
         twin.__dict__["_parameters"] = {
@@ -100,6 +107,10 @@ class ModelTwin:
         own.restore_metadata = (_for_another(parameters, module), _for_another(buffers, module))
         own.restore_device = info.restore_device
         return twin
+
+    def _is_view(self, buffer: torch.Tensor | None) -> bool:
+        """Whether a buffer shows a parameter of the model: it follows when that takes its new weights."""
+        return buffer is not None and buffer.untyped_storage().data_ptr() in self._storages
 
     def _tensor(self, tensor: torch.Tensor | None, *, copies: bool) -> Any:
         """Another tensor of its kind; the same one for a parameter that two modules share."""
@@ -138,17 +149,28 @@ def _is_loaded(info: LayerReloadingInfo) -> bool:
 def why_no_twin(model: nn.Module, device: torch.device) -> str | None:
     """Why a policy cannot be loaded beside the one that this model serves, or None if it can."""
     for name, module in model.named_modules():
-        method = getattr(module, "quant_method", None)
-        if method is not None and not isinstance(method, PLAIN_METHODS) and next(_tensors(module), None) is not None:
-            return f"{name} holds its weights as {type(method).__name__} does"
-        if hasattr(module, "base_layer"):
-            return f"{name} is wrapped for adapters"
-        if hasattr(module, "conv1d"):
-            return f"{name} computes with a view of its weights"
+        why = _why_not_plain(module)
+        if why is not None:
+            return f"{name} {why}"
     needed = MEMORY_FACTOR * _num_bytes(model)
     free = _available_bytes() if device.type == "cpu" else _available_device_bytes(device)
     if free < needed:
         return f"{needed / 1e9:.1f} GB are needed for it, and {free / 1e9:.1f} GB are free"
+    return None
+
+
+def _why_not_plain(module: nn.Module) -> str | None:
+    """Why a module has weights outside of its own tensors, or others than its own, or None if it has not."""
+    method = getattr(module, "quant_method", None)
+    if method is not None and not isinstance(method, PLAIN_METHODS) and next(_tensors(module), None) is not None:
+        return f"holds its weights as {type(method).__name__} does"
+    if isinstance(method, UnquantizedFusedMoEMethod):
+        if method.moe.moe_parallel_config.enable_eplb:
+            return "has experts that move between workers (--enable-eplb)"
+        if method.unquantized_backend not in EXPERT_BACKENDS:
+            return f"has experts whose kernel is {method.unquantized_backend.value}"
+    if hasattr(module, "base_layer"):
+        return "is wrapped for adapters"
     return None
 
 
