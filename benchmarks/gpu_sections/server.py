@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -44,7 +45,41 @@ def run_each(bench: Bench, specs: Servers) -> None:
                     bench.attempt(lambda s=server: sleeping(bench, s, model_dir, tokenizer), server=name)
                 else:
                     measure(bench, name, server, model_dir, tokenizer, weight_sync_beside=name != IN_THE_PAUSE)
+                    bench.attempt(
+                        lambda s=server: in_background(bench, s, model_dir, tokenizer),
+                        server=name,
+                        publishes="in background",
+                    )
                 server.kill()
+
+
+def in_background(bench: Bench, server: Server, model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Steps of training while what the step before has made is on its way; every publish is proven."""
+    server.wait()
+    model = load_policy(bench, model_dir)
+    publisher = make_publisher(
+        bench, server.url, model, tokenizer, weight_sync_background=True, weight_sync_mode="full"
+    )
+    input_ids = torch.arange(1024, device=bench.device).reshape(4, 256) % 256
+    blocked_s, step_s, diffs = [], [], []
+    for step in range(1, 7):
+        start = time.perf_counter()
+        model(input_ids=input_ids, labels=input_ids).loss.backward()
+        model.zero_grad()
+        change(model, step)
+        metrics = publisher.publish_step(model, step)
+        step_s.append(time.perf_counter() - start)
+        # Of the first publish, which is waited for, there are none.
+        blocked_s += [value for name, value in metrics.items() if name == "perf/weight_sync_blocked_s"]
+        diffs += [value for name, value in metrics.items() if name == "logprob_probe/mean_abs_diff"]
+    diffs.append(publisher.finish()["logprob_probe/mean_abs_diff"])
+    publisher.close()
+    return {
+        "blocked_s": statistics.median(blocked_s),
+        "step_s": statistics.median(step_s[2:]),
+        "num_proven": len(diffs),
+        "mean_abs_logprob_diff": max(diffs),
+    }
 
 
 def sleeping(bench: Bench, server: Server, model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -55,10 +55,15 @@ def test_servers_are_published_to(capsys):
     lines = section("server", capsys)
     assert [line["server"] for line in lines if "tokens_s" in line] == ["shm", "gloo"]
     published = {(line["server"], line["publishes"]): line for line in lines if "publishes" in line}
-    assert published.keys() == {(server, what) for server in ("shm", "gloo") for what in ("full", "lora")}
+    assert published.keys() == {
+        (server, what) for server in ("shm", "gloo") for what in ("full", "lora", "in background")
+    }
     assert all(line["mean_abs_logprob_diff"] < 0.05 for line in published.values())
     # The policy is loaded before the pause.
-    assert all(line["phase_s"].keys() & {"build", "transfer"} == {"build"} for line in published.values())
+    phases = [line["phase_s"].keys() for line in published.values() if "phase_s" in line]
+    assert len(phases) == 4
+    assert all(names & {"build", "transfer"} == {"build"} for names in phases)
+    assert [line["num_proven"] for line in published.values() if "num_proven" in line] == [5, 5]
 
 
 def test_what_is_served_is_what_was_published(capsys):

@@ -79,7 +79,9 @@ def test_compressed_attention_arrives_or_is_refused_when_a_trainer_connects(serv
         return
     assert logprobs["again"] == logprobs["start"] == logprobs["back"] != logprobs["other"]
     assert_all_ways_are_the_same(logprobs)
-    assert mean_difference(logprobs["start"], logprobs["start_trainer"]) > NOISE, "vLLM is mended: so should the document be"
+    assert mean_difference(logprobs["start"], logprobs["start_trainer"]) > NOISE, (
+        "vLLM is mended: so should the document be"
+    )
 
 
 class TestWhyNotBeside:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from ..data.options import check_source
 from ..distributed import run_on_main_process
 from ..errors import PreflightError, VLLMServerUnreachable, WeightSyncTimeout
+from ..network import is_this_machine
 from ..policy.load import vocab_size_of
 from ..types import ServedCall
 from ..weight_sync.adapter_publisher import AdapterPublisher
@@ -47,6 +49,7 @@ class Servers:
 
     `group` takes the steps of a publish with all servers, and `adapters` publishes adapters to them. `facts` are what
     they reported. `clients_with_versions` are those of servers that remember which policy sampled a rollout.
+    `in_background` says whether the trainer goes on while a policy is on its way.
     """
 
     atropos_client: AtroposClient
@@ -55,6 +58,7 @@ class Servers:
     adapters: AdapterPublisher
     facts: ServerFacts
     clients_with_versions: list[InferenceServer]
+    in_background: bool
 
     def register(self, args: AtroposConfig, *, starting_step: int) -> None:
         """Register the trainer with the API; `starting_step` is the number of optimizer steps done so far."""
@@ -119,19 +123,20 @@ def open_connection(
     make_source: Callable[[nn.Module, torch.dtype], WeightSource] = PolicyWeights,
     probe: LogprobProbe | None = None,
 ) -> Connection:
-    """Reach the servers on rank 0 as [`connect`] does, and check that they fit the run; a collective call.
+    """Reach the servers on rank 0 as [`connect`] does, and check that they fit the run; a collective call. Sets
+    `args.weight_sync_background`, if it is None, to what fits the servers.
 
     `make_source` is that of [`~weight_sync.publisher.PolicyPublisher`], and `probe` scores the sequences that prove a
     publish, where plain forward passes of the model do not.
     """
     servers: Servers | None = None
 
-    def connect_main_process() -> ServerFacts:
+    def connect_main_process() -> tuple[ServerFacts, bool]:
         nonlocal servers
         servers = connect(args, model, tokenizer, transport)
-        return servers.facts
+        return servers.facts, servers.in_background
 
-    facts = run_on_main_process(connect_main_process)
+    facts, args.weight_sync_background = run_on_main_process(connect_main_process)
     model_probe = probe or LogprobProbe(tokenizer, vocab_size_of(model))
     publisher = PolicyPublisher(
         args,
@@ -195,7 +200,24 @@ def connect(
         AdapterPublisher(links, directory, args),
         _agreed(facts),
         [client for client, server in zip(clients, facts, strict=True) if server.knows_policy_versions],
+        publishes_in_background(args, [server.backend for server in facts], has_own_transport=transport is not None),
     )
+
+
+def publishes_in_background(args: AtroposConfig, backends: Sequence[str], *, has_own_transport: bool) -> bool:
+    """Whether the trainer goes on while a policy is on its way to servers with these backends: as the option says, or else
+    where nothing of a publish runs on the device that trains.
+    """
+    if args.weight_sync_background is not None:
+        return args.weight_sync_background
+    rows = [find_backend(backend, args.device.type) for backend in backends]
+    is_on_device = has_own_transport or args.vllm_enable_sleep_mode or any(row is None or row.device for row in rows)
+    if args.device.type == "cpu":
+        hosts = [urlsplit(url).hostname or "" for url in args.vllm_server_base_urls]
+        is_on_device = is_on_device or any(is_this_machine(host) for host in hosts)
+    if not is_on_device:
+        logger.info("The trainer goes on while a policy is on its way to the servers (--weight_sync_background).")
+    return not is_on_device
 
 
 def _make_transport(args: AtroposConfig, client: InferenceServer, backend: str) -> WeightTransport:

@@ -59,11 +59,12 @@ class WeightSyncOptions:
         },
     )
     weight_sync_steps: PositiveInt = field(default=1, metadata={"help": "Publish the policy every X optimizer steps."})
-    weight_sync_background: bool = field(
-        default=False,
+    weight_sync_background: bool | None = field(
+        default=None,
         metadata={
             "help": "Go on with the next step while the policy travels, is loaded and proven; the next publish waits for "
-            "it. A failure ends the run a step later. For servers on other devices than the trainer's; not over NCCL."
+            "it. A failure ends the run a step later. If not set: true for a trainer on a GPU and for servers that are not "
+            "on loopback, unless they receive over NCCL or sleep. Refused with these."
         },
     )
     weight_sync_beside: bool = field(
