@@ -30,8 +30,13 @@ START_TIMEOUT_S = 240.0
 VOCAB_SIZE = 320
 
 
-def save_tiny_model(directory: Path, *, tied: bool, seed: int, architecture: str = "llama") -> Path:
-    """Save a two-layer model in bfloat16 with a byte-level tokenizer. Weights are large, so that wrong ones show."""
+def save_tiny_model(
+    directory: Path, *, tied: bool, seed: int, architecture: str = "llama", max_length: int = 512
+) -> Path:
+    """Save a two-layer model in bfloat16, for sequences of up to `max_length` tokens, with a byte-level tokenizer.
+
+    Weights are large, so that wrong ones show.
+    """
     make = {"llama": tiny_llama, "qwen3": tiny_qwen3}[architecture]
     model = make(
         seed=seed,
@@ -39,7 +44,7 @@ def save_tiny_model(directory: Path, *, tied: bool, seed: int, architecture: str
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
         initializer_range=0.1,
-        max_position_embeddings=512,
+        max_position_embeddings=max_length,
         bos_token_id=None,
         eos_token_id=256,
         pad_token_id=256,
