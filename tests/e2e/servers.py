@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,6 +123,7 @@ class VLLMServer:
         self.url = f"http://{HOST}:{port}"
         self.log_path = log_path
         self.process: ForkedProcess | None = None
+        self._sockets: tempfile.TemporaryDirectory[str] | None = None
         arguments = [
             *("--host", HOST, "--port", str(port), "--max-model-len", "256"),
             *("--weight-transfer-config", f'{{"backend": "{backend}"}}'),
@@ -144,9 +146,12 @@ class VLLMServer:
 
     def start(self) -> None:
         """Start the server and wait until it is healthy."""
+        # Those of a server that is killed stay. pytest's directories have names that are too long for sockets.
+        self._sockets = self._sockets or tempfile.TemporaryDirectory(prefix="vllm-")
+        environment = {**self.environment, "VLLM_RPC_BASE_PATH": self._sockets.name}
         with self.log_path.open("ab") as log:
             self.process = ForkedProcess(
-                self.command, stdout=log, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
+                self.command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
         wait_until_healthy(self.url, self.process, self.log_path)
 
@@ -155,11 +160,18 @@ class VLLMServer:
         assert self.process is not None
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self._remove_sockets()
 
     def stop(self) -> None:
         """End the server and leave no process behind."""
         if self.process is not None:
             _end_session(self.process)
+        self._remove_sockets()
+
+    def _remove_sockets(self) -> None:
+        if self._sockets is not None:
+            self._sockets.cleanup()
+            self._sockets = None
 
 
 @contextmanager
