@@ -50,6 +50,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import requests  # noqa: E402
 import torch  # noqa: E402
+from one_server import make_link, make_publisher  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from resident_memory import watch_peak  # noqa: E402
 from servers import serve  # noqa: E402
@@ -57,18 +58,10 @@ from torch import nn  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig  # noqa: E402
 from transformers.hf_argparser import string_to_bool  # noqa: E402
 
-from trl_atropos.trainer.preflight import inspect_server  # noqa: E402
 from trl_atropos.weight_sync.adapter_publisher import AdapterPublisher  # noqa: E402
-from trl_atropos.weight_sync.base import WeightTransport  # noqa: E402
-from trl_atropos.weight_sync.client import AtroposVLLMClient  # noqa: E402
-from trl_atropos.weight_sync.options import WeightSyncOptions  # noqa: E402
 from trl_atropos.weight_sync.probe import LogprobProbe  # noqa: E402
-from trl_atropos.weight_sync.publisher import PolicyPublisher  # noqa: E402
 from trl_atropos.weight_sync.report import PublishReport  # noqa: E402
-from trl_atropos.weight_sync.server_group import ServerGroup  # noqa: E402
 from trl_atropos.weight_sync.server_link import ServerLink  # noqa: E402
-from trl_atropos.weight_sync.transports.choose import make_transport  # noqa: E402
-from trl_atropos.weight_sync.transports.shm import SharedMemoryTransport  # noqa: E402
 from trl_atropos.weight_sync.weights.adapter import take_adapter  # noqa: E402
 
 
@@ -136,10 +129,8 @@ def measure(
     `load_s` belongs to the floor. Over gloo the worker's clock also counts the arrival of the bytes, so that the loading of
     the same bytes from shared memory is taken.
     """
-    client = AtroposVLLMClient(url)
-    facts = inspect_server(client, model.config, max_length=10**9)
-    transport = make_transport(facts.backend, client, torch.device("cpu"), timeout_s=300)
-    publisher = make_publisher(client, transport, facts.dtype, model, tokenizer, mode, is_beside)
+    link = link_server(url, model, mode, is_beside)
+    publisher = make_publisher(link, model, tokenizer)
     reports: list[PublishReport] = []
     floors: list[Floor] = []
     peak = watch_peak()
@@ -154,7 +145,7 @@ def measure(
         published = [
             parameter for name, parameter in model.named_parameters() if ".layers." in name and "lora_" not in name
         ]
-    floors = [copy_floor(published, facts.dtype) for _ in range(repeats)]
+    floors = [copy_floor(published, link.dtype) for _ in range(repeats)]
     publisher.close()
     median = statistics.median
     if load_s is None:
@@ -204,22 +195,16 @@ def stream_until(stop: threading.Event, url: str, model: str, seed: int) -> list
     return streamed
 
 
-def make_publisher(
-    client: AtroposVLLMClient,
-    transport: WeightTransport,
-    dtype: torch.dtype,
-    model: nn.Module,
-    tokenizer: object,
-    mode: str = "merged",
-    is_beside: bool = True,
-) -> PolicyPublisher:
-    """As a trainer has it, for one server."""
-    options = WeightSyncOptions(
-        weight_sync_mode=mode, logprob_probe_interval=PROBE_INTERVAL, weight_sync_beside=is_beside
+def link_server(url: str, model: nn.Module, mode: str = "merged", is_beside: bool = True) -> ServerLink:
+    return make_link(
+        url,
+        model,
+        torch.device("cpu"),
+        timeout_s=300,
+        weight_sync_mode=mode,
+        weight_sync_beside=is_beside,
+        logprob_probe_interval=PROBE_INTERVAL,
     )
-    servers = ServerGroup([ServerLink(client, transport, dtype, options)], options)
-    probe = LogprobProbe(tokenizer, model.config.get_text_config().vocab_size)
-    return PolicyPublisher(options, dtype, servers, make_probe=lambda model: probe)
 
 
 def measure_load(
@@ -231,14 +216,12 @@ def measure_load(
     is_beside: bool = True,
 ) -> dict:
     """Publish while clients stream, and return what they noticed."""
-    client = AtroposVLLMClient(url)
-    facts = inspect_server(client, model.config, max_length=10**9)
-    transport = make_transport(facts.backend, client, torch.device("cpu"), timeout_s=300)
-    publisher = make_publisher(client, transport, facts.dtype, model, tokenizer, is_beside=is_beside)
+    link = link_server(url, model, is_beside=is_beside)
+    publisher = make_publisher(link, model, tokenizer)
     stop = threading.Event()
     windows, reports = [], []
     with ThreadPoolExecutor(max_workers=num_clients) as executor:
-        futures = [executor.submit(stream_until, stop, url, client.model, seed) for seed in range(num_clients)]
+        futures = [executor.submit(stream_until, stop, url, link.client.model, seed) for seed in range(num_clients)]
         try:
             for version in range(num_publishes):
                 start = time.perf_counter()
@@ -278,19 +261,8 @@ def measure_adapter(model_dir: Path, model: nn.Module, full_shm_s: float, direct
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     print(f"starting trl vllm-serve on {model_dir.name} for adapters", file=sys.stderr)
     with serve(model_dir, *flags, log_path=directory / "adapter.log", environment=environment) as url:
-        client = AtroposVLLMClient(url)
-        facts = inspect_server(client, model.config, max_length=10**9)
-        publisher = AdapterPublisher(
-            [
-                ServerLink(
-                    client,
-                    SharedMemoryTransport(),
-                    facts.dtype,
-                    WeightSyncOptions(logprob_probe_interval=PROBE_INTERVAL),
-                )
-            ],
-            directory / "adapters",
-        )
+        link = link_server(url, model)
+        publisher = AdapterPublisher([link], directory / "adapters")
         publisher.check(model)
         probe = LogprobProbe(AutoTokenizer.from_pretrained(model_dir), model.config.vocab_size)
         reports = []
@@ -298,8 +270,8 @@ def measure_adapter(model_dir: Path, model: nn.Module, full_shm_s: float, direct
         for version in range(num_publishes(repeats)):
             if version == WARM_UPS:
                 peak = watch_peak()
-            adapter = take_adapter(model, facts.dtype)
-            reports.append(publisher.deliver(adapter, version, lambda: probe.reference(model, facts.dtype)))
+            adapter = take_adapter(model, link.dtype)
+            reports.append(publisher.deliver(adapter, version, lambda: probe.reference(model, link.dtype)))
         peak_rss_bytes = peak()
     reports, probed = split_reports(reports)
     median = statistics.median

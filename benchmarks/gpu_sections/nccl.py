@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from one_server import make_publisher
 from transformers import PreTrainedTokenizerBase
 
 from trl_atropos.errors import WeightSyncError
 
 from .bench import Bench
-from .serving import EAGER, Server, load_policy, make_publisher, measure, save_policy, serve
+from .serving import EAGER, Server, link_server, load_policy, measure, save_policy, serve
 
 
 FIRST_WITH_SEVERAL_RANKS = 23_000
@@ -54,9 +55,9 @@ def kill(bench: Bench, server: Server, model_dir: Path, tokenizer: PreTrainedTok
     """The engine stops before a broadcast and is killed in it: when does the trainer know, and does its GPU still work?"""
     server.wait()
     model = load_policy(bench, model_dir)
-    publisher = make_publisher(bench, server.url, model, tokenizer, on_publish_failure="abort")
+    link = link_server(bench, server.url, model, on_publish_failure="abort")
+    publisher = make_publisher(link, model, tokenizer)
     publisher.publish(model, 1)
-    (link,) = publisher._require_servers().links
     layout = link.transport._layout
     link.pause()
     link.client.begin_weight_update()

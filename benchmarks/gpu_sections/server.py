@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from one_server import make_publisher
 from transformers import PreTrainedTokenizerBase
 
 from .bench import Bench
-from .serving import EAGER, Server, Servers, change, generate, load_policy, make_publisher, measure, save_policy, serve
+from .serving import EAGER, Server, Servers, change, generate, link_server, load_policy, measure, save_policy, serve
 
 
 SERVERS: Servers = {"shm": ("trl_atropos_shm", EAGER), "gloo": ("trl_atropos_gloo", EAGER)}
@@ -89,7 +90,7 @@ def sleeping(bench: Bench, server: Server, model_dir: Path, tokenizer: PreTraine
     free: dict[str, list[float]] = {"asleep": [], "awake": []}
     seconds: dict[str, list[float]] = {"sleep": [], "publish": []}
     diffs = []
-    publisher = make_publisher(bench, server.url, model, tokenizer, vllm_enable_sleep_mode=True)
+    publisher = make_publisher(link_server(bench, server.url, model, vllm_enable_sleep_mode=True), model, tokenizer)
     publisher.publish(model, 1)
     for version in range(2, 5):
         before = time.perf_counter()

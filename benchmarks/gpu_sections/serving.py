@@ -16,20 +16,15 @@ from typing import Any
 import psutil
 import requests
 import torch
+from one_server import make_link, make_publisher
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from trl_atropos.cli.launch.processes import free_port
-from trl_atropos.trainer.preflight import inspect_server
 from trl_atropos.weight_sync.client import AtroposVLLMClient
-from trl_atropos.weight_sync.options import WeightSyncOptions
-from trl_atropos.weight_sync.probe import LogprobProbe
-from trl_atropos.weight_sync.publisher import PolicyPublisher
 from trl_atropos.weight_sync.report import PublishReport
-from trl_atropos.weight_sync.server_group import ServerGroup
 from trl_atropos.weight_sync.server_link import ServerLink
-from trl_atropos.weight_sync.transports.choose import make_transport
 
 from .bench import Bench, qwen3
 
@@ -187,22 +182,9 @@ def generate(server: Server, number: int = 128) -> dict[str, Any]:
     return {"tokens_s": num_tokens / (time.perf_counter() - start)}
 
 
-def make_publisher(
-    bench: Bench,
-    url: str,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    timeout_s: float = 60.0,
-    **options: Any,
-) -> PolicyPublisher:
-    """As a trainer on this device has it, for one server; every publish compares logprobs."""
-    client = AtroposVLLMClient(url)
-    facts = inspect_server(client, model.config, max_length=10**9)
-    transport = make_transport(facts.backend, client, bench.device, timeout_s=timeout_s)
-    settings = WeightSyncOptions(logprob_probe_interval=1, **options)
-    servers = ServerGroup([ServerLink(client, transport, facts.dtype, settings)], settings)
-    probe = LogprobProbe(tokenizer, model.config.get_text_config().vocab_size)
-    return PolicyPublisher(settings, facts.dtype, servers, make_probe=lambda model: probe)
+def link_server(bench: Bench, url: str, model: nn.Module, **options: Any) -> ServerLink:
+    """Every publish compares logprobs."""
+    return make_link(url, model, bench.device, timeout_s=60, logprob_probe_interval=1, **options)
 
 
 def publish(
@@ -215,7 +197,7 @@ def publish(
 ) -> dict[str, Any]:
     """Publish changed weights a few times, and return the medians over all but the first."""
     server.wait()
-    publisher = make_publisher(bench, server.url, model, tokenizer, **options)
+    publisher = make_publisher(link_server(bench, server.url, model, **options), model, tokenizer)
     reports: list[PublishReport] = []
     try:
         for version in range(1, number + 1):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +31,13 @@ START_TIMEOUT_S = 240.0
 VOCAB_SIZE = 320
 
 
-def save_tiny_model(directory: Path, *, tied: bool, seed: int, architecture: str = "llama") -> Path:
-    """Save a two-layer model in bfloat16 with a byte-level tokenizer. Weights are large, so that wrong ones show."""
+def save_tiny_model(
+    directory: Path, *, tied: bool, seed: int, architecture: str = "llama", max_length: int = 512
+) -> Path:
+    """Save a two-layer model in bfloat16, for sequences of up to `max_length` tokens, with a byte-level tokenizer.
+
+    Weights are large, so that wrong ones show.
+    """
     make = {"llama": tiny_llama, "qwen3": tiny_qwen3}[architecture]
     model = make(
         seed=seed,
@@ -39,7 +45,7 @@ def save_tiny_model(directory: Path, *, tied: bool, seed: int, architecture: str
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
         initializer_range=0.1,
-        max_position_embeddings=512,
+        max_position_embeddings=max_length,
         bos_token_id=None,
         eos_token_id=256,
         pad_token_id=256,
@@ -117,6 +123,7 @@ class VLLMServer:
         self.url = f"http://{HOST}:{port}"
         self.log_path = log_path
         self.process: ForkedProcess | None = None
+        self._sockets: tempfile.TemporaryDirectory[str] | None = None
         arguments = [
             *("--host", HOST, "--port", str(port), "--max-model-len", "256"),
             *("--weight-transfer-config", f'{{"backend": "{backend}"}}'),
@@ -139,9 +146,12 @@ class VLLMServer:
 
     def start(self) -> None:
         """Start the server and wait until it is healthy."""
+        # Those of a server that is killed stay. pytest's directories have names that are too long for sockets.
+        self._sockets = self._sockets or tempfile.TemporaryDirectory(prefix="vllm-")
+        environment = {**self.environment, "VLLM_RPC_BASE_PATH": self._sockets.name}
         with self.log_path.open("ab") as log:
             self.process = ForkedProcess(
-                self.command, stdout=log, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
+                self.command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
         wait_until_healthy(self.url, self.process, self.log_path)
 
@@ -150,11 +160,18 @@ class VLLMServer:
         assert self.process is not None
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self._remove_sockets()
 
     def stop(self) -> None:
         """End the server and leave no process behind."""
         if self.process is not None:
             _end_session(self.process)
+        self._remove_sockets()
+
+    def _remove_sockets(self) -> None:
+        if self._sockets is not None:
+            self._sockets.cleanup()
+            self._sockets = None
 
 
 @contextmanager

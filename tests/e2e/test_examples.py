@@ -11,7 +11,6 @@ import pytest
 import yaml
 from fork_server import ForkedProcess
 from live_api import ApiProcess
-from publishing import load
 from servers import ROOT, VOCAB_SIZE, add_chat_template, save_tiny_model, serve
 
 from trl_atropos.wire.parse import WireLimits, parse_batch
@@ -34,11 +33,8 @@ def tool_flags() -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = save_tiny_model(tmp_path_factory.mktemp("model"), tied=True, seed=0)
-    policy = load(directory)
-    policy.config.max_position_embeddings = MAX_LENGTH
-    policy.save_pretrained(directory)
-    return add_chat_template(directory)
+    directory = tmp_path_factory.mktemp("model")
+    return add_chat_template(save_tiny_model(directory, tied=True, seed=0, max_length=MAX_LENGTH))
 
 
 @pytest.fixture(scope="module")

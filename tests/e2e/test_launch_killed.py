@@ -10,10 +10,13 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import pytest
 import yaml
 from servers import ROOT, add_chat_template, save_tiny_model
 
@@ -68,12 +71,23 @@ def pid_of(launch: psutil.Process, pattern: str) -> int:
     return pid
 
 
-def test_killed_parts_come_back_and_the_run_makes_its_steps(tmp_path: Path) -> None:
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A short name: sockets in the directories of pytest would have addresses that are too long."""
+    with tempfile.TemporaryDirectory() as directory:
+        yield Path(directory)
+
+
+def test_killed_parts_come_back_and_the_run_makes_its_steps(tmp_path: Path, temporary: Path) -> None:
     model = add_chat_template(save_tiny_model(tmp_path / "model", tied=True, seed=0))
     trainer_log = tmp_path / "run" / "logs" / "trainer.log"
     with (tmp_path / "launch.log").open("w") as log:
         launch = subprocess.Popen(
-            [*COMMAND, str(launch_file(tmp_path, model))], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+            [*COMMAND, str(launch_file(tmp_path, model))],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(temporary)},
         )
     try:
         deadline = time.monotonic() + DEADLINE_S
@@ -97,5 +111,7 @@ def test_killed_parts_come_back_and_the_run_makes_its_steps(tmp_path: Path) -> N
     # The agent may have ended with its gateway.
     assert VICTIMS.keys() <= summary["num_restarts"].keys() <= {*VICTIMS, "capitals"}
     assert summary["num_steps"] == NUM_STEPS
+    # Both lives of the server met at sockets.
+    assert not [path for path in temporary.rglob("*") if path.is_socket()]
     # The second life of the server began with the starting checkpoint, whether the first ended in a publish or between two.
     assert summary["server_weight_version"] == summary["policy_version"] == NUM_STEPS

@@ -59,9 +59,8 @@ def needs(name: str, max_turns: int) -> object:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Long prompts fit, and it often ends a completion by itself."""
-    directory = save_tiny_model(tmp_path_factory.mktemp("model"), tied=True, seed=0)
+    directory = save_tiny_model(tmp_path_factory.mktemp("model"), tied=True, seed=0, max_length=MAX_TOKENS)
     policy = load(directory)
-    policy.config.max_position_embeddings = MAX_TOKENS
     with torch.no_grad():
         weight = policy.get_input_embeddings().weight
         weight[EOS] = 4 * weight[EOS - 1]

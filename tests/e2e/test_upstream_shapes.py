@@ -6,10 +6,11 @@ Upstream's own files are not here, and the wheel has none: `python tests/upstrea
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 
 import pytest
-from oracle import Policy
+from oracle import Answers, Oracle, Policy
 from recipes import Recipe
 from run import Workplace, deliver, train
 from servers import add_chat_template, save_tiny_model
@@ -50,6 +51,35 @@ def delivered(place, policy):
     return {file: deliver(file, recipe, place, policy) for file, (recipe, _) in KINDS.items()}
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_group_of_conversations_is_answered_alike_whatever_is_asked_in_between(policy, seed):
+    answers = Answers(("yes", "sure"), ("no", "never"))
+    questions = ["Is it?", "Was it?", "Will it be?"]
+    conversations = [[question] for question in questions for _ in range(4)]
+    with Oracle(policy, answers) as together:
+        for _ in range(2):
+            for number in random.Random(seed).sample(range(len(conversations)), len(conversations)):
+                conversations[number].append(together.next_text("\n".join(conversations[number])))
+    for question in questions:
+        with Oracle(policy, answers) as alone:
+            alike = [[question, alone.next_text(question)] for _ in range(4)]
+            for conversation in alike:
+                conversation.append(alone.next_text("\n".join(conversation)))
+        # Two of four are right in the first turn, each in other words.
+        assert sorted(first for _, first, _ in alike) == ["never", "no", "sure", "yes"]
+        assert sorted(alike) == sorted(one for one in conversations if one[0] == question)
+
+
+@pytest.mark.parametrize("error_rate", [0.0, 0.25, 1.0])
+def test_as_many_answers_are_wrong_as_the_rate_says(policy, error_rate):
+    with Oracle(policy, Answers(("right",), ("wrong",)), error_rate) as oracle:
+        to_many = [oracle.next_text(f"Question {number}?") for number in range(1000)]
+        to_one = [oracle.next_text("Once more?") for _ in range(8)]
+    # Three standard deviations of a binomial distribution at 0.25: 3 * sqrt(1000 * 0.25 * 0.75) = 41.
+    assert to_many.count("wrong") == pytest.approx(1000 * error_rate, abs=41 if 0 < error_rate < 1 else 0)
+    assert to_one.count("wrong") == 8 * error_rate
+
+
 @pytest.mark.parametrize("file", KINDS)
 def test_every_kind_of_file_delivers(delivered, file):
     recipe, shims = KINDS[file]
@@ -61,8 +91,8 @@ def test_every_kind_of_file_delivers(delivered, file):
 
 
 def test_answers_are_right_and_wrong_as_the_data_set_says(delivered):
-    # At an error rate of one half; how many of four are right depends on the order in which groups ask.
-    assert set(delivered["managed.py"]["rewards"]) == {0, 1}
+    # At an error rate of one half two of four are right.
+    assert sorted(delivered["managed.py"]["rewards"]) == [0, 0, 1, 1]
 
 
 def test_a_step_is_trained_on_each(delivered, place, policy):

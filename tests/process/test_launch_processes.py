@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.shared_memory import SharedMemory
@@ -203,6 +204,51 @@ end_descendants(grace_s=0.2)
     assert result.returncode == 0, result.stderr
     with pytest.raises(FileNotFoundError):
         SharedMemory(result.stdout.strip())
+
+
+# Binds a socket as vLLM's processes do, writes where it is, and is killed.
+KILLED_AT_A_SOCKET = """
+import os, signal, socket, sys, uuid
+directory = os.environ.get("VLLM_RPC_BASE_PATH", "")
+if directory:
+    socket.socket(socket.AF_UNIX).bind(f"{directory}/{uuid.uuid4()}")
+with open(sys.argv[1], "w") as file:
+    file.write(directory)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("length", [18, 49, 50])
+def test_sockets_of_a_killed_server_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    # The address of a socket has at most 107 bytes: those of the temporary directory, 21 of the guard's in it ("/trl_atropos-" and
+    # eight letters), 37 of a slash and a UUID.
+    monkeypatch.delenv("VLLM_RPC_BASE_PATH", raising=False)
+    with tempfile.TemporaryDirectory() as short:
+        parent = Path(short) / ("x" * (length - 1 - len(short)))
+        parent.mkdir()
+        monkeypatch.setenv("TMPDIR", str(parent))
+        process = ManagedProcess(
+            "server", [sys.executable, "-c", KILLED_AT_A_SOCKET, str(tmp_path / "said")], tmp_path / "server.log"
+        )
+        wait_for(lambda: process.poll() == 137)
+        process.wait_stopped()
+        said = (tmp_path / "said").read_text()
+        assert (Path(said).parent == parent) if length < 50 else said == "", (said, parent)
+        assert list(parent.iterdir()) == []
+
+
+def test_a_directory_for_sockets_that_somebody_named_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory() as named:
+        monkeypatch.setenv("VLLM_RPC_BASE_PATH", named)
+        process = ManagedProcess(
+            "server", [sys.executable, "-c", KILLED_AT_A_SOCKET, str(tmp_path / "said")], tmp_path / "server.log"
+        )
+        wait_for(lambda: process.poll() == 137)
+        process.wait_stopped()
+        assert (tmp_path / "said").read_text() == named
+        assert len(list(Path(named).iterdir())) == 1
 
 
 def test_standard_output_is_passed_on_and_logged_and_standard_error_only_logged(tmp_path: Path) -> None:

@@ -6,15 +6,19 @@
 An environment that a small model cannot solve drops all of its groups. Here the text comes from a script and the data set, and
 what it is worth under the policy from the policy: `/generate` computes the logprobs of the tokens that it returns, as the
 server would that had sampled them.
+
+An answer follows from the prompt and from how often this prompt was asked before, not from what was asked in between: groups
+that ask at once get what each would get alone, in every turn, as long as they ask other things.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
+import math
 import random
 import re
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -61,7 +65,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Answers:
-    """What is answered, right and wrong, each in turn.
+    """What is answered, right and wrong: to a prompt that is asked more than once each of the texts in turn.
 
     `$name` in a text stands for what `facts` say about the prompt: `facts` have a question, or another text that tells one
     task from the others, and the names with their values. Of several in a prompt the last one that has a name counts.
@@ -91,7 +95,8 @@ class Oracle:
         answers (`Answers`):
             What is said.
         error_rate (`float`):
-            Between 0 and 1: an answer is wrong with this probability.
+            Between 0 and 1: an answer is wrong with this probability. Of any answers to one prompt that follow each other
+            this share is wrong, to less than one answer: of four at one half two.
 
     Attributes:
         num_answers (`int`): given so far.
@@ -104,8 +109,7 @@ class Oracle:
         self.error_rate = error_rate
         self.num_answers = 0
         self.temperatures: set[float] = set()
-        self._random = random.Random(0)
-        self._counts = {True: itertools.count(), False: itertools.count()}
+        self._asked: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         # What is being computed is waited for, not left behind.
@@ -121,11 +125,18 @@ class Oracle:
         self._http.server_close()
 
     def next_text(self, prompt: str) -> str:
-        """The next answer."""
+        """The next answer to a prompt."""
         with self._lock:
-            is_right = self._random.random() >= self.error_rate
+            number = self._asked[prompt]
+            self._asked[prompt] += 1
             self.num_answers += 1
-            return self.answers.text(next(self._counts[is_right]), is_right, prompt)
+        draw = random.Random(prompt)
+        start, first_text = draw.random(), draw.getrandbits(16)
+        # Steps of `error_rate` from a start that the prompt draws: an answer is wrong where one passes a whole number.
+        num_wrong = math.floor(start + number * self.error_rate)
+        is_right = math.floor(start + (number + 1) * self.error_rate) == num_wrong
+        num_alike = number - num_wrong if is_right else num_wrong
+        return self.answers.text(first_text + num_alike, is_right, prompt)
 
     def sample(self, prompt: str, max_tokens: int) -> tuple[list[int], str]:
         """The tokens of the next answer, its end among them, and why it ended."""

@@ -84,7 +84,8 @@ def _vllm_without_generate(facts: InferenceServerFacts) -> str | None:
 
 
 def _vllm_without_policy_versions(facts: ServerLook) -> str | None:
-    if known(facts.knows_policy_versions):
+    # SGLang keeps nothing, but answers it, and what environments send on shows in their groups alone.
+    if facts.kind == SGLANG or known(facts.knows_policy_versions):
         return None
     return (
         f"The {facts.kind} server at {facts.url} does not say which policy sampled a rollout: "
@@ -107,10 +108,13 @@ WITHOUT_POLICY_VERSIONS: Check[ServerLook] = Check(
     "warning",
     _vllm_without_policy_versions,
     "Staleness is unknown: old rollouts can neither be dropped nor counted.",
-    f"Start vLLM with `--middleware {MIDDLEWARE}`. With SGLang, run environments with `trl-atropos env`, which sends what it "
-    "answered.",
+    f"Start it with `--middleware {MIDDLEWARE}`.",
     needs=("knows_policy_versions",),
-    describe=lambda facts: "The server remembers which policy sampled a rollout.",
+    describe=lambda facts: (
+        "SGLang answers which policy sampled each token; an environment under `trl-atropos env` sends it (shim policy_version)."
+        if facts.kind == SGLANG
+        else "The server remembers which policy sampled a rollout."
+    ),
 )
 EXCEEDS_MAX_LENGTH: Check[ServerLook] = Check(
     "vllm_exceeds_max_length",

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..gateway.options import GatewayOptions, describe
+from ..gateway.options import GROUP, NONE, GatewayOptions, describe
 from .api import read_key, size
 
 
@@ -57,9 +57,9 @@ def add_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     parser.add_argument(
         "--scale_rewards",
-        choices=["group", "none"],
-        default="group",
-        help="how rewards become advantages where a session branched; the trainer's (default: %(default)s)",
+        choices=[GROUP, NONE],
+        default=GROUP,
+        help="how rewards become advantages where a session branched or turns have rewards; the trainer's (default: %(default)s)",
     )
     for field in dataclasses.fields(GatewayOptions):
         metadata = describe(field.name)
@@ -99,7 +99,7 @@ async def _serve(args: argparse.Namespace, options: GatewayOptions, key: str) ->
     environment_key = None if args.environment_key_file is None else read_key(args.environment_key_file)
     gateway = Gateway(args.servers, options, os.environ.get("VLLM_API_KEY"), args.host, args.port, environment_key)
     poster = GroupPoster(args.api_url, gateway.counts)
-    maker = GroupMaker(args.group_size, options.temperature, args.scale_rewards == "group")
+    maker = GroupMaker(args.group_size, options.temperature, args.scale_rewards == GROUP)
     gateway.served = ControlApp(gateway, poster, maker, key)
     posting = asyncio.create_task(poster.run())
     stopping = asyncio.create_task(_signal())

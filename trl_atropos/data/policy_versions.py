@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 
 from ..types import IGNORE_INDEX, Rollout, RolloutGroup, ServedCall
-from ..wire.rollout_key import span_keys
+from ..wire.rollout_key import oldest_of_calls, span_keys
 
 
 CallLookup = Callable[[Sequence[str]], Sequence["ServedCall | None"]]
@@ -75,7 +75,9 @@ def _with_calls(rollout: Rollout, calls: Sequence[ServedCall | None]) -> Rollout
     """Give a rollout what is known of its calls, which are none if the environment sent the version."""
     known = [call for call in calls if call is not None]
     names = tuple(sorted({name for call in known for name in call.sampling_parameters}))
-    version = rollout.policy_version
-    if known and len(known) == len(calls):
-        version = min(call.policy_version for call in known)
-    return replace(rollout, policy_version=version, sampling_parameters=names)
+    version = oldest_of_calls(None if call is None else call.policy_version for call in calls)
+    return replace(
+        rollout,
+        policy_version=rollout.policy_version if version is None else version,
+        sampling_parameters=names,
+    )

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, ScoredDataGroup
 from pydantic import Field
@@ -18,7 +18,7 @@ from ..errors import EpisodeError, PreflightError
 from .counts_file import COUNTS_VARIABLE, CountsFile
 from .gateway import Gateway
 from .groups import FinishedSession, GroupMaker
-from .options import GatewayOptions, with_temperature_of_trainer
+from .options import GatewayOptions, divides_by_deviation, with_temperature_of_trainer
 
 
 logger = logging.getLogger(__name__)
@@ -31,10 +31,10 @@ class AgentEnvConfig(BaseEnvConfig):
     """Options of the environment beside those of every environment."""
 
     agent_timeout_s: float = Field(default=600.0, description="Seconds that an agent may take for one attempt")
-    scale_advantages: bool = Field(
-        default=True,
-        description="Where an agent rewrote its history: divide advantages by the deviation of the rewards, as --scale_rewards "
-        "group of the trainer does",
+    scale_rewards: Literal["group", "none"] | None = Field(
+        default=None,
+        description="How rewards become advantages where an agent rewrote its history or turns have rewards: group or none. "
+        "Default: as --scale_rewards of the trainer, which a launch tells; without a launch, group",
     )
 
 
@@ -64,6 +64,9 @@ class AgentEnv(BaseEnv):
             What it writes to its standard output is the outcome.
         gateway_options ([`GatewayOptions`]):
             What agents may do. Under a launch, the trainer's temperature takes the place of the default.
+
+    Where a session branched or turns have rewards, advantages are computed here, as `--env.scale_rewards` says; under a launch its
+    default is the trainer's `--scale_rewards`.
     """
 
     env_config_cls = AgentEnvConfig
@@ -164,7 +167,8 @@ class AgentEnv(BaseEnv):
         """Start the gateway in front of the servers.
 
         Raises:
-            PreflightError: There is no task, a server cannot be used, or a launch names no temperature in the variable for it.
+            PreflightError: There is no task, a server cannot be used, or a launch tells what cannot be followed: no temperature, or
+                a `--scale_rewards` that needs a whole batch.
         """
         if not self.tasks:
             raise PreflightError(
@@ -177,7 +181,8 @@ class AgentEnv(BaseEnv):
         keys = {server.api_key for server in servers}
         options = with_temperature_of_trainer(self.gateway_options, os.environ)
         self.num_tasks = 0
-        self.groups = GroupMaker(config.group_size, options.temperature, config.scale_advantages)
+        is_scaled = divides_by_deviation(config.scale_rewards, os.environ)
+        self.groups = GroupMaker(config.group_size, options.temperature, is_scaled)
         self.gateway = Gateway(
             [server.base_url for server in servers], options, keys.pop() if len(keys) == 1 else None
         )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from ..wire.rollout_key import oldest_of_calls
 from .turns import Turn, text_of
 
 
@@ -115,9 +116,7 @@ def _rollout(path: Sequence[Turn], trained: Mapping[Turn, int]) -> SessionRollou
             masks += [UNTRAINED_LABEL] * len(sampled)
             logprobs += [UNTRAINED_LOGPROB] * len(sampled)
         turns += [NO_TURN] * len(turn.added) + [trained.get(turn, NO_TURN)] * len(sampled)
-    versions = [turn.policy_version for turn in trained]
-    known = [version for version in versions if version is not None]
-    version = min(known) if len(known) == len(versions) else None
+    version = oldest_of_calls(turn.policy_version for turn in trained)
     messages = [*path[-1].messages, path[-1].message]
     return SessionRollout(tokens, masks, logprobs, turns, version, list(map(_shown, messages)))
 

@@ -16,6 +16,12 @@ logger = logging.getLogger(__name__)
 TEMPERATURE_VARIABLE = "TRL_ATROPOS_TEMPERATURE"
 """Tells an environment the sampling temperature of the trainer that its launch starts."""
 
+SCALE_REWARDS_VARIABLE = "TRL_ATROPOS_SCALE_REWARDS"
+"""Tells an environment the `--scale_rewards` of the trainer that its launch starts."""
+
+GROUP, NONE = "group", "none"
+"""Values of `--scale_rewards` that can be followed where the rewards of one task are known, and not those of a whole batch."""
+
 MASK, LIFT, REFUSE = "mask", "lift", "refuse"
 TEMPLATE, KEEP = "template", "keep"
 
@@ -104,3 +110,26 @@ def with_temperature_of_trainer(options: GatewayOptions, variables: Mapping[str,
         *(options.temperature, of_trainer.temperature),
     )
     return options
+
+
+def divides_by_deviation(own: str | None, variables: Mapping[str, str]) -> bool:
+    """Whether advantages that an environment computes itself are divided by the standard deviation of the rewards: by its `own`
+    `scale_rewards`, or else by that of the trainer, if a launch tells it in `variables`, or else yes.
+
+    Raises:
+        PreflightError: The trainer divides by the deviation of a whole batch, and the environment has nothing of its own.
+    """
+    told = variables.get(SCALE_REWARDS_VARIABLE)
+    if own is None and told not in (None, GROUP, NONE):
+        raise PreflightError(
+            f"The trainer has --scale_rewards {told}, and {SCALE_REWARDS_VARIABLE} tells it to an environment of agents.",
+            "Where an agent rewrote its history, or turns have rewards, advantages are computed per task, before there is a batch.",
+            f"Set `--env.scale_rewards {GROUP}` or `{NONE}` for those, or give the trainer one of the two.",
+        )
+    if own is not None and told in (GROUP, NONE) and own != told:
+        logger.warning(
+            "event=scale_rewards_differs environment=%s trainer=%s: rollouts whose advantages the environment computes are scaled by its "
+            "own; leave --env.scale_rewards out for the trainer's",
+            *(own, told),
+        )
+    return (own or told or GROUP) == GROUP

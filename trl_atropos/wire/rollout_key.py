@@ -78,3 +78,13 @@ def oldest_version(spans: Iterable[Mapping[str, Any]] | None) -> int | None:
     if not versions or not all(version.isdecimal() for version in versions):
         return None
     return min(map(int, versions))
+
+
+def oldest_of_calls(versions: Iterable[int | None]) -> int | None:
+    """The oldest policy that sampled any token of a rollout, out of those of its calls.
+
+    None where that of any call is not known, or there is no call: never a guess.
+    """
+    versions = list(versions)
+    known = [version for version in versions if version is not None]
+    return min(known) if known and len(known) == len(versions) else None

@@ -23,7 +23,7 @@ from trl_atropos.checks.server import SERVER_CHECKS
 from trl_atropos.checks.vllm import VLLM_CHECKS, InferenceServerFacts
 from trl_atropos.data.history import MIN_GROUPS, TRAINER_CHECKS, WINDOW, TrainerFacts, TrainerHistory
 from trl_atropos.types import RejectedGroup, Rollout, RolloutGroup
-from trl_atropos.weight_sync.http import VLLM_ROUTES
+from trl_atropos.weight_sync.http import SGLANG, SGLANG_ROUTES, VLLM_ROUTES
 from trl_atropos.wire.client import ApiStatus, EnvironmentStatus
 from trl_atropos.wire.parse import WireLimits, parse_batch
 
@@ -337,6 +337,10 @@ def test_a_trap_of_the_server(name):
     "server",
     [
         SERVER,
+        # It says which policy sampled a token where an environment reads it, which the trainer sees in groups alone.
+        InferenceServerFacts(
+            URL, routes=frozenset({*SGLANG_ROUTES, "/generate"}), kind=SGLANG, weight_version="3", max_model_len=32
+        ),
         replace(SERVER, max_length=NOT_ASKED, max_model_len=99),
         replace(SERVER, max_model_len=Unread("It is silent.")),
     ],

@@ -284,14 +284,13 @@ def test_sglang_is_started_as_it_is_by_its_own_interpreter_and_environments_are_
 
 def test_a_gateway_is_started_where_there_are_agents_with_what_it_shares_with_the_trainer(tmp_path: Path) -> None:
     content = {name: value for name, value in FILE.items() if name != "environments"}
-    content |= {"agents": {"a": {"command": "x"}}, "trainer_args": "--temperature 0.7 --scale_rewards batch"}
+    content |= {"agents": {"a": {"command": "x"}}, "trainer_args": "--temperature 0.7 --scale_rewards none"}
     config = load_launch_config(write(tmp_path / "l.yaml", content), {})
     assert config.has_gateway and config.environments == {} and not LaunchConfig(**REQUIRED).has_gateway
     command = build_gateway_command(config, 1234, API, VLLM)
     assert command[:2] == ["trl-atropos", "gateway"]
-    # The gateway does not know the rewards of a whole batch.
     assert flags_of(command) == {
-        **{"--servers": VLLM, "--api_url": API, "--host": "127.0.0.1", "--port": "1234"},
+        **{"--servers": VLLM, "--api_url": API, "--host": "127.0.0.1", "--port": "1234", "--scale_rewards": "none"},
         **{"--key_file": "r/gateway.key", "--environment_key_file": "r/environment.key", "--temperature": "0.7"},
     }
     assert agent_env(config, "http://g", "k") == {
@@ -303,6 +302,31 @@ def test_a_gateway_is_started_where_there_are_agents_with_what_it_shares_with_th
     flags = flags_of(build_gateway_command(config, 1234, API, VLLM))
     assert (flags["--max_rollout_tokens"], flags["--group_size"], flags["--temperature"]) == ("64", "2", "1.5")
     assert agent_env(config, "http://g", "k")["TRL_ATROPOS_GROUP_SIZE"] == "2"
+
+
+@pytest.mark.parametrize("change", [{"agents": {"a": {"command": "x"}}}, {"gateway": True}], ids=str)
+def test_a_gateway_of_agents_refuses_to_scale_by_a_batch_that_it_does_not_see(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    content = {**FILE, **change, "trainer_args": "--scale_rewards batch"}
+    config = load_launch_config(write(tmp_path / "l.yaml", content), {})
+    with pytest.raises(
+        PreflightError, match=r"--scale_rewards batch.* `scale_rewards: group` or `none` in `gateway_args`"
+    ):
+        build_gateway_command(config, 1234, API, VLLM)
+    # Before anything is started.
+    with pytest.raises(PreflightError, match="--scale_rewards batch"):
+        run_launch(config)
+    content["gateway_args"] = {"scale-rewards": "group"}
+    config = load_launch_config(write(tmp_path / "l.yaml", content), {})
+    assert flags_of(build_gateway_command(config, 1234, API, VLLM))["--scale_rewards"] == "group"
+
+
+def test_a_gateway_of_environments_alone_scales_nothing(tmp_path: Path) -> None:
+    content = {**FILE, "num_servers": 2, "trainer_args": "--scale_rewards batch"}
+    config = load_launch_config(write(tmp_path / "l.yaml", content), {})
+    assert config.has_gateway
+    assert "--scale_rewards" not in flags_of(build_gateway_command(config, 1234, API, VLLM))
 
 
 @pytest.mark.parametrize(
@@ -336,9 +360,10 @@ def test_an_agent_in_an_environment_is_told_what_a_gateway_shares_with_the_train
     # An environment may work in another directory.
     counts = {"TRL_ATROPOS_GATEWAY_COUNTS": str(Path.cwd() / "r" / "gateway_counts")}
     assert environment_env(LaunchConfig(**REQUIRED)) == counts
-    told = {**counts, "TRL_ATROPOS_TEMPERATURE": "0.7"}
-    assert environment_env(LaunchConfig(**REQUIRED, trainer_args="--temperature 0.7")) == told
-    path = write(tmp_path / "trainer.yaml", {"temperature": 0.7})
+    told = {**counts, "TRL_ATROPOS_TEMPERATURE": "0.7", "TRL_ATROPOS_SCALE_REWARDS": "none"}
+    assert environment_env(LaunchConfig(**REQUIRED, trainer_args="--temperature 0.7 --scale_rewards none")) == told
+    # As TRL says it.
+    path = write(tmp_path / "trainer.yaml", {"temperature": 0.7, "scale_rewards": False})
     of_file = {**REQUIRED, "trainer_command": f"train --config {path}"}
     assert environment_env(LaunchConfig(**of_file)) == told
     assert environment_env(LaunchConfig(**{**REQUIRED, "trainer_command": "external"})) == counts

@@ -103,6 +103,7 @@ def test_what_fits_has_an_ok_line_for_every_check() -> None:
         ({"served_chat_ids": None, "chat_ids": None}, {}),
         ({"logprobs_mode": "raw_logprobs"}, {"logprobs_mode": "warning"}),
         ({"knows_policy_versions": False}, {"policy_versions": "warning"}),
+        ({"knows_policy_versions": False, "kind": "SGLang"}, {}),
         ({"max_model_len": 65}, {"max_model_len": "warning"}),
         ({"longrope_boundary": 64}, {}),
         ({"longrope_boundary": 63}, {}),
@@ -388,8 +389,9 @@ def test_launch_of_sglang_is_checked_like_one_of_vllm(
     assert (code, found["sglang_version"]["level"]) == (int(level == "error"), level)
     assert text in found["sglang_version"]["what"]
     others = {name: finding["level"] for name, finding in found.items() if name != "sglang_version"}
-    # SGLang does not say which policy sampled a rollout.
-    assert {name for name, other in others.items() if other != "ok"} == {"api", "policy_versions"}
+    assert {name for name, other in others.items() if other != "ok"} == {"api"}
+    # Which policy sampled a rollout comes with it, from the environment.
+    assert "`trl-atropos env`" in found["policy_versions"]["what"]
     assert "sglang_gloo" in found["weight_transfer_backend"]["what"]
 
 
@@ -416,7 +418,7 @@ def test_traps_of_a_launch_of_sglang_are_found(
     changes = {"server": "sglang", "sglang_python": fake_python(tmp_path, "0.5.23"), "sglang_args": args}
     _, found = preflight(capsys, "-c", str(launch_file(tmp_path, model, **changes, vllm_args={})))
     seen = {name: finding["level"] for name, finding in found.items() if finding["level"] != "ok"}
-    assert seen == {"api": "unknown", "policy_versions": "warning", **expected}
+    assert seen == {"api": "unknown", **expected}
 
 
 @pytest.mark.parametrize(

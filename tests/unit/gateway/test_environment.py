@@ -23,7 +23,7 @@ from trl_atropos.errors import EpisodeError, PreflightError
 from trl_atropos.gateway import AgentEnv, GatewayOptions
 from trl_atropos.gateway.counts import GatewayCounts
 from trl_atropos.gateway.counts_file import COUNTS_VARIABLE, read_counts
-from trl_atropos.gateway.options import TEMPERATURE_VARIABLE
+from trl_atropos.gateway.options import SCALE_REWARDS_VARIABLE, TEMPERATURE_VARIABLE
 
 
 AGENT = """
@@ -45,6 +45,16 @@ class Shouter(AgentEnv):
 
     def compute_reward(self, task: Any, outcome: str) -> float:
         return float(outcome.count("a"))
+
+
+class Forgetful(Shouter):
+    """Asks twice, the second time without its history: a session that branched, whose advantages are computed with it."""
+
+    command = (sys.executable, "-c", AGENT + AGENT.replace("json.load(sys.stdin)", '{"ask": "once more"}'))
+
+    def compute_reward(self, task: Any, outcome: str) -> float:
+        self.rewards = [*getattr(self, "rewards", []), 3.0 - 2 * len(getattr(self, "rewards", []))]
+        return self.rewards[-1]
 
 
 def environment(kind: type[AgentEnv], server: TokenServer, max_token_len: int = 1000, **config: Any) -> AgentEnv:
@@ -143,6 +153,33 @@ def test_under_a_launch_it_samples_at_the_temperature_of_the_trainer(kind, told,
 def test_a_temperature_that_is_none_is_refused(told, monkeypatch):
     monkeypatch.setenv(TEMPERATURE_VARIABLE, told)
     with pytest.raises(PreflightError, match="`--temperature` of the trainer"):
+        collect(Shouter, [])
+
+
+@pytest.mark.parametrize(
+    ("own", "told", "advantage"),
+    [
+        # Rewards 3 and 1 are 1 off their mean, and their unbiased deviation is the square root of 2, plus 1e-4.
+        *((None, None, 1 / (2**0.5 + 1e-4)), (None, "group", 1 / (2**0.5 + 1e-4)), (None, "none", 1.0)),
+        *(("none", None, 1.0), ("none", "group", 1.0), ("none", "batch", 1.0)),
+        ("group", "batch", 1 / (2**0.5 + 1e-4)),
+    ],
+)
+def test_advantages_that_it_computes_are_scaled_as_those_of_the_trainer(own, told, advantage, monkeypatch, caplog):
+    monkeypatch.delenv(SCALE_REWARDS_VARIABLE, raising=False)
+    if told is not None:
+        monkeypatch.setenv(SCALE_REWARDS_VARIABLE, told)
+    groups = collect(Forgetful, ["a"] * 4, scale_rewards=own)
+    # Two sessions of two rollouts each.
+    found = sorted(max(values, key=abs) for group in groups for values in group["advantages"])
+    assert found == pytest.approx([-advantage, -advantage, advantage, advantage])
+    said = "event=scale_rewards_differs environment=none trainer=group"
+    assert (said in caplog.text) == ((own, told) == ("none", "group"))
+
+
+def test_the_deviation_of_a_whole_batch_is_refused(monkeypatch):
+    monkeypatch.setenv(SCALE_REWARDS_VARIABLE, "batch")
+    with pytest.raises(PreflightError, match=r"--scale_rewards batch.*--env\.scale_rewards group"):
         collect(Shouter, [])
 
 

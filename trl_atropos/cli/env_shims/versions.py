@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from ...types import IGNORE_INDEX
-from ...wire.rollout_key import RememberedCalls, oldest_version, span_keys
+from ...wire.rollout_key import RememberedCalls, oldest_of_calls, oldest_version, span_keys
 from .shim import Shim
 
 
@@ -88,9 +88,7 @@ class PolicyVersion(Shim):
 
 def _version(tokens: Sequence[int], masks: Sequence[int], sampled: RememberedCalls[int]) -> int | None:
     """The oldest policy that sampled any trained token of a rollout; None where that of any run of them is unknown."""
-    versions = [sampled.find(key) for key in span_keys(tokens, _trained_spans(masks))]
-    known = [version for version in versions if version is not None]
-    return min(known) if known and len(known) == len(versions) else None
+    return oldest_of_calls(map(sampled.find, span_keys(tokens, _trained_spans(masks))))
 
 
 def _trained_spans(masks: Sequence[int]) -> Iterator[tuple[int, int]]:

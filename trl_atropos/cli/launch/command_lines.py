@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...errors import PreflightError
 from ...gateway.counts_file import COUNTS_VARIABLE
-from ...gateway.options import TEMPERATURE_VARIABLE
+from ...gateway.options import GROUP, NONE, SCALE_REWARDS_VARIABLE, TEMPERATURE_VARIABLE
 from ...trainer.yaml_file import read_yaml
 from ...weight_sync.transports.backends import MIDDLEWARE, SHARED_MEMORY_BACKEND
 from ..gateway import DEFAULT_GROUP_SIZE
@@ -88,17 +89,29 @@ def gateway_arguments(config: LaunchConfig) -> dict[str, Any]:
     """Return the options of the gateway that are not addresses, by their names.
 
     Raises:
-        PreflightError: The file of the trainer's `--config` cannot be read.
+        PreflightError: The file of the trainer's `--config` cannot be read, or it scales rewards in a way that a gateway of agents
+            cannot.
     """
     of_trainer = {
         name: trainer_option(config, option) if config.has_trainer else None
         for name, option in OPTIONS_OF_THE_TRAINER.items()
     }
-    if str(of_trainer["scale_rewards"]) not in ("group", "none"):
-        # By the whole batch, which a gateway does not see: the nearest is its own default.
-        del of_trainer["scale_rewards"]
-    told = {name: value for name, value in of_trainer.items() if value is not None}
-    return {**told, **{name.replace("-", "_"): value for name, value in config.gateway_args.items()}}
+    of_trainer["scale_rewards"] = _in_words(of_trainer["scale_rewards"])
+    own = {name.replace("-", "_"): value for name, value in config.gateway_args.items()}
+    arguments = {name: value for name, value in of_trainer.items() if value is not None} | own
+    scale_rewards = arguments.get("scale_rewards")
+    if scale_rewards in (None, GROUP, NONE) or "scale_rewards" in own:
+        return arguments
+    if config.agents or config.gateway:
+        raise PreflightError(
+            f"The trainer has --scale_rewards {scale_rewards}, and agents behind a gateway are to be trained.",
+            "Where an agent rewrote its history, or turns have rewards, the gateway computes advantages per task, before there is a "
+            "batch.",
+            f"Set `scale_rewards: {GROUP}` or `{NONE}` in `gateway_args` for those, or give the trainer one of the two.",
+        )
+    # Environments alone are behind it, which compute their advantages themselves or leave it to the trainer.
+    del arguments["scale_rewards"]
+    return arguments
 
 
 def agent_env(config: LaunchConfig, gateway_url: str, key: str) -> dict[str, str]:
@@ -114,9 +127,21 @@ def environment_env(config: LaunchConfig) -> dict[str, str]:
     Raises:
         PreflightError: The file of the trainer's `--config` cannot be read.
     """
-    temperature = trainer_option(config, OPTIONS_OF_THE_TRAINER["temperature"]) if config.has_trainer else None
-    told = {} if temperature is None else {TEMPERATURE_VARIABLE: str(temperature)}
-    return {COUNTS_VARIABLE: str(config.gateway_counts_dir), **told}
+    told = {COUNTS_VARIABLE: str(config.gateway_counts_dir)}
+    if config.has_trainer:
+        of_trainer = {
+            TEMPERATURE_VARIABLE: trainer_option(config, OPTIONS_OF_THE_TRAINER["temperature"]),
+            SCALE_REWARDS_VARIABLE: _in_words(trainer_option(config, OPTIONS_OF_THE_TRAINER["scale_rewards"])),
+        }
+        told |= {name: str(value) for name, value in of_trainer.items() if value is not None}
+    return told
+
+
+def _in_words(scale_rewards: Any) -> str | None:
+    """`--scale_rewards` of a trainer, which takes the booleans of TRL, too; None if it is not told."""
+    return (
+        None if scale_rewards is None else {"True": GROUP, "False": NONE}.get(str(scale_rewards), str(scale_rewards))
+    )
 
 
 def build_env_command(

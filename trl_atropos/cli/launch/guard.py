@@ -8,13 +8,16 @@ whatever reason, SIGKILL included. That is why a pipe, and not a message from th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 
 import psutil
 
@@ -29,6 +32,12 @@ POLL_S = 0.1
 PR_SET_CHILD_SUBREAPER = 36
 COMMAND_NOT_FOUND = 127
 
+SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
+"""Names the directory in which vLLM's processes meet at sockets, each with a UUID as its name."""
+
+MAX_SOCKETS_PATH_BYTES = 107 - len("/01234567-89ab-cdef-0123-456789abcdef")
+"""What the address of a Unix socket leaves for its directory."""
+
 
 def main(command: list[str]) -> int:
     """Run `command` until it ends, until SIGTERM, or until standard input closes; then end all that it started.
@@ -42,19 +51,33 @@ def main(command: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, _frame: stop_requests.append(received))
 
-    try:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    except OSError as exc:
-        print(f"cannot start {command[0]}: {exc}", file=sys.stderr)
-        return COMMAND_NOT_FOUND
-    stdin = sys.stdin.fileno()
-    while child.poll() is None and not stop_requests:
-        readable, _, _ = select.select([stdin], [], [], POLL_S)
-        if readable and not os.read(stdin, 1):
-            break
-    end_descendants(GRACE_S)
-    code = child.wait()
+    with own_sockets() as variables:
+        try:
+            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, **variables})
+        except OSError as exc:
+            print(f"cannot start {command[0]}: {exc}", file=sys.stderr)
+            return COMMAND_NOT_FOUND
+        stdin = sys.stdin.fileno()
+        while child.poll() is None and not stop_requests:
+            readable, _, _ = select.select([stdin], [], [], POLL_S)
+            if readable and not os.read(stdin, 1):
+                break
+        end_descendants(GRACE_S)
+        code = child.wait()
     return code if code >= 0 else 128 - code
+
+
+@contextlib.contextmanager
+def own_sockets() -> Iterator[dict[str, str]]:
+    """The variable that puts vLLM's sockets into a directory that is removed in the end: a server that is killed leaves them.
+
+    None where the user has named a directory, or where the path of a new one leaves too little for their names.
+    """
+    if SOCKETS_VARIABLE in os.environ:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="trl_atropos-", ignore_cleanup_errors=True) as directory:
+        yield {SOCKETS_VARIABLE: directory} if len(os.fsencode(directory)) <= MAX_SOCKETS_PATH_BYTES else {}
 
 
 def end_descendants(grace_s: float) -> None:

@@ -42,6 +42,7 @@ from .command_lines import (
     build_trainer_command,
     env_flags,
     environment_env,
+    gateway_arguments,
     trainer_flags,
     trainer_option,
 )
@@ -83,6 +84,9 @@ def run_launch(config: LaunchConfig) -> dict[str, Any] | None:
         ProcessFailedError: One of the processes ended before the trainer did, or the trainer failed.
     """
     gpus = split_gpus(config)
+    if config.has_gateway:
+        # What it cannot follow is refused before servers load a model.
+        gateway_arguments(config)
     run_dir = Path(config.run_dir)
     combined = run_dir / "logs" / "combined.log"
     with (
