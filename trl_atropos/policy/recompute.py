@@ -31,11 +31,19 @@ ELEMENTWISE = frozenset((
 """Operations whose output is made again. Autocast leaves them alone, and none draws random numbers or reduces."""
 
 
-def recompute_selectively(model: nn.Module) -> None:
+def recompute_selectively(model: Any) -> None:
     """Have the layers of a model for which gradient checkpointing is enabled recompute no more than `ELEMENTWISE`.
 
     Holds until gradient checkpointing is enabled anew.
+
+    Raises:
+        ValueError: the attention implementation is `flex_attention`, whose kernels transformers compiles within the layers.
     """
+    if model.config.get_text_config()._attn_implementation == "flex_attention":
+        raise ValueError(
+            "recompute_granularity is selective and the attention implementation is flex_attention. The compiler would not compile it "
+            "in a layer whose operations are watched. Set --attn_implementation sdpa, or --recompute_granularity full."
+        )
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module._gradient_checkpointing_func = run_selectively

@@ -145,6 +145,27 @@ class TestGradient:
         assert all(map(torch.equal, *(model.state_dict().values() for model in models)))
 
 
+def test_attention_that_is_compiled_within_a_layer_is_refused():
+    model = tiny_llama()
+    model.gradient_checkpointing_enable()
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match=r"flex_attention.*--recompute_granularity full"):
+        recompute_selectively(model)
+
+
+def test_what_is_compiled_outside_of_the_watch_stays_whole():
+    compiled = torch.compile(lambda x: (x * 2).sin(), backend="aot_eager", fullgraph=True)
+
+    def function(x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return compiled(x * 3)
+
+    given = torch.linspace(-1, 1, 8).requires_grad_()
+    (expected,) = torch.autograd.grad(function(given).sum(), given)
+    (gradient,) = torch.autograd.grad(run_selectively(function, given).sum(), given)
+    torch.testing.assert_close(gradient, expected)
+
+
 class TestMemory:
     def kept_bytes(self, model: nn.Module, autocast: bool = False) -> int:
         with Storages(model.parameters()) as storages, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
