@@ -137,7 +137,7 @@ class _Source:
         self.value, self.whole, self.version = value, whole, whole._version
 
 
-class _Watch(TorchFunctionMode):  # type: ignore[misc]
+class _Watch(TorchFunctionMode):
     """Watches the operations of a layer, and decides of each tensor that autograd saves whether it is kept."""
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ class _Watch(TorchFunctionMode):  # type: ignore[misc]
         self._sources: dict[int, _Source] = {}
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._made, self._sources = {}, {}
 
     def __torch_function__(
@@ -236,7 +236,7 @@ def _is_cast_by_autocast(tensor: Any) -> bool:
 
 
 def _geometry(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
-    return tensor.shape, tensor.stride(), tensor.storage_offset()
+    return tensor.shape, tensor.stride(), int(tensor.storage_offset())
 
 
 def _storage(tensor: Tensor) -> int:
