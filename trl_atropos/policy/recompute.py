@@ -74,7 +74,7 @@ class _Kept:
                 f"A tensor of shape {tuple(self.tensor.shape)} was changed in place between the forward and the backward pass, which "
                 "needs it as it was. The gradient would be wrong. Set --recompute_granularity full, or mend the model's code."
             )
-        return self.tensor.detach()
+        return self.tensor
 
 
 class _Recipe:
@@ -171,11 +171,13 @@ class _Watch(TorchFunctionMode):
         """Return what autograd keeps in the place of a tensor that it saves."""
         if not _is_plain(tensor):
             return tensor
-        if self._source(tensor) is None:
+        source = self._source(tensor)
+        if source is None:
             cost = self._cost(tensor)
             if cost is None or cost >= _num_bytes(tensor):
-                self._keep(tensor)
-        return self._view(tensor)
+                source = self._keep(tensor)
+        # What is kept needs no view: the tensor is there.
+        return _Kept(tensor) if source is not None and isinstance(source.value, _Kept) else self._view(tensor)
 
     def _source(self, tensor: Tensor) -> _Source | None:
         """What a tensor is a view of, if that is known and was not changed in place since."""
@@ -215,11 +217,11 @@ class _Watch(TorchFunctionMode):
 
 
 def _unpack(packed: Any) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
-    with torch.no_grad():
-        tensor: Tensor = packed.get()
-        return tensor
+    if isinstance(packed, _View):
+        with torch.no_grad():
+            return packed.get()
+    tensor: Tensor = packed.get() if isinstance(packed, _Kept) else packed
+    return tensor
 
 
 def _is_plain(tensor: Any) -> bool:
