@@ -12,12 +12,13 @@ The same operations are made again on the same tensors, so that gradients are bi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 
 GRANULARITIES = ("full", "selective")
@@ -56,6 +57,14 @@ def run_selectively(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     watch = _Watch()
     with torch.autograd.graph.saved_tensors_hooks(watch.pack, _unpack), watch:
         return function(*args, **kwargs)
+
+
+def unwatched() -> AbstractContextManager[Any]:
+    """A context in which the operations of a layer are not watched: for code that is compiled, into which watching would be
+    traced. What autograd saves there is kept.
+    """
+    is_watched = isinstance(_get_current_function_mode(), _Watch)  # type: ignore[no-untyped-call]
+    return _pop_mode_temporarily() if is_watched else nullcontext()
 
 
 class _Kept:

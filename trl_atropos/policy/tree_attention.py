@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .layouts import tree_attention_mask
+from .recompute import unwatched
 from .tree_blocks import Positions, Reach, TreeBlock, tree_blocks
 
 
@@ -122,7 +123,7 @@ def tree_flex(
     query, key = scaled_by_depth(module, query, attention_mask).to(value.dtype), key.to(value.dtype)
     block_mask = _known(attention_mask, _reach(module, sliding_window), tree_block_mask)
     # The compiler would trace who watches the operations of a layer (policy/recompute.py) into its graph, and break it.
-    with torch._C.DisableTorchFunction():
+    with unwatched():
         output = _compiled_flex_attention()(
             query,
             key,

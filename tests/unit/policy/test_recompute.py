@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from trl_atropos.policy.layouts import LAYOUTS
-from trl_atropos.policy.recompute import recompute_selectively, run_selectively
+from trl_atropos.policy.recompute import recompute_selectively, run_selectively, unwatched
 from trl_atropos.policy.scoring import ForwardPlan
 from trl_atropos.policy.tree_attention import TREE_SDPA, register_tree_attention
 
@@ -157,7 +157,7 @@ def test_what_is_compiled_outside_of_the_watch_stays_whole():
     compiled = torch.compile(lambda x: (x * 2).sin(), backend="aot_eager", fullgraph=True)
 
     def function(x: Tensor) -> Tensor:
-        with torch._C.DisableTorchFunction():
+        with unwatched():
             return compiled(x * 3)
 
     given = torch.linspace(-1, 1, 8).requires_grad_()
