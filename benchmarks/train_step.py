@@ -1,11 +1,12 @@
 """A training step against TRL's: the same model, rollouts and machine; forward, loss and backward.
 
     python benchmarks/train_step.py [--model DIR] [--repeats N] [--cases 128/32/8 ...] [--layout auto] [--checkpoint_every N]
+                                    [--recompute_granularity selective]
 
 A case is prompt tokens / completion tokens / rollouts of the group; `ragged` has completions of 8 to 64 tokens behind a
-prompt of 128. Our side may make every N-th layer's activations again in the backward pass (`--gradient_checkpointing true
---gradient_checkpointing_kwargs '{"every_n_layers": N}'` of a run). Each side runs in a process of its own, in turns. One JSON line per case, times are medians over the
-repeats after one step to warm up:
+prompt of 128. Our side may make activations of every N-th layer again in the backward pass (`--gradient_checkpointing true
+--gradient_checkpointing_kwargs '{"every_n_layers": N}'` of a run, with its `--recompute_granularity`). Each side runs in a
+process of its own, in turns. One JSON line per case, times are medians over the repeats after one step to warm up:
 
     ours_s, trl_s            one step: AtroposTrainer.training_step; GRPOTrainer._compute_loss and backward
     speedup_vs_trl           trl_s / ours_s
@@ -17,6 +18,8 @@ repeats after one step to warm up:
     max_abs_logprob_diff     largest difference of the logprob of a completion token, in nats
     grad_rel_diff            norm of the difference of the gradients / norm of TRL's
     layout                   the layout that was used
+    recompute_time_ratio     with --checkpoint_every: the time of our step to that of one which recomputes nothing, median of
+                             the pairs of steps that follow each other in one process
 """
 
 from __future__ import annotations
@@ -119,7 +122,9 @@ def run_trl(model_dir: str, case: str, repeats: int) -> dict[str, Any]:
     return {**result, "logprobs": logprobs[inputs["completion_mask"].bool()], "layout": "padded"}
 
 
-def run_ours(model_dir: str, case: str, repeats: int, layout: str, checkpoint_every: int) -> dict[str, Any]:
+def run_ours(
+    model_dir: str, case: str, repeats: int, layout: str, checkpoint_every: int, granularity: str
+) -> dict[str, Any]:
     from trl_atropos import AtroposConfig, AtroposTrainer
 
     prompt, completions, advantages = make_rollouts(case)
@@ -128,7 +133,8 @@ def run_ours(model_dir: str, case: str, repeats: int, layout: str, checkpoint_ev
             output_dir=directory,
             use_cpu=True,
             report_to="none",
-            gradient_checkpointing=False,
+            gradient_checkpointing=checkpoint_every > 0,
+            recompute_granularity=granularity,
             per_device_train_batch_size=len(completions),
             loss_type="dapo",
             inference_logprobs="recompute",
@@ -152,7 +158,29 @@ def run_ours(model_dir: str, case: str, repeats: int, layout: str, checkpoint_ev
         (batch,) = trainer.get_batch_samples(iter([[rollouts]]), 1, torch.device("cpu"))[0][0]
         scores, _ = trainer._get_forward().scorer(model, batch)
     plan = trainer._get_forward().scorer.plan
-    return {**result, "logprobs": scores.logprobs[batch["token_index"]], "layout": plan.layout}
+    result |= {"logprobs": scores.logprobs[batch["token_index"]], "layout": plan.layout}
+    if checkpoint_every:
+        result["recompute_time_ratio"] = compare_times(step, model, repeats)
+    return result
+
+
+def compare_times(step: Callable[[], object], model: torch.nn.Module, repeats: int) -> float:
+    """Median ratio of the times of a step with and without recomputation, which take turns; the order changes each time."""
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+    def time_one(recomputes: bool) -> float:
+        for layer in layers:
+            layer.gradient_checkpointing = recomputes
+        model.zero_grad()
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
+    ratios = []
+    for number in range(2 * repeats):
+        times = {recomputes: time_one(recomputes) for recomputes in ((True, False) if number % 2 else (False, True))}
+        ratios.append(times[True] / times[False])
+    return statistics.median(ratios)
 
 
 def run_side(side: str, args: argparse.Namespace, case: str) -> dict[str, Any]:
@@ -160,6 +188,7 @@ def run_side(side: str, args: argparse.Namespace, case: str) -> dict[str, Any]:
         command = [sys.executable, __file__, "--side", side, "--result", result.name, "--cases", case]
         command += ["--model", args.model, "--repeats", str(args.repeats), "--layout", args.layout]
         command += ["--checkpoint_every", str(args.checkpoint_every)]
+        command += ["--recompute_granularity", args.recompute_granularity]
         subprocess.run(command, check=True, stdout=sys.stderr)
         return torch.load(result.name, weights_only=True)
 
@@ -183,6 +212,7 @@ def compare(args: argparse.Namespace, case: str) -> dict[str, Any]:
         "trl_rss_bytes": trl_bytes,
         "gradient_bytes": gradient_bytes,
         "activations_ratio_vs_trl": round((ours_bytes - gradient_bytes) / (trl_bytes - gradient_bytes), 3),
+        **({"recompute_time_ratio": round(ours["recompute_time_ratio"], 3)} if args.checkpoint_every else {}),
     }
 
 
@@ -193,6 +223,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--layout", default="auto")
     parser.add_argument("--checkpoint_every", type=int, default=0, help="0: no layer's activations are made again")
+    parser.add_argument("--recompute_granularity", choices=["full", "selective"], default="full")
     parser.add_argument("--side", choices=["ours", "trl"], help="internal: measure one side")
     parser.add_argument("--result", help="internal: where to write what was measured")
     args = parser.parse_args()
@@ -202,7 +233,9 @@ def main() -> None:
         return
     (case,) = args.cases
     if args.side == "ours":
-        result = run_ours(args.model, case, args.repeats, args.layout, args.checkpoint_every)
+        result = run_ours(
+            args.model, case, args.repeats, args.layout, args.checkpoint_every, args.recompute_granularity
+        )
     else:
         result = run_trl(args.model, case, args.repeats)
     torch.save(result, args.result)

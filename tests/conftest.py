@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import fork_server
@@ -21,3 +23,12 @@ def pytest_configure(config: pytest.Config) -> None:
     deals_to_workers = bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
     if deals_to_workers and any("e2e" in Path(argument).parts for argument in config.args):
         fork_server.start()
+
+
+@pytest.fixture(autouse=True)
+def level_of_our_log() -> Iterator[None]:
+    """Commands that a test runs in this process set it, and what is logged from then on would be what other tests see."""
+    logger = logging.getLogger("trl_atropos")
+    level = logger.level
+    yield
+    logger.setLevel(level)

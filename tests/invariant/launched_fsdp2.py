@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_atropos.policy.forward import ReferencePolicy
 from trl_atropos.policy.logprobs import MAX_LOGITS
+from trl_atropos.policy.recompute import recompute_selectively
 from trl_atropos.policy.scoring import ForwardPlan, PolicyScorer
 from trl_atropos.weight_sync.weights.source import PolicyWeights
 
@@ -95,13 +96,22 @@ def main(checkpoint: Path, output: Path, precision: str) -> None:
     (weighted_sum(scores.logprobs) + no_loss).backward()
     gradient = {name: parameter.grad.full_tensor() for name, parameter in wrapped.named_parameters()}
     wrapped.zero_grad()
+    wrapped.train().gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_selectively(wrapped)
+    scores, no_loss = PolicyScorer(policy, plan)(wrapped, batch)
+    (weighted_sum(scores.logprobs) + no_loss).backward()
+    recomputed = {name: parameter.grad.full_tensor() for name, parameter in wrapped.named_parameters()}
+    wrapped.zero_grad()
     with torch.no_grad():
         # What a logprob probe does before the next publish.
         wrapped(input_ids=batch["input_ids"], use_cache=False)
     left_whole = sum(not isinstance(parameter, DTensor) for parameter in wrapped.parameters())
     source = PolicyWeights(wrapped, torch.float32)
     published = {name: tensor.clone() for name, tensor in source.tensors(source.manifest())}
-    results = {"ref_logprobs": ref_logprobs, "left_whole": left_whole, "published": published, "gradient": gradient}
+    results = {
+        "ref_logprobs": ref_logprobs, "left_whole": left_whole, "published": published, "gradient": gradient,
+        "recomputed": recomputed,
+    }  # fmt: skip
     torch.save(results, output / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -64,6 +64,12 @@ def test_a_publish_after_a_forward_pass_is_exact(launched):
             assert torch.equal(tensor, expected[name]), name
 
 
+def test_selective_recomputation_gives_the_same_gradient(launched):
+    for result in launched[2]:
+        for name, gradient in result["gradient"].items():
+            assert torch.equal(result["recomputed"][name], gradient), name
+
+
 def test_the_gradient_is_that_of_one_process_though_logits_are_made_a_few_at_a_time(launched):
     checkpoint, precision, ranks = launched
     model = load(checkpoint)

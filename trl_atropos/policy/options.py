@@ -7,6 +7,7 @@ from typing import Any
 
 from ..options import PositiveFloat, check_declared
 from .layouts import LAYOUTS
+from .recompute import GRANULARITIES
 
 
 SEQUENCE_LAYOUTS = ("auto", *LAYOUTS)
@@ -51,7 +52,14 @@ class PolicyOptions:
     activation_offloading: bool = field(
         default=False, metadata={"help": "Keep activations in host memory until the backward pass. Needs a GPU."}
     )
-
+    recompute_granularity: str = field(
+        default="full",
+        metadata={
+            "help": "What `gradient_checkpointing` recomputes. `full`: the layers. `selective`: of what the backward pass needs, that "
+            "which elementwise operations make of tensors that are kept anyway; no product of matrices and no attention.",
+            "choices": list(GRANULARITIES),
+        },
+    )
     cast_lm_head_to_fp32: bool = field(
         default=False,
         metadata={

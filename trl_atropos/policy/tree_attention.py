@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .layouts import tree_attention_mask
+from .recompute import unwatched
 from .tree_blocks import Positions, Reach, TreeBlock, tree_blocks
 
 
@@ -119,15 +120,19 @@ def tree_flex(
     # Other numbers of heads than powers of two are not taken in groups.
     if num_heads & (num_heads - 1):
         key, value, num_groups = repeat_kv(key, num_groups), repeat_kv(value, num_groups), 1
-    output = _compiled_flex_attention()(
-        scaled_by_depth(module, query, attention_mask).to(value.dtype),
-        key.to(value.dtype),
-        value,
-        block_mask=_known(attention_mask, _reach(module, sliding_window), tree_block_mask),
-        scale=scaling,
-        enable_gqa=num_groups > 1,
-        return_aux=None if s_aux is None else AuxRequest(lse=True),
-    )
+    query, key = scaled_by_depth(module, query, attention_mask).to(value.dtype), key.to(value.dtype)
+    block_mask = _known(attention_mask, _reach(module, sliding_window), tree_block_mask)
+    # The compiler would trace who watches the operations of a layer (policy/recompute.py) into its graph, and break it.
+    with unwatched():
+        output = _compiled_flex_attention()(
+            query,
+            key,
+            value,
+            block_mask=block_mask,
+            scale=scaling,
+            enable_gqa=num_groups > 1,
+            return_aux=None if s_aux is None else AuxRequest(lse=True),
+        )
     if s_aux is not None:
         output, sums = output
         # What the sinks leave of the probability.

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from accelerate import ParallelismConfig
 from transformers import SchedulerType, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..data.options import DataOptions
 from ..distributed import CONTROL_PATIENCE
@@ -133,6 +134,7 @@ class AtroposConfig(DataOptions, PolicyOptions, StepOptions, WeightSyncOptions, 
         _check_token_budget(self)
         _check_batch_size(self)
         _check_offloading(self)
+        _check_recomputing(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Options as a dictionary, for logs and trackers: the API key is masked, as transformers does with tokens."""
@@ -200,6 +202,45 @@ def _check_offloading(args: AtroposConfig) -> None:
             "activation_offloading is on and the trainer runs on a CPU. Activations are in host memory already. Leave "
             "--activation_offloading out; --gradient_checkpointing true saves memory on a CPU."
         )
+
+
+def _check_recomputing(args: AtroposConfig) -> None:
+    """Refuse what selective recomputation does not go together with, and options that would do nothing."""
+    if args.recompute_granularity != "selective":
+        return
+    if not args.gradient_checkpointing:
+        raise ValueError(
+            "recompute_granularity is selective and gradient_checkpointing is off. Nothing is recomputed so. Set "
+            "--gradient_checkpointing true, or leave --recompute_granularity out."
+        )
+    kwargs = args.gradient_checkpointing_kwargs or {}
+    assert isinstance(kwargs, dict), "TrainingArguments parses the options that are dictionaries"
+    without_effect = sorted(
+        name
+        for name, value in kwargs.items()
+        if name != "every_n_layers" and (name, value) != ("use_reentrant", False)
+    )
+    if without_effect:
+        raise ValueError(
+            f"recompute_granularity is selective and gradient_checkpointing_kwargs sets {', '.join(without_effect)}. They say how "
+            "whole layers are run again, and none is. Leave them out of --gradient_checkpointing_kwargs (every_n_layers acts), "
+            "or set --recompute_granularity full."
+        )
+    for name, is_on, why in (
+        ("activation_offloading", args.activation_offloading, "What is kept of a layer would stay on the device"),
+        ("torch_compile", args.torch_compile, "The compiler decides itself what it recomputes"),
+        (
+            "deepspeed",
+            is_deepspeed_zero3_enabled(),
+            "ZeRO-3 gathers the weights of a layer for as long as it runs, and they would be kept with its tensors",
+        ),
+    ):
+        if is_on:
+            stage = " (ZeRO-3)" if name == "deepspeed" else ""
+            raise ValueError(
+                f"recompute_granularity is selective and {name}{stage} is on. {why}. Set --recompute_granularity full, or leave "
+                f"--{name} out."
+            )
 
 
 def _check_sequence_parallel(args: AtroposConfig, size: int, num_replicas: int) -> None:

@@ -46,6 +46,7 @@ from ..policy.load import (
     use_sparse_embedding_gradient,
     vocab_size_of,
 )
+from ..policy.recompute import recompute_selectively
 from ..policy.sequence_parallel import use_sequence_parallel
 from ..report.completions import make_completions_table
 from ..report.watching import Watching
@@ -340,6 +341,9 @@ class AtroposTrainer(HubUploads):
     def _get_forward(self) -> PolicyForward:
         if self._forward is None:
             model = self.accelerator.unwrap_model(self.model)
+            if self.args.recompute_granularity == "selective":
+                # The Trainer has enabled gradient checkpointing by now.
+                recompute_selectively(model)
             self._forward = make_forward(
                 model,
                 self.model_wrapped,

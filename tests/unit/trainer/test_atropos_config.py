@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 from accelerate.parallelism_config import ParallelismConfig
+from transformers.integrations import HfDeepSpeedConfig
 from trl import ModelConfig, TrlParser
 
 from trl_atropos import AtroposConfig
@@ -393,6 +394,45 @@ class TestExample:
 def test_offloading_activations_of_a_cpu_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"activation_offloading is on.*on a CPU.*--gradient_checkpointing true"):
         AtroposConfig(output_dir=str(tmp_path), use_cpu=True, activation_offloading=True)
+
+
+class TestSelectiveRecomputation:
+    @pytest.mark.parametrize(
+        ("options", "named"),
+        [
+            ({"gradient_checkpointing": False}, r"gradient_checkpointing is off.*--gradient_checkpointing true"),
+            ({"torch_compile": True}, "torch_compile is on.*--recompute_granularity full"),
+            ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "sets use_reentrant.*every_n_layers acts"),
+            (
+                {"gradient_checkpointing_kwargs": {"preserve_rng_state": False, "offload": True, "every_n_layers": 2}},
+                r"sets offload, preserve_rng_state\.",
+            ),
+        ],
+    )
+    def test_what_it_does_not_go_with_is_refused_by_name(self, tmp_path, options, named):
+        with pytest.raises(ValueError, match=f"recompute_granularity is selective and .*{named}"):
+            AtroposConfig(
+                output_dir=str(tmp_path), use_cpu=True, report_to="none", recompute_granularity="selective", **options
+            )
+
+    def test_under_zero_3_it_is_refused(self, tmp_path):
+        # transformers knows of ZeRO-3 for as long as the object lives.
+        config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+        assert config.is_zero3()
+        with pytest.raises(ValueError, match=r"deepspeed \(ZeRO-3\) is on.*--recompute_granularity full"):
+            AtroposConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", recompute_granularity="selective")
+
+    def test_every_nth_layer_goes_with_it_and_an_unknown_granularity_is_refused(self, tmp_path):
+        kwargs = {"every_n_layers": 2, "use_reentrant": False}
+        options = {
+            "output_dir": str(tmp_path),
+            "use_cpu": True,
+            "report_to": "none",
+            "gradient_checkpointing_kwargs": kwargs,
+        }
+        assert AtroposConfig(recompute_granularity="selective", **options).gradient_checkpointing
+        with pytest.raises(ValueError, match=r"recompute_granularity is 'some'\. Choose one of: full, selective"):
+            AtroposConfig(recompute_granularity="some", **options)
 
 
 class TestParallelism:
