@@ -58,9 +58,8 @@ def in_background(bench: Bench, server: Server, model_dir: Path, tokenizer: PreT
     """Steps of training while what the step before has made is on its way; every publish is proven."""
     server.wait()
     model = load_policy(bench, model_dir)
-    publisher = make_publisher(
-        bench, server.url, model, tokenizer, weight_sync_background=True, weight_sync_mode="full"
-    )
+    link = link_server(bench, server.url, model, weight_sync_background=True, weight_sync_mode="full")
+    publisher = make_publisher(link, model, tokenizer)
     input_ids = torch.arange(1024, device=bench.device).reshape(4, 256) % 256
     blocked_s, step_s, diffs = [], [], []
     for step in range(1, 7):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 import torch
@@ -147,7 +149,7 @@ class VLLMServer:
     def start(self) -> None:
         """Start the server and wait until it is healthy."""
         # Those of a server that is killed stay. pytest's directories have names that are too long for sockets.
-        self._sockets = self._sockets or tempfile.TemporaryDirectory(prefix="vllm-")
+        self._sockets = self._sockets or tempfile.TemporaryDirectory(prefix="vllm-", ignore_cleanup_errors=True)
         environment = {**self.environment, "VLLM_RPC_BASE_PATH": self._sockets.name}
         with self.log_path.open("ab") as log:
             self.process = ForkedProcess(
@@ -160,6 +162,7 @@ class VLLMServer:
         assert self.process is not None
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self._wait_for_port()
         self._remove_sockets()
 
     def stop(self) -> None:
@@ -167,6 +170,21 @@ class VLLMServer:
         if self.process is not None:
             _end_session(self.process)
         self._remove_sockets()
+
+    def _wait_for_port(self) -> None:
+        # Its engine has the listening socket, too, and may take longer to end than the process that was waited for.
+        address = urlsplit(self.url)
+        deadline = time.monotonic() + 30
+        while True:
+            with socket.socket() as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    sock.bind((address.hostname, address.port))
+                    return
+                except OSError:
+                    if time.monotonic() > deadline:
+                        raise
+            time.sleep(0.05)
 
     def _remove_sockets(self) -> None:
         if self._sockets is not None:
