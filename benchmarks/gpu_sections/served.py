@@ -20,21 +20,9 @@ from .serving import ROOT
 
 
 FAMILIES = (
-    *(
-        "Gemma3",
-        "Mistral",
-        "Phi3",
-        "Qwen3Moe",
-        "Mixtral",
-        "Olmoe",
-        "GptOss",
-        "DeepseekV2",
-        "Qwen3Next",
-        "Lfm2",
-        "FalconH1",
-    ),
+    "Gemma3", "Mistral", "Phi3", "Qwen3Moe", "Mixtral", "Olmoe", "GptOss", "DeepseekV2", "Qwen3Next", "Lfm2", "FalconH1",
     "GraniteMoeHybrid",
-)
+)  # fmt: skip
 
 TINY_FAMILIES = ("Gemma3",)
 

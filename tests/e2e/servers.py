@@ -176,14 +176,12 @@ class VLLMServer:
         address = urlsplit(self.url)
         deadline = time.monotonic() + 30
         while True:
-            with socket.socket() as sock:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    sock.bind((address.hostname, address.port))
-                    return
-                except OSError:
-                    if time.monotonic() > deadline:
-                        raise
+            try:
+                socket.create_server((address.hostname, address.port)).close()
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
             time.sleep(0.05)
 
     def _remove_sockets(self) -> None:

@@ -9,7 +9,8 @@ empty, those of `other` and `back` were, and `meanwhile` are the logprobs of the
 `other`. `num_known` is of how many modules vLLM knows something, after `again` and after `back`. Then `part` is published, the
 attention and the like of the first layer as in `other`, in the place of those of `start`, and so is `part_again`, beside
 them where that is possible; and `healed` are the logprobs after such a part was loaded in place, and `other` in the same
-update, to be loaded beside a policy that is not whole any more. With `--swapped` the server starts with the weights that are `other` without it.
+update, to be loaded beside a policy that is not whole any more. With `--swapped` the server starts with the weights that are
+`other` without it.
 """
 
 from __future__ import annotations
@@ -83,7 +84,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 128, "layer_types": ["linear_attention", "full_attention"], "decoder_sparse_step": 1,
         "shared_expert_intermediate_size": 64, "norm_topk_prob": True,
     },
-    "Lfm2": {"layer_types": ["conv", "conv"], "conv_L_cache": 3, "conv_dim": 128, "block_dim": 128, "block_auto_adjust_ff_dim": False, "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 1},
+    "Lfm2": {
+        "layer_types": ["conv", "conv"], "conv_L_cache": 3, "conv_dim": 128, "block_dim": 128, "block_auto_adjust_ff_dim": False,
+        "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 1,
+    },
     "FalconH1": {**MAMBA, "head_dim": 32, "mamba_d_ssm": 128, "mamba_n_heads": 4},
     "GraniteMoeHybrid": {
         **MAMBA, **LOCAL_EXPERTS, "mamba_n_heads": 8, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 64,
@@ -91,7 +95,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What distinguishes a tiny model of each family; `config` names its class if the name of the family does not."""
 
-MIXER = re.compile(r"layers\.0\.(self_attn|linear_attn|conv|mamba)\.")
+MIXER = re.compile(r".*layers\.0\.(self_attn|linear_attn|conv|mamba)\.")
 """The part of a layer beside its experts."""
 
 PRELOADED = (
@@ -206,6 +210,26 @@ def load(server: LLM, model: PreTrainedModel, *, is_beside: bool, part: str = ""
         raise RuntimeError(report.error)
 
 
+def publish_parts(
+    server: LLM, start: PreTrainedModel, other: PreTrainedModel, *, is_beside: bool
+) -> dict[str, list[list[float]]]:
+    """Return the logprobs after a part of `other` is published over `start`, in its place and beside it, and after an update
+    in which the whole of `other` follows a part.
+    """
+    part = next(found[0] for name, _ in start.named_parameters() if (found := MIXER.match(name)))
+    logprobs = {}
+    for moment, is_part_beside in (("part", False), ("part_again", is_beside)):
+        publish(server, start, is_beside=False)
+        publish(server, other, is_beside=is_part_beside, part=part)
+        logprobs[moment] = server_logprobs(server)
+    server.start_weight_update()
+    load(server, start, is_beside=False, part=part)
+    load(server, other, is_beside=is_beside)
+    server.finish_weight_update()
+    logprobs["healed"] = server_logprobs(server)
+    return logprobs
+
+
 def serve(directory: Path, name: str, seeds: tuple[int, int]) -> dict[str, Any]:
     """Start a server with the weights of the first seed, publish the same, those of the second, and the first again."""
     start, other = (make(name, seed) for seed in seeds)
@@ -227,19 +251,9 @@ def serve(directory: Path, name: str, seeds: tuple[int, int]) -> dict[str, Any]:
             logprobs["meanwhile"] = meanwhile
         else:
             num_known.append(len(LAYERWISE_INFO))
-    mixer = next(name for name, _ in start.named_parameters() if MIXER.search(name))
-    part = mixer[: MIXER.search(mixer).end()]
-    for moment, is_beside in (("part", False), ("part_again", not why)):
-        publish(server, start, is_beside=False)
-        publish(server, other, is_beside=is_beside, part=part)
-        logprobs[moment] = server_logprobs(server)
-    server.start_weight_update()
-    load(server, start, is_beside=False, part=part)
-    load(server, other, is_beside=not why)
-    server.finish_weight_update()
-    logprobs["healed"] = server_logprobs(server)
     return {
         **logprobs,
+        **publish_parts(server, start, other, is_beside=not why),
         "why_not_beside": why,
         "num_known": num_known,
         "start_trainer": trainer_logprobs(start),
