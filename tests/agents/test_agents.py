@@ -34,11 +34,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = save_tiny_model(tmp_path_factory.mktemp("model"), tied=True, seed=0)
-    policy = load(directory)
-    policy.config.max_position_embeddings = MAX_TOKENS
-    policy.save_pretrained(directory)
-    return add_chat_template(directory)
+    directory = tmp_path_factory.mktemp("model")
+    return add_chat_template(save_tiny_model(directory, tied=True, seed=0, max_length=MAX_TOKENS))
 
 
 @pytest.fixture(scope="module")

@@ -94,4 +94,4 @@ def test_preflight_knows_a_server_that_is_to_be_started_and_one_that_runs(
     content["vllm_url"] = sglang.url
     running = levels()
     assert (running["gateway_token_routes"], running["weight_transfer_backend"]) == ("ok", "ok")
-    assert before["policy_versions"] == running["policy_versions"] == "warning"
+    assert before["policy_versions"] == running["policy_versions"] == "ok"

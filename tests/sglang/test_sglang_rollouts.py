@@ -29,35 +29,34 @@ MAX_STEPS = 3
 AGENT_STEPS, GROUP_SIZE = 2, 4
 
 
-def environment_command(file: Path, api_url: str, served: Served, *flags: str) -> list[str]:
-    """The command of an unmodified environment that generates on the server."""
+def trained_on(served: Served, file: Path, directory: Path, *flags: str, **options: Any) -> AtroposTrainer:
+    """A trainer that has trained on what an unmodified environment generates on the server; its journal is in `directory`."""
     model = str(served.model_dir)
-    return [
-        *(sys.executable, "-m", "trl_atropos.cli.main", "env", str(file), "serve"),
-        *("--env.rollout_server_url", api_url, "--env.tokenizer_name", model, *flags),
-        *("--openai.base_url", f"{served.url}/v1", "--openai.server_type", "sglang"),
-        *("--openai.model_name", model, "--openai.tokenizer_name", model),
-    ]
+    with ApiProcess(directory / "api.log") as api:
+        environment = [
+            *(sys.executable, "-m", "trl_atropos.cli.main", "env", str(file), "serve"),
+            *("--env.rollout_server_url", api.url, "--env.tokenizer_name", model, *flags),
+            *("--openai.base_url", f"{served.url}/v1", "--openai.server_type", "sglang"),
+            *("--openai.model_name", model, "--openai.tokenizer_name", model),
+        ]
+        trainer = AtroposTrainer(
+            model, config(directory, api.url, served.url, logprob_probe_interval=1, logging_steps=1, **options)
+        )
+        with running(*environment, log_path=directory / "env.log"):
+            trainer.train()
+    served.version = trainer.policy_version
+    return trainer
 
 
 def test_training_knows_the_tokens_and_the_policy_of_every_rollout(served: Served, tmp_path: Path) -> None:
-    model = str(served.model_dir)
-    with ApiProcess(tmp_path / "api.log") as api:
-        environment = environment_command(CALCULATOR, api.url, served)
-        args = config(
-            tmp_path / "out",
-            api.url,
-            served.url,
-            max_steps=MAX_STEPS,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=2,
-            logprob_probe_interval=1,
-            logging_steps=1,
-        )
-        trainer = AtroposTrainer(model, args)
-        with running(*environment, log_path=tmp_path / "env.log"):
-            trainer.train()
-    served.version = trainer.policy_version
+    trainer = trained_on(
+        served,
+        CALCULATOR,
+        tmp_path,
+        max_steps=MAX_STEPS,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+    )
     assert served.connect().get_weight_version() == str(trainer.policy_version)
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["policy_version"] for entry in steps] == [1, 2, 3]
@@ -65,7 +64,7 @@ def test_training_knows_the_tokens_and_the_policy_of_every_rollout(served: Serve
     assert steps[0]["staleness/mean"] == 0.0
     # On policy the ratio shows the rounding of the server's dtype alone; with other tokens it would be off by powers of ten.
     assert steps[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=0.05)
-    groups = [group for batch in Journal(tmp_path / "out" / "journal").batches() for group in batch.raw_groups]
+    groups = [group for batch in Journal(tmp_path / "journal").batches() for group in batch.raw_groups]
     assert all(len(group["group_overrides"]["policy_version"]) == len(group["tokens"]) for group in groups)
     assert "shim policy_version: a group says which policies sampled it" in (tmp_path / "env.log").read_text()
 
@@ -124,28 +123,20 @@ def test_a_rollout_is_as_old_as_the_first_policy_that_sampled_a_token_of_it(
 
 
 def test_an_agent_as_an_environment_is_trained_on_what_its_gateway_recorded(served: Served, tmp_path: Path) -> None:
-    model = str(served.model_dir)
-    with ApiProcess(tmp_path / "api.log") as api:
-        environment = environment_command(AGENT, api.url, served, "--env.group_size", str(GROUP_SIZE))
-        args = config(
-            tmp_path / "out",
-            api.url,
-            served.url,
-            max_steps=AGENT_STEPS,
-            per_device_train_batch_size=GROUP_SIZE,
-            max_length=480,
-            logprob_probe_interval=1,
-            logging_steps=1,
-        )
-        trainer = AtroposTrainer(model, args)
-        with running(*environment, log_path=tmp_path / "env.log"):
-            trainer.train()
-    served.version = trainer.policy_version
+    trainer = trained_on(
+        served,
+        AGENT,
+        tmp_path,
+        *("--env.group_size", str(GROUP_SIZE)),
+        max_steps=AGENT_STEPS,
+        per_device_train_batch_size=GROUP_SIZE,
+        max_length=480,
+    )
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["staleness/unknown_frac"] for entry in steps] == [0.0] * AGENT_STEPS
     # On policy the ratio shows the rounding of the server's dtype alone; with other tokens it would be off by powers of ten.
     assert steps[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=0.05)
-    groups = [group for batch in Journal(tmp_path / "out" / "journal").batches() for group in batch.raw_groups]
+    groups = [group for batch in Journal(tmp_path / "journal").batches() for group in batch.raw_groups]
     assert groups
     for group in groups:
         # Both turns of each attempt are one sequence, and trained.
